@@ -1,0 +1,32 @@
+"""Rules for every test: trio only, and no WARNING that the test did not ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "trio"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that logs WARNING or worse, unless it is marked `expect_warnings("why")`."""
+    records: list[logging.LogRecord] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler = Collect(logging.WARNING)
+    logging.getLogger("cachefs").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("cachefs").removeHandler(handler)
+    if records and item.get_closest_marker("expect_warnings") is None:
+        pytest.fail("unexpected warnings:\n" + "\n".join(f"{r.name}: {r.getMessage()}" for r in records))
