@@ -27,13 +27,14 @@ from cachefs.model.errors import (
     UnavailableError,
     UnderStoreError,
 )
-from cachefs.model.ids import ROOT_INO, BlockId, ContentKey, Ino, content_key
+from cachefs.model.ids import NO_INO, ROOT_INO, BlockId, ContentKey, Ino, content_key
 from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, div_up
 from cachefs.model.units import GiB, KiB, MiB, TiB, format_size, parse_duration, parse_size
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
     "DEFAULT_PAGE_SIZE",
+    "NO_INO",
     "ROOT_INO",
     "Attr",
     "AuthenticationError",

@@ -12,6 +12,9 @@ Ino = NewType("Ino", int)
 
 ROOT_INO = Ino(1)
 
+NO_INO = Ino(0)
+"""Below every inode number: the parent of the root, and where a listing starts."""
+
 ContentKey = NewType("ContentKey", bytes)
 """16 bytes naming one content; see `content_key`."""
 

@@ -1,0 +1,103 @@
+"""One reader's walk through a directory, a little ahead of the reader and never the whole of it in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import trio
+
+from cachefs.client.metadata import Metadata
+from cachefs.model import NO_INO, CachefsError, Entry, Ino
+
+_BUFFER_CHUNKS = 2
+
+
+class DirReader:
+    """Entries after any position, where a position is the inode number of the entry before: 0 is the start.
+
+    A reader that goes on where it was gets entries from the running stream; one that jumps (rewinddir, seekdir) gets a
+    new stream from there. Close it when the directory is closed.
+    """
+
+    def __init__(self, metadata: Metadata, ino: Ino, nursery: trio.Nursery) -> None:
+        self.ino = ino
+        self._metadata = metadata
+        self._nursery = nursery
+        self._entries: deque[Entry] = deque()
+        """What follows `_position`."""
+        self._position = NO_INO
+        self._scope: trio.CancelScope | None = None
+        self._chunks: trio.MemoryReceiveChannel[list[Entry]] | None = None
+        self._at_end = False
+        self._error: CachefsError | None = None
+        self._lock = trio.Lock()
+
+    def read_nowait(self, after: Ino, limit: int) -> list[Entry]:
+        """Up to `limit` entries after `after`, without consuming them: they go when a later position is asked for.
+
+        Empty at the end. Raises trio.WouldBlock when they have to be waited for.
+        """
+        if self._lock.locked():
+            raise trio.WouldBlock
+        self._advance(after)
+        if self._position != after:
+            raise trio.WouldBlock
+        if not self._entries and not self._at_end:
+            raise trio.WouldBlock
+        return [self._entries[index] for index in range(min(limit, len(self._entries)))]
+
+    async def read(self, after: Ino, limit: int) -> list[Entry]:
+        """As `read_nowait`, waiting for the master. Raises as `Metadata.list_dir`."""
+        async with self._lock:
+            self._advance(after)
+            if self._position != after:
+                self._stop()
+                self._position = after
+            while not self._entries and not self._at_end:
+                if self._chunks is None:
+                    self._start()
+                assert self._chunks is not None
+                try:
+                    self._entries.extend(await self._chunks.receive())
+                except trio.EndOfChannel:
+                    self._chunks = None
+                    if self._error is not None:
+                        error, self._error = self._error, None
+                        raise error from None
+                    self._at_end = True
+            return [self._entries[index] for index in range(min(limit, len(self._entries)))]
+
+    def _advance(self, after: Ino) -> None:
+        """Drop what lies at or before `after`, if that is where the reader has come to."""
+        if after < self._position:
+            return
+        while self._entries and self._entries[0].attr.ino <= after:
+            self._position = self._entries.popleft().attr.ino
+
+    def _start(self) -> None:
+        send, self._chunks = trio.open_memory_channel[list[Entry]](_BUFFER_CHUNKS)
+        self._scope = trio.CancelScope()
+        self._nursery.start_soon(self._stream, send, self._scope, self._position)
+
+    async def _stream(self, send: trio.MemorySendChannel[list[Entry]], scope: trio.CancelScope, after: Ino) -> None:
+        with scope, send:
+            try:
+                async with self._metadata.list_dir(self.ino, after) as chunks:
+                    async for entries in chunks:
+                        await send.send(entries)
+            except CachefsError as error:
+                if self._scope is scope:
+                    self._error = error
+
+    def _stop(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+            self._scope = None
+        self._chunks = None
+        self._entries.clear()
+        self._at_end = False
+        self._error = None
+
+    def close(self) -> None:
+        """Stops the stream. Idempotent."""
+        self._stop()

@@ -1,0 +1,146 @@
+"""Reading a content that is not sealed here: through descriptors the worker passes, page by confirmed page."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from cachefs.model import Attr, BlockSlice, Geometry, MiB, RemoteProtocolError
+from cachefs.net import Answer
+from cachefs.wire.messages import Fetch, FetchReply
+
+Data = bytes | bytearray | memoryview
+
+MAX_FETCH = 8 * MiB
+"""Bytes asked for in one request: well below the wire's largest payload, for what comes as payload."""
+
+_NOT_WITHOUT_WAITING = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class _BlockView:
+    """What is known to be readable of one block, and through which descriptor."""
+
+    def __init__(self) -> None:
+        self.serial = 0
+        self.fd = -1
+        self.present: set[int] = set()
+        """Pages. They never become absent again as long as the descriptor is the same."""
+
+
+class ContentReader:
+    """One content open in cached mode, shared by all its handles. Close it once, when nobody reads any more.
+
+    A page is read through the descriptor that came with its confirmation, never through a path: what was confirmed
+    stays readable, whatever becomes of the file's name.
+    """
+
+    def __init__(self, attr: Attr, geometry: Geometry, fetch: Callable[[Fetch], Awaitable[Answer[FetchReply]]]) -> None:
+        self.attr = attr
+        self._geometry = geometry
+        self._fetch = fetch
+        self._views: dict[int, _BlockView] = {}
+        self._retired: list[int] = []
+        """Descriptors that were replaced; a read in a thread may still use them."""
+
+    def read_nowait(self, offset: int, size: int) -> Data:
+        """The bytes, `size` of them or up to the end of the content, if that needs neither the worker nor the disk.
+
+        Raises trio.WouldBlock otherwise.
+        """
+        slices = self._geometry.split(self.attr.size_bytes, offset, size)
+        if not slices:
+            return b""
+        piece = slices[0]
+        view = self._views.get(piece.block_index)
+        if len(slices) > 1 or view is None or not self._covers(view, piece):
+            raise trio.WouldBlock
+        buffer = bytearray(piece.length)
+        try:
+            # Only what is in the page cache: anything else belongs into a thread.
+            count = os.preadv(view.fd, [buffer], piece.offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in _NOT_WITHOUT_WAITING:
+                raise trio.WouldBlock from None
+            raise
+        if count != piece.length:
+            raise trio.WouldBlock
+        return buffer
+
+    async def read(self, offset: int, size: int) -> Data:
+        """The bytes, `size` of them or up to the end of the content; never fewer.
+
+        Raises StaleError when they are of a version that is gone and are not cached; UnderStoreError and its kinds;
+        TransportError when the worker stays away; OSError from the cache's disk.
+        """
+        slices = [
+            part
+            for piece in self._geometry.split(self.attr.size_bytes, offset, size)
+            for part in _cut(piece, MAX_FETCH)
+        ]
+        if len(slices) == 1:
+            return await self._read_slice(slices[0])
+        return b"".join([await self._read_slice(piece) for piece in slices])
+
+    async def _read_slice(self, piece: BlockSlice) -> Data:
+        view = self._views.setdefault(piece.block_index, _BlockView())
+        if not self._covers(view, piece):
+            request = Fetch(self.attr.ino, piece.block_index, piece.offset, piece.length, view.serial)
+            answer = await self._fetch(request)
+            if answer.message.serial == 0:
+                if len(answer.payload) != piece.length:  # type: ignore[arg-type]
+                    raise RemoteProtocolError(f"worker sent other than the {piece.length} bytes asked for")
+                return answer.payload  # type: ignore[return-value]
+            self._learn(view, answer)
+            if not self._covers(view, piece):
+                raise RemoteProtocolError("worker confirmed other pages than those asked for")
+        return await trio.to_thread.run_sync(read_exactly, view.fd, piece.offset, piece.length)
+
+    def _covers(self, view: _BlockView, piece: BlockSlice) -> bool:
+        return view.present.issuperset(self._geometry.pages_covering(piece.offset, piece.length))
+
+    def _learn(self, view: _BlockView, answer: Answer[FetchReply]) -> None:
+        reply = answer.message
+        if reply.serial != view.serial:
+            if not answer.fds:
+                raise RemoteProtocolError("worker confirmed pages without a descriptor to read them through")
+            if view.fd >= 0:
+                self._retired.append(view.fd)
+            view.fd, view.serial = answer.fds[0], reply.serial
+            view.present.clear()
+            extra = answer.fds[1:]
+        else:
+            extra = answer.fds
+        for fd in extra:
+            os.close(fd)
+        for start, end in reply.present:
+            view.present.update(range(start, end))
+
+    def close(self) -> None:
+        """Gives the descriptors back. Idempotent."""
+        for fd in (*self._retired, *(view.fd for view in self._views.values() if view.fd >= 0)):
+            os.close(fd)
+        self._retired.clear()
+        self._views.clear()
+
+
+def read_exactly(fd: int, offset: int, length: int) -> bytearray:
+    """`length` bytes of a file that has them. Blocks on the disk. Raises OSError (EIO for a file that is too short)."""
+    buffer = bytearray(length)
+    view = memoryview(buffer)
+    filled = 0
+    while filled < length:
+        count = os.preadv(fd, [view[filled:]], offset + filled)
+        if count == 0:
+            raise OSError(errno.EIO, "a cached file is shorter than its content")
+        filled += count
+    return buffer
+
+
+def _cut(piece: BlockSlice, limit: int) -> list[BlockSlice]:
+    return [
+        BlockSlice(piece.block_index, piece.offset + start, min(limit, piece.length - start))
+        for start in range(0, piece.length, limit)
+    ]

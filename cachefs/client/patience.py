@@ -1,0 +1,32 @@
+"""Waiting out a restart of the master or of the worker.
+
+The client owns the retry budget of its requests: nothing below it repeats one. All of them may be repeated, since none
+changes anything but caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import tenacity
+
+from cachefs.model import TransportError
+
+T = TypeVar("T")
+
+
+async def patiently(call: Callable[[], Awaitable[T]], patience_s: float) -> T:
+    """The result of `call`, tried again with growing pauses while it raises TransportError, for `patience_s` seconds.
+
+    Raises the last TransportError then, and any other error at once. Cancelling is safe at any time.
+    """
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(TransportError),
+        wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+        stop=tenacity.stop_after_delay(patience_s),
+        reraise=True,
+    ):
+        with attempt:
+            return await call()
+    raise AssertionError("unreachable: the last attempt raises")

@@ -1,0 +1,247 @@
+"""Mounting and unmounting: mount(2) on a /dev/fuse file, the read-ahead setting, aborting a connection.
+
+No libfuse and no helper programs; all of it needs root (CAP_SYS_ADMIN). Everything here is a few system calls, but an
+`unmount` may wait for the file system's server, so that a program that serves its own mount runs it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachefs.fuse.mountinfo import FS_TYPE, find_mount
+from cachefs.model import CachefsError, ConfigError, MiB
+
+DEVICE = Path("/dev/fuse")
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+_BDI = Path("/sys/class/bdi")
+_CAP_SYS_ADMIN = 21
+# The new mount API; the numbers are the same on every architecture, and glibc wraps them only since 2.36.
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_FSCONFIG_CMD_CREATE = 6
+_CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MountError(CachefsError):
+    """The kernel refused to mount or unmount; the message says what to do."""
+
+    def __init__(self, message: str, errno_: int) -> None:
+        super().__init__(message)
+        self.errno = errno_
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """Raises ConfigError for values out of range."""
+
+    read_only: bool = True
+    """The kernel answers every attempt to write with EROFS, without asking us."""
+    allow_other: bool = True
+    """Other users than the one who mounted: pods seldom run as root."""
+    default_permissions: bool = True
+    """The kernel checks mode bits, so that we are not asked (ACCESS)."""
+    max_read: int = MiB
+    """Bytes in the largest READ; the connection's max_pages bounds it too."""
+    read_ahead_kb: int | None = 1024
+    """For cached mode; the kernel's own 128 KiB halves sequential throughput. None leaves it alone."""
+    allow_nonempty: bool = False
+    """Mount over a directory that has entries, hiding them."""
+
+    def __post_init__(self) -> None:
+        if not 4096 <= self.max_read <= 2**31:
+            raise ConfigError("max_read", self.max_read, "4096 to 2 GiB, in bytes")
+        if self.read_ahead_kb is not None and not 0 <= self.read_ahead_kb <= 2**20:
+            raise ConfigError("read_ahead_kb", self.read_ahead_kb, "0 to 1048576")
+
+
+@dataclass(frozen=True)
+class Mount:
+    mountpoint: str
+    """Absolute, without symbolic links: as the kernel shows it."""
+    source: str
+    device: str
+    """`major:minor`, st_dev of everything on the mount."""
+
+    @property
+    def connection(self) -> int:
+        """The number of the connection; see `abort`."""
+        return int(self.device.partition(":")[2])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What this process may do with FUSE; whether passthrough is on offer, only INIT tells."""
+
+    device_error: str | None
+    """Why /dev/fuse cannot be opened, as a sentence; None if it can."""
+    sys_admin: bool
+    """CAP_SYS_ADMIN, which mounting and passthrough need."""
+    kernel: tuple[int, int]
+
+    @property
+    def can_mount(self) -> bool:
+        return self.device_error is None and self.sys_admin
+
+    @property
+    def passthrough_possible(self) -> bool:
+        """False rules it out; true leaves it to the kernel's configuration and the cache's file system."""
+        return self.can_mount and self.kernel >= (6, 9)
+
+
+def probe() -> Probe:
+    device_error = None
+    try:
+        os.close(open_device())
+    except MountError as exc:
+        device_error = str(exc)
+    release = os.uname().release.split(".")
+    return Probe(device_error, _has_sys_admin(), (int(release[0]), int(release[1])))
+
+
+def open_device() -> int:
+    """A new /dev/fuse file, close-on-exec and non-blocking: one per mount. Raises MountError."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            hint = "this machine has no FUSE; load the kernel module fuse, or give the container the device"
+        else:
+            hint = "the user or the container needs access to the device"
+        raise MountError(f"cannot open {DEVICE}: {exc.strerror}; {hint}", exc.errno or 0) from exc
+
+
+def mount(fd: int, mountpoint: str | os.PathLike[str], source: str, options: MountOptions | None = None) -> Mount:
+    """Mount the connection of `fd` (from `open_device`), which then asks INIT. `source` is what `mount` shows.
+
+    Raises ConfigError if the mountpoint will not do, MountError if the kernel refuses.
+    """
+    options = options or MountOptions()
+    if "\0" in source or not source:
+        raise ConfigError("source", source, "text without NUL characters")
+    path = _check_mountpoint(mountpoint, options)
+    # Only numbers and fixed words go into the comma-separated data; the source has an argument of its own, and the
+    # kernel escapes it where it shows it.
+    data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},max_read={options.max_read}"
+    data += ",allow_other" * options.allow_other + ",default_permissions" * options.default_permissions
+    flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if options.read_only else 0)
+    raw_source, raw_path = os.fsencode(source), os.fsencode(path)
+    if _libc.mount(raw_source, raw_path, FS_TYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
+        code = ctypes.get_errno()
+        hint = "; root (CAP_SYS_ADMIN) is needed" if code == errno.EPERM else ""
+        raise MountError(f"cannot mount on {path}: {os.strerror(code)}{hint}", code)
+    info = find_mount(path)
+    if info is None:
+        raise MountError(f"cannot mount on {path}: it was unmounted at once", errno.ENOENT)
+    mounted = Mount(path, source, info.device)
+    if options.read_ahead_kb is not None:
+        set_read_ahead(mounted, options.read_ahead_kb)
+    return mounted
+
+
+def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
+    """Unmount what is on top of this directory. Lazy: take it out of the tree now, while open files stay usable, and
+    end the connection when the last is closed.
+
+    Raises MountError: not mounted (EINVAL), or files are open on it (EBUSY).
+    """
+    info = find_mount(mountpoint)
+    path = info.mountpoint if info is not None else os.path.abspath(os.fspath(mountpoint))
+    if _libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) != 0:
+        code = ctypes.get_errno()
+        hint = {
+            errno.EBUSY: "; files on it are open, or a shell stands in it (a lazy unmount is possible)",
+            errno.EINVAL: "; nothing is mounted there",
+            errno.EPERM: "; root (CAP_SYS_ADMIN) is needed",
+        }.get(code, "")
+        raise MountError(f"cannot unmount {path}: {os.strerror(code)}{hint}", code)
+
+
+def set_read_ahead(mounted: Mount, read_ahead_kb: int) -> None:
+    """How far the kernel reads ahead in cached mode, and how large its READs get. Raises OSError."""
+    (_BDI / mounted.device / "read_ahead_kb").write_text(str(read_ahead_kb))
+
+
+def abort(connection: int) -> bool:
+    """End a connection at once, mounted or not: whoever waits for an answer gets ECONNABORTED, later calls ENOTCONN,
+    and the server's read ENODEV. The way out when a server is dead or stuck. False if there is no such connection.
+
+    Raises MountError.
+    """
+    try:
+        (_CONNECTIONS / str(connection) / "abort").write_text("1")
+        return True
+    except FileNotFoundError:
+        pass  # nobody has mounted the control file system there, or it is the connection that does not exist
+    root = _open_fusectl()
+    try:
+        fd = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(root)
+    try:
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)
+    return True
+
+
+def _open_fusectl() -> int:
+    """The root of the FUSE control file system, mounted nowhere, so that nothing has to be taken away afterwards."""
+    context = _libc.syscall(_SYS_FSOPEN, b"fusectl", _CLOEXEC)
+    if context < 0:
+        code = ctypes.get_errno()
+        raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+    try:
+        if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) != 0:
+            code = ctypes.get_errno()
+            raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+        root: int = _libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0)
+        if root < 0:
+            code = ctypes.get_errno()
+            raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+        return root
+    finally:
+        os.close(context)
+
+
+def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions) -> str:
+    """The resolved path of a directory that can be mounted on. Raises ConfigError."""
+    given = os.fspath(mountpoint)
+    info = find_mount(given)
+    if info is not None and info.fs_type == FS_TYPE:
+        # Asked before the directory is looked at: a living mount's server may be this very thread.
+        raise ConfigError("mountpoint", given, "a directory that no cachefs is mounted on; unmount it first")
+    try:
+        with os.scandir(given) as entries:
+            occupied = next(entries, None) is not None
+    except FileNotFoundError as exc:
+        raise ConfigError("mountpoint", given, "an existing directory") from exc
+    except NotADirectoryError as exc:
+        raise ConfigError("mountpoint", given, "a directory") from exc
+    except OSError as exc:
+        if exc.errno == errno.ENOTCONN:
+            accepted = f"a directory without the dead {info.fs_type if info else 'FUSE'} mount on it; `umount -l` it first"
+        else:
+            accepted = f"a directory that can be read ({exc.strerror})"
+        raise ConfigError("mountpoint", given, accepted) from exc
+    if occupied and not options.allow_nonempty:
+        raise ConfigError("mountpoint", given, "an empty directory, unless a non-empty one is asked for")
+    return os.path.realpath(given)
+
+
+def _has_sys_admin() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return False

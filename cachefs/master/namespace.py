@@ -1,0 +1,278 @@
+"""The namespace: answers from the database, and looks at the under-stores when that is missing or old.
+
+How names become known, and for how long they are believed:
+
+- A directory is listed when somebody first asks for its entries. The listing is written to the database chunk by chunk;
+  everybody who asks meanwhile follows it there, by inode number, so nothing is ever held in memory for a slow reader.
+- A name asked for in a directory that was never listed, or that a listing did not have, costs one look at that name.
+- What is older than `sync_interval_s` is served as it is, and looked at again in the background (0: looked at again
+  first; below 0: never). A listing that fails removes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import trio
+
+from cachefs.master.writer import Writer
+from cachefs.meta import Found, Inode, MetaStore, Mount
+from cachefs.model import (
+    NO_INO,
+    Attr,
+    Entry,
+    Ino,
+    IsADirectory,
+    NotADirectory,
+    NotFoundError,
+    StaleError,
+    UnavailableError,
+    UnderStoreError,
+)
+from cachefs.net.flights import Flights
+from cachefs.ufs import UnderStore
+from cachefs.wire.messages import AttrReply, ObjectLocation
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1000
+NS_PER_S = 1_000_000_000
+
+
+@dataclass
+class MountedStore:
+    """An under-store and where it is attached."""
+
+    mount: Mount
+    url: str
+    options: dict[str, str]
+    ufs: UnderStore
+    serving_stale: int = 0
+    """Looks at this store that failed, so that what was known before was served."""
+    failing: bool = False
+    """Whether the last look failed: an outage is logged once."""
+
+
+class _Listing:
+    """A listing in progress."""
+
+    def __init__(self) -> None:
+        self.progress = trio.Event()
+        self.error: Exception | None = None
+        self.done = False
+
+    def advance(self) -> None:
+        self.progress.set()
+        self.progress = trio.Event()
+
+
+class Namespace:
+    """Called from one trio thread. `nursery` owns what runs in the background."""
+
+    def __init__(
+        self,
+        store: MetaStore,
+        writer: Writer,
+        mounted: list[MountedStore],
+        sync_interval_s: float,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._mounted = {each.mount.mount_id: each for each in mounted}
+        self._sync_interval_s = sync_interval_s
+        self._nursery = nursery
+        self._listings: dict[Ino, _Listing] = {}
+        self._checks: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
+
+    def getattr(self, ino: Ino) -> AttrReply:
+        """Raises NotFoundError for a number never given out."""
+        inode = self._inode(ino)
+        return AttrReply(inode.attr, not inode.live)
+
+    def resolve(self, ino: Ino) -> ObjectLocation:
+        """Raises NotFoundError, IsADirectory, and StaleError for content of a store that is no longer mounted."""
+        inode = self._inode(ino)
+        if inode.attr.is_dir:
+            raise IsADirectory(f"inode {ino} is a directory")
+        if inode.mount_id not in self._mounted:
+            raise StaleError(f"inode {ino} belongs to an under-store that is no longer mounted")
+        path = self._store.path_below_mount(inode)
+        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag)
+
+    async def resolve_path(self, path: str) -> AttrReply:
+        """Raises NotFoundError, NotADirectory, UnderStoreError."""
+        reply = self.getattr(Ino(1))
+        walked = ""
+        for name in [part for part in path.split("/") if part]:
+            walked += "/" + name
+            attr = await self.lookup(reply.attr.ino, name)
+            if attr is None:
+                raise NotFoundError(f"{walked}: no such file or directory")
+            reply = AttrReply(attr, False)
+        return reply
+
+    async def lookup(self, parent: Ino, name: str) -> Attr | None:
+        """What the name points at now; None: there is no such name.
+
+        Raises NotFoundError and NotADirectory about the parent, StaleError when it is gone, UnderStoreError.
+        """
+        directory = self._directory(parent)
+        known = self._store.child(parent, name)
+        mounted = self._mounted.get(directory.mount_id)
+        if mounted is None or (known is not None and known.mount_id != directory.mount_id):
+            # Above the mounts, or a mount point: nobody else knows these.
+            return known.attr if known else None
+        if known is not None:
+            if self._is_fresh(max(known.checked_ns, directory.listed_ns)):
+                return known.attr
+            if self._sync_interval_s > 0:
+                if directory.listed_ns:
+                    self._start_listing(directory, mounted)
+                else:
+                    self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
+                return known.attr
+        try:
+            return await self._checks.join((parent, name), lambda: self._check(directory, name, mounted))
+        except UnderStoreError as error:
+            if known is None:
+                raise
+            self._note_failure(mounted, error)
+            return known.attr
+
+    async def list_dir(self, ino: Ino, after: Ino = NO_INO) -> AsyncGenerator[list[Entry], None]:
+        """The entries after inode `after`, in chunks of at most 1000, by ascending inode number.
+
+        A first listing is followed while it runs. Raises as `lookup`; after some chunks too, if the listing fails.
+        """
+        directory = self._directory(ino)
+        mounted = self._mounted.get(directory.mount_id)
+        listing: _Listing | None = None
+        if mounted is not None and not self._is_fresh(directory.listed_ns):
+            listing = self._start_listing(directory, mounted)
+            if directory.listed_ns:
+                if self._sync_interval_s == 0:
+                    while not listing.done:
+                        await listing.progress.wait()
+                # What was known is served: also when looking again failed.
+                listing = None
+        while True:
+            # Read before the rows: a chunk written between the two is found by the next round.
+            done = listing is None or listing.done
+            entries = self._store.children(ino, after, _CHUNK)
+            if entries:
+                after = entries[-1].attr.ino
+                yield entries
+            elif done:
+                break
+            elif listing is not None:
+                await listing.progress.wait()
+        if listing is not None and listing.error is not None:
+            raise listing.error
+
+    async def recheck(self, ino: Ino) -> None:
+        """Somebody found that the under-store no longer has the version an inode stands for: look, and return when its
+        name points at what there is now. Raises NotFoundError, UnderStoreError.
+        """
+        inode = self._inode(ino)
+        mounted = self._mounted.get(inode.mount_id)
+        if inode.live and mounted is not None:
+            directory = self._inode(inode.parent)
+            await self._checks.join((inode.parent, inode.name), lambda: self._check(directory, inode.name, mounted))
+
+    def mounted(self) -> list[MountedStore]:
+        return list(self._mounted.values())
+
+    # ---- looking at the under-store --------------------------------------------------------------------------------
+
+    async def _check(self, directory: Inode, name: str, mounted: MountedStore) -> Attr | None:
+        """One name: ask the under-store, and write what it says."""
+        parent_path = self._store.path_below_mount(directory)
+        path = f"{parent_path}/{name}" if parent_path else name
+        try:
+            info = await mounted.ufs.stat(path)
+        except NotFoundError:
+            if self._store.child(directory.attr.ino, name) is not None:
+                await self._writer.run(lambda: self._store.remove_child(directory.attr.ino, name))
+            mounted.failing = False
+            return None
+        mounted.failing = False
+        entry = await self._writer.run(
+            lambda: self._store.put_child(directory, mounted.mount.origin, Found(name, info))
+        )
+        return entry.attr
+
+    def _start_listing(self, directory: Inode, mounted: MountedStore) -> _Listing:
+        """The listing of a directory that is running, or a new one; it goes on whether anybody follows or not."""
+        ino = directory.attr.ino
+        listing = self._listings.get(ino)
+        if listing is None:
+            listing = self._listings[ino] = _Listing()
+            self._nursery.start_soon(self._run_listing, directory, mounted, listing)
+        return listing
+
+    async def _run_listing(self, directory: Inode, mounted: MountedStore, listing: _Listing) -> None:
+        ino = directory.attr.ino
+        try:
+            await self._list(directory, mounted, listing)
+            mounted.failing = False
+        except (NotFoundError, UnderStoreError) as error:
+            listing.error = error
+            if directory.listed_ns:
+                self._note_failure(mounted, error)
+        except Exception as error:
+            # Followers get it as an error of their own; it must not end the service.
+            logger.exception("listing failed dir=%d", ino)
+            listing.error = error
+        except BaseException:
+            listing.error = UnavailableError("the master is ending")
+            raise
+        finally:
+            listing.done = True
+            del self._listings[ino]
+            listing.advance()
+
+    async def _list(self, directory: Inode, mounted: MountedStore, listing: _Listing) -> None:
+        store, ino, origin = self._store, directory.attr.ino, mounted.mount.origin
+        started_ns = time.time_ns()
+        number = await self._writer.run(store.begin_listing)
+        async with mounted.ufs.list_dir(store.path_below_mount(directory)) as chunks:
+            async for chunk in chunks:
+                found = [Found(info.path.rpartition("/")[2], info) for info in chunk]
+
+                def add(found: list[Found] = found) -> list[Entry]:
+                    return store.add_listed(directory, origin, found, number)
+
+                await self._writer.run(add)
+                listing.advance()
+        await self._writer.run(lambda: store.finish_listing(ino, number, started_ns))
+
+    # ---- helpers ---------------------------------------------------------------------------------------------------
+
+    def _inode(self, ino: Ino) -> Inode:
+        inode = self._store.get(ino)
+        if inode is None:
+            raise NotFoundError(f"inode {ino} does not exist")
+        return inode
+
+    def _directory(self, ino: Ino) -> Inode:
+        inode = self._inode(ino)
+        if not inode.attr.is_dir:
+            raise NotADirectory(f"inode {ino} is not a directory")
+        if not inode.live:
+            raise StaleError(f"directory {ino} is gone from the under-store")
+        return inode
+
+    def _is_fresh(self, checked_ns: int) -> bool:
+        if checked_ns == 0:
+            return False
+        return self._sync_interval_s < 0 or time.time_ns() - checked_ns < self._sync_interval_s * NS_PER_S
+
+    def _note_failure(self, mounted: MountedStore, error: Exception) -> None:
+        mounted.serving_stale += 1
+        if not mounted.failing:
+            mounted.failing = True
+            logger.warning("under-store fails, serving what is known mount=%s error=%s", mounted.mount.path, error)

@@ -1,0 +1,65 @@
+"""Group commit: writes that are asked for while one commits go into the next transaction together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+from cachefs.meta import MetaStore
+
+T = TypeVar("T")
+
+
+class _Write:
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.done = trio.Event()
+        self.result: outcome.Outcome[Any] | None = None
+
+
+class Writer:
+    """Runs writing methods of the store in a thread, one transaction at a time. `serve` does the work."""
+
+    def __init__(self, store: MetaStore) -> None:
+        self._store = store
+        self._queue: list[_Write] = []
+        self._wanted = trio.Event()
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The result of `function`, committed. Cancelling does not undo what was asked: it may still be written."""
+        write = _Write(function)
+        self._queue.append(write)
+        self._wanted.set()
+        await write.done.wait()
+        assert write.result is not None
+        result: T = write.result.unwrap()
+        return result
+
+    async def serve(self) -> None:
+        """Runs until cancelled; what is queued then is not written, and nobody was told that it was."""
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            writes, self._queue = self._queue, []
+            await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
+            for write in writes:
+                write.done.set()
+
+    def _commit(self, writes: list[_Write]) -> None:
+        try:
+            with self._store.batch():
+                results = [write.function() for write in writes]
+        except Exception as error:
+            if len(writes) == 1:
+                writes[0].result = outcome.Error(error)
+            else:
+                # One of them is at fault: alone, it fails alone.
+                for write in writes:
+                    self._commit([write])
+            return
+        for write, result in zip(writes, results, strict=True):
+            write.result = outcome.Value(result)

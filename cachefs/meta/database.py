@@ -1,0 +1,121 @@
+"""The SQLite file: its schema, its settings, and the lock that gives it to one master."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from cachefs.model import CachefsError, ConfigError
+
+SCHEMA_VERSION = 1
+
+# Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
+SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL);
+CREATE TABLE mounts (
+    mount_id INTEGER PRIMARY KEY,
+    path TEXT NOT NULL UNIQUE,
+    origin TEXT NOT NULL,
+    root_ino BIGINT NOT NULL
+);
+CREATE TABLE inodes (
+    ino INTEGER PRIMARY KEY,
+    parent BIGINT NOT NULL,
+    name TEXT NOT NULL,
+    kind SMALLINT NOT NULL,
+    size_bytes BIGINT NOT NULL,
+    mtime_ns BIGINT NOT NULL,
+    mode INTEGER NOT NULL,
+    uid BIGINT NOT NULL,
+    gid BIGINT NOT NULL,
+    tag TEXT NOT NULL,
+    content_key BLOB NOT NULL,
+    mount_id INTEGER NOT NULL,
+    live SMALLINT NOT NULL,
+    seen BIGINT NOT NULL,
+    checked_ns BIGINT NOT NULL,
+    listed_ns BIGINT NOT NULL
+);
+CREATE UNIQUE INDEX live_names ON inodes (parent, name) WHERE live = 1;
+CREATE INDEX live_children ON inodes (parent, ino) WHERE live = 1;
+CREATE TABLE replicas (
+    content_key BLOB NOT NULL,
+    block_index BIGINT NOT NULL,
+    worker TEXT NOT NULL,
+    length_bytes BIGINT NOT NULL,
+    PRIMARY KEY (content_key, block_index, worker)
+);
+CREATE INDEX replicas_of_worker ON replicas (worker);
+"""
+
+
+@dataclass(frozen=True)
+class Database:
+    """Two connections to one file: all writes go through `writer`, by one thread at a time; look-ups by `reader`."""
+
+    writer: sqlite3.Connection
+    reader: sqlite3.Connection
+    namespace_id: str
+
+
+@contextmanager
+def open_database(data_dir: str) -> Iterator[Database]:
+    """Create or open `namespace.db` in `data_dir` and keep it, alone, until the end.
+
+    Raises ConfigError when the directory cannot be used or another master owns it; CachefsError for a database of
+    another version or a damaged one.
+    """
+    try:
+        os.makedirs(data_dir, 0o700, exist_ok=True)
+        lock_fd = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError("--data-dir", data_dir, f"a directory that can be written ({error.strerror})") from error
+    try:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError("--data-dir", data_dir, "a directory that no running master uses") from error
+        path = os.path.join(data_dir, "namespace.db")
+        try:
+            with closing(_connect(path)) as writer:
+                namespace_id = _prepare(writer, path)
+                with closing(_connect(path)) as reader:
+                    yield Database(writer, reader, namespace_id)
+        except sqlite3.DatabaseError as error:
+            raise CachefsError(f"{path}: {error}") from error
+    finally:
+        os.close(lock_fd)
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    # Autocommit: transactions are begun and ended by `store.transaction`, never by the module's guess.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+    connection.execute("PRAGMA journal_mode = WAL")
+    # FULL: an inode number that anyone was told must still be taken after a power cut.
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA cache_size = -65536")
+    connection.execute("PRAGMA temp_store = MEMORY")
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: str) -> str:
+    """Make the schema where there is none; returns the namespace id."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute("INSERT INTO facts VALUES ('namespace_id', ?)", (secrets.token_hex(16),))
+        connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0)")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    elif version != SCHEMA_VERSION:
+        raise CachefsError(f"{path} has schema {version}; this version reads schema {SCHEMA_VERSION}")
+    (namespace_id,) = connection.execute("SELECT value FROM facts WHERE name = 'namespace_id'").fetchone()
+    return str(namespace_id)

@@ -1,0 +1,194 @@
+"""The store as the master uses it: look-ups inline, writes in transactions from one thread.
+
+Reading methods are point look-ups or one bounded page: shorter than a thread hop, to be called inline from the one
+event-loop thread. Writing methods commit (with an fsync) before they return: to be called in a worker thread, one at a
+time; the store does not lock. Several of them inside `batch` share one commit.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from cachefs.meta import inodes, replicas
+from cachefs.meta.database import Database, open_database
+from cachefs.meta.inodes import Found, Inode
+from cachefs.meta.mounts import Mount, check_mounts, normalise_mount_path
+from cachefs.model import NO_INO, ROOT_INO, BlockId, ConfigError, Entry, Ino
+
+
+class MetaStore:
+    """Made by `open_meta_store`."""
+
+    def __init__(self, database: Database) -> None:
+        self._reader = database.reader
+        self._writer = database.writer
+        self._in_batch = False
+        self.namespace_id = database.namespace_id
+
+    # ---- look-ups --------------------------------------------------------------------------------------------------
+
+    def get(self, ino: Ino) -> Inode | None:
+        """Any inode ever given out, live or superseded."""
+        return inodes.get(self._reader, ino)
+
+    def child(self, parent: Ino, name: str) -> Inode | None:
+        """What a name points at now, as far as is known."""
+        return inodes.child(self._reader, parent, name)
+
+    def children(self, parent: Ino, after: Ino = NO_INO, limit: int = 1000) -> list[Entry]:
+        """The next entries after inode `after`, by inode number: the order in which they were first found.
+
+        What is found later always comes later, so a reader can follow a listing while it runs.
+        """
+        return inodes.children(self._reader, parent, after, limit)
+
+    def path_below_mount(self, inode: Inode) -> str:
+        """The path of an inode's object from the root of its under-store, without leading slash."""
+        return inodes.path_below_mount(self._reader, inode)
+
+    def holders(self, block: BlockId) -> list[str]:
+        return replicas.holders(self._reader, block)
+
+    def replica_totals(self) -> dict[str, tuple[int, int]]:
+        """Per worker: (blocks, bytes). Scans the table."""
+        return replicas.totals(self._reader)
+
+    def counts(self, mount_id: int) -> tuple[int, int]:
+        """(directories, files) known below a mount. Scans the table."""
+        return inodes.counts(self._reader, mount_id)
+
+    # ---- writes ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """All writes inside are one transaction: none is done if an error leaves the block."""
+        with self._transaction():
+            self._in_batch = True
+            try:
+                yield
+            finally:
+                self._in_batch = False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if self._in_batch:
+            yield self._writer
+            return
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._writer
+        except BaseException:
+            self._writer.execute("ROLLBACK")
+            raise
+        self._writer.execute("COMMIT")
+
+    def settle_fact(self, name: str, value: str) -> str:
+        """Record a fact once; returns the recorded value, which may be an earlier one."""
+        with self._transaction() as db:
+            row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
+                return value
+            return str(row[0])
+
+    def attach(self, mounts: Iterable[tuple[str, str]]) -> list[Mount]:
+        """Make the given (path, origin) pairs the mounts of this namespace; returns them in that order.
+
+        A mount that is there with the same origin keeps its inodes. One with another origin is attached afresh. Those
+        that are not given any more are detached: their names are gone, and nothing else is touched. Raises ConfigError.
+        """
+        wanted = [(normalise_mount_path(path), origin) for path, origin in mounts]
+        paths = [path for path, _ in wanted]
+        if len(set(paths)) != len(paths):
+            raise ConfigError("--mount", ", ".join(paths), "each path once")
+        check_mounts(paths)
+        with self._transaction() as db:
+            now_ns = time.time_ns()
+            if inodes.get(db, ROOT_INO) is None:
+                root = inodes.insert_directory(db, 0, "", 0, now_ns)
+                assert root == ROOT_INO
+            for mount_id, path, origin in db.execute("SELECT mount_id, path, origin FROM mounts").fetchall():
+                if (path, origin) not in wanted:
+                    _detach(db, mount_id, path)
+            return [_attach(db, path, origin, now_ns) for path, origin in wanted]
+
+    def begin_listing(self) -> int:
+        """A number that marks what one listing sees; larger than all before."""
+        with self._transaction() as db:
+            listing = inodes.last_number(db, "listing") + 1
+            inodes.take_numbers(db, "listing", listing)
+            return listing
+
+    def add_listed(self, parent: Inode, origin: str, found: Sequence[Found], listing: int) -> list[Entry]:
+        """Write a chunk of a listing; returns its entries as they are now."""
+        with self._transaction() as db:
+            return inodes.merge(db, parent, origin, found, listing, time.time_ns())
+
+    def finish_listing(self, parent: Ino, listing: int, started_ns: int) -> None:
+        """The listing is complete: names it did not see are gone."""
+        with self._transaction() as db:
+            inodes.finish_listing(db, parent, listing, started_ns)
+
+    def put_child(self, parent: Inode, origin: str, found: Found) -> Entry:
+        """Write one name that the under-store was asked about."""
+        with self._transaction() as db:
+            # A listing that runs now may have passed this name before it appeared: it must not take it for gone.
+            listing = inodes.last_number(db, "listing")
+            return inodes.merge(db, parent, origin, [found], listing, time.time_ns(), shadow=False)[0]
+
+    def remove_child(self, parent: Ino, name: str) -> None:
+        """The under-store was asked and does not have this name."""
+        with self._transaction() as db:
+            inodes.remove_child(db, parent, name)
+
+    def report(
+        self, worker: str, added: Iterable[tuple[BlockId, int]], removed: Iterable[BlockId], whole: bool
+    ) -> None:
+        """What a worker got and lost; `whole`: forget what was known of it before."""
+        with self._transaction() as db:
+            if whole:
+                replicas.remove_all(db, worker)
+            replicas.remove(db, worker, removed)
+            replicas.add(db, worker, added)
+
+
+@contextmanager
+def open_meta_store(data_dir: str) -> Iterator[MetaStore]:
+    """Raises as `database.open_database`."""
+    with open_database(data_dir) as database:
+        yield MetaStore(database)
+
+
+def _attach(db: sqlite3.Connection, path: str, origin: str, now_ns: int) -> Mount:
+    row = db.execute("SELECT mount_id, root_ino FROM mounts WHERE path = ?", (path,)).fetchone()
+    if row is not None:
+        return Mount(row[0], path, origin, Ino(row[1]))
+    # Never used again, so that superseded inodes of a detached mount are not taken for those of its successor.
+    mount_id = inodes.last_number(db, "mount") + 1
+    inodes.take_numbers(db, "mount", mount_id)
+    parts = [part for part in path.split("/") if part]
+    ino = ROOT_INO
+    for depth, part in enumerate(parts, 1):
+        owner = mount_id if depth == len(parts) else 0
+        known = inodes.child(db, ino, part)
+        if known is not None and known.mount_id == owner == 0:
+            ino = known.attr.ino
+        else:
+            inodes.remove_child(db, ino, part)
+            ino = inodes.insert_directory(db, ino, part, owner, now_ns)
+    if not parts:
+        db.execute("UPDATE inodes SET mount_id = ?, listed_ns = 0 WHERE ino = ?", (mount_id, ROOT_INO))
+    db.execute("INSERT INTO mounts VALUES (?, ?, ?, ?)", (mount_id, path, origin, ino))
+    return Mount(mount_id, path, origin, ino)
+
+
+def _detach(db: sqlite3.Connection, mount_id: int, path: str) -> None:
+    # Detached inodes keep their rows, as superseded ones do: their numbers must never come back with another meaning.
+    (root_ino,) = db.execute("SELECT root_ino FROM mounts WHERE mount_id = ?", (mount_id,)).fetchone()
+    db.execute("DELETE FROM mounts WHERE mount_id = ?", (mount_id,))
+    db.execute("UPDATE inodes SET live = 0 WHERE mount_id = ? AND ino <> ?", (mount_id, ROOT_INO))
+    if root_ino == ROOT_INO:
+        db.execute("UPDATE inodes SET mount_id = 0, listed_ns = 0 WHERE ino = ?", (ROOT_INO,))

@@ -1,0 +1,32 @@
+"""Whether a node may make its own copy of a block."""
+
+from __future__ import annotations
+
+import enum
+
+MAX_SHARE_OF_TIER = 4
+"""A block larger than 1/4 of the tier is not admitted: it would push out too much of everything else."""
+
+
+class Promote(enum.Enum):
+    """The setting `promote`; see `admits`."""
+
+    ALWAYS = "always"
+    """Make a copy, and evict others for it."""
+    IF_SPACE = "if-space"
+    """Make a copy where there is room: neither thrashes nor duplicates under pressure. The default."""
+    NEVER = "never"
+    """Read through others."""
+
+
+def admits(
+    mode: Promote, *, block_length: int, capacity_bytes: int, free_bytes: int, reclaimable_bytes: int = 0
+) -> bool:
+    """The decision for one block on one node.
+
+    `free_bytes` is what the tier could still take without evicting; `reclaimable_bytes` what it holds that counts as
+    free: superseded content, duplicates of what other nodes hold, blocks idle for long.
+    """
+    if mode is Promote.NEVER or block_length * MAX_SHARE_OF_TIER > capacity_bytes:
+        return False
+    return mode is Promote.ALWAYS or block_length <= free_bytes + reclaimable_bytes

@@ -1,0 +1,168 @@
+"""The directory of a tier: names in it, the file that identifies it, and the lock that gives it to one worker.
+
+    sealed/<2 hex>/<32 hex key>-<block>[.sums]     complete, immutable
+    partial/<2 hex>/<key>-<block>[.sums]           sparse, being filled
+    suspect/<2 hex>/<key>-<block>[.sums]           sealed in an earlier boot, not verified since
+    staging/                                       files being written
+    unsynced                                       names sealed but not known to be on the disk (`writeback`)
+    tier.json                                      {"format", "cluster_id", "boot_id"}
+
+All names are resolved below descriptors of the directories, so that the tree in use is the one that is locked, whatever
+happens to the path that led to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from cachefs.model import BlockId, TierError
+
+FORMAT_VERSION = 1
+TIER_FILE = "tier.json"
+UNSYNCED_FILE = "unsynced"
+SUMS_SUFFIX = ".sums"
+_DIRECTORY_MODE = 0o700
+_FILE_MODE = 0o600
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+FAN_OUT = tuple(f"{value:02x}" for value in range(256))
+
+
+class TierFile(msgspec.Struct, frozen=True):
+    """The contents of tier.json."""
+
+    format: int
+    cluster_id: str
+    boot_id: str
+    """Of the kernel under which everything in sealed/ was written or verified."""
+
+
+def running_boot_id() -> str:
+    """A random id the kernel makes at boot."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def data_name(block: BlockId) -> str:
+    """`<2 hex>/<32 hex>-<index>`: the data file, below sealed/, partial/ or suspect/."""
+    # Formatted by hand: this is on the path of every open, and `BlockId.filename` would cost a second string.
+    digits = block.key.hex()
+    return f"{digits[:2]}/{digits}-{block.block_index}"
+
+
+def sums_name(block: BlockId) -> str:
+    return data_name(block) + SUMS_SUFFIX
+
+
+def parse_tier_file(data: bytes, where: str) -> TierFile:
+    """Raises TierError for a damaged file or a newer format; `where` names the file in the message."""
+    try:
+        tier_file = msgspec.json.decode(data, type=TierFile)
+    except msgspec.MsgspecError as error:
+        raise TierError(f"{where} is damaged ({error}); remove it to have the cached files verified again") from error
+    if tier_file.format != FORMAT_VERSION:
+        raise TierError(f"{where} has format {tier_file.format}; this version reads format {FORMAT_VERSION}")
+    return tier_file
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Open descriptors of a tier's directories. `open_layout` makes and owns one."""
+
+    path: str
+    """For messages only."""
+    tier_fd: int
+    sealed_fd: int
+    partial_fd: int
+    suspect_fd: int
+
+    def read_tier_file(self) -> TierFile | None:
+        """None when there is none. Raises TierError as `parse_tier_file`."""
+        try:
+            fd = os.open(TIER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.tier_fd)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            return parse_tier_file(file.read(), os.path.join(self.path, TIER_FILE))
+
+    def write_tier_file(self, tier_file: TierFile) -> None:
+        """Replace tier.json atomically, and durably where the medium is durable."""
+        temporary = TIER_FILE + ".new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, _FILE_MODE, dir_fd=self.tier_fd), "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(tier_file), indent=2) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, TIER_FILE, src_dir_fd=self.tier_fd, dst_dir_fd=self.tier_fd)
+        os.fsync(self.tier_fd)
+
+
+@contextmanager
+def open_layout(path: str, cluster_id: str) -> Iterator[Layout]:
+    """Create what is missing of a tier's directories, take the owner lock, and keep both until the end.
+
+    Raises TierError, having changed nothing, when another worker owns the tier, or tier.json is damaged, of a newer
+    format or another cluster's; and when the directory cannot be used.
+    """
+    descriptors: list[int] = []
+    try:
+        with tier_errors(f"tier {path}"):
+            os.makedirs(path, _DIRECTORY_MODE, exist_ok=True)
+            tier_fd = os.open(path, _OPEN_DIRECTORY)
+            descriptors.append(tier_fd)
+            _lock(tier_fd, path)
+            _check_identity(Layout(path, tier_fd, -1, -1, -1), cluster_id)
+            for name in ("sealed", "partial", "suspect", "staging"):
+                descriptors.append(_make_directory(name, tier_fd))
+            for directory_fd in descriptors[1:4]:
+                present = set(os.listdir(directory_fd))
+                for name in FAN_OUT:
+                    if name not in present:
+                        os.mkdir(name, _DIRECTORY_MODE, dir_fd=directory_fd)
+        yield Layout(path, *descriptors[:4])
+    finally:
+        # Closing the last descriptor of the tier's directory gives the lock back; a killed worker's are closed too.
+        for fd in reversed(descriptors):
+            os.close(fd)
+
+
+@contextmanager
+def tier_errors(what: str) -> Iterator[None]:
+    """Turns an OSError of opening or recovering a tier into a TierError."""
+    try:
+        yield
+    except OSError as error:
+        raise TierError(f"{what}: {error.strerror or error}") from error
+
+
+def unlink_if_exists(name: str, dir_fd: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=dir_fd)
+
+
+def _lock(tier_fd: int, path: str) -> None:
+    # On the directory itself: a lock file could be unlinked and made again under the feet of its owner.
+    try:
+        fcntl.flock(tier_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TierError(f"tier {path} is owned by another worker that is running") from error
+
+
+def _check_identity(layout: Layout, cluster_id: str) -> None:
+    tier_file = layout.read_tier_file()
+    if tier_file is not None and tier_file.cluster_id != cluster_id:
+        raise TierError(
+            f"tier {layout.path} belongs to cluster {tier_file.cluster_id!r}, not to {cluster_id!r}; "
+            "use another directory, or empty this one if that cluster is gone"
+        )
+
+
+def _make_directory(name: str, tier_fd: int) -> int:
+    with suppress(FileExistsError):
+        os.mkdir(name, _DIRECTORY_MODE, dir_fd=tier_fd)
+    return os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=tier_fd)

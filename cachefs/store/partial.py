@@ -1,0 +1,319 @@
+"""A block that is being filled: a sparse file with its pages at their natural offsets, and their checksums beside it.
+
+What makes "present" safe to act on, also in another process:
+
+- a page becomes present only after its bytes and then its checksum were written, and it never becomes absent again;
+- present binds the open file, not its name: `read_fd` is what the worker passes to a mount along with a confirmation.
+  It is a read-only open file of its own, so that a receiver cannot write through it, and it holds `flock(LOCK_SH)`:
+  the lock belongs to the open file and lives as long as any process has it, which tells eviction who still reads;
+- the file is never truncated, punched, or reused for other contents.
+
+The `.sums` file of a block of several pages grows with it, so that a worker that was killed resumes where it was (same
+boot only: the page cache outlives the process, not the kernel). A block of one page has nothing to resume, and gets
+its `.sums` when it is sealed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, LocalProtocolError
+from cachefs.store import sums
+from cachefs.store.diskfull import capacity_errors
+from cachefs.store.layout import Layout, data_name, sums_name, unlink_if_exists
+from cachefs.store.sums import Buffer, page_checksum
+
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+_WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class Partial:
+    """One block file, open. Made by `Store.open_partial`; each of those calls is paired with one `Store.close`.
+
+    Everything here may be called from any thread. After the block is sealed or dropped, `read_fd` still reads until
+    the last user closes the partial; writing raises.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        block: BlockId,
+        length: int,
+        page_size: int,
+        serial: int,
+        *,
+        write_fd: int,
+        read_fd: int,
+        checksums: list[int | None],
+        sums_on_disk: bool,
+    ) -> None:
+        self.block = block
+        self.length = length
+        self.page_size = page_size
+        self.page_count = len(checksums)
+        self.serial = serial
+        """Of this open file, unique across restarts: a mount that remembers it knows whether its descriptor is this one."""
+        self.read_fd = read_fd
+        """Read-only. The partial's own: pass it on (SCM_RIGHTS duplicates it), do not close it."""
+        self._layout = layout
+        self._geometry = Geometry(page_size=page_size)
+        self._header = sums.encode_header(block, length, page_size)
+        self._checksums = checksums
+        self._missing_count = checksums.count(None)
+        self._write_fd = write_fd
+        self._sums_fd = -1
+        self._sums_on_disk = sums_on_disk
+        self._changed = threading.Condition(threading.Lock())
+        self._writing: set[int] = set()
+        self.seal_lock = threading.Lock()
+        """Held by whoever seals; the tier's business."""
+        self.users = 0
+        """Open calls not yet closed; guarded by the tier's lock."""
+        self.unwritten_bytes = 0
+        """What the ledger still expects this partial to write; guarded by the tier's lock."""
+        self.sealed = False
+        self.dropped = False
+
+    @property
+    def complete(self) -> bool:
+        """Every page is present."""
+        return self._missing_count == 0
+
+    @property
+    def empty(self) -> bool:
+        """No page is present, though there are some."""
+        return self._missing_count == self.page_count > 0
+
+    @property
+    def resumable(self) -> bool:
+        """What is present is known to the disk too."""
+        return self._sums_on_disk and not self.empty
+
+    def has(self, page: int) -> bool:
+        """Whether that page is present: readable through `read_fd`, now and for good."""
+        return self._checksums[page] is not None
+
+    def missing(self) -> Iterator[int]:
+        """The absent pages in order."""
+        return (page for page, checksum in enumerate(self._checksums) if checksum is None)
+
+    def checksum(self, page: int) -> int:
+        """The checksum that came with a present page. Raises BlockMissingError for an absent one."""
+        checksum = self._checksums[page]
+        if checksum is None:
+            raise BlockMissingError(f"{self.block.filename}: page {page} is not present")
+        return checksum
+
+    def page_span(self, page: int) -> tuple[int, int]:
+        """(offset, length) of that page in the file, bytes."""
+        return self._geometry.page_span(self.length, page)
+
+    def write_page(self, page: int, data: Buffer, checksum: int) -> bool:
+        """Store one whole page with the checksum that travelled with it. Blocks on the disk: call it in a thread.
+
+        Returns False when the page was present already (it is never written twice), waiting out a write of the same
+        page by another thread. Raises BlockCorruptError when the data does not match the checksum, or a present page
+        had another one; CapacityError when the disk is full; BlockMissingError when the block was dropped meanwhile.
+        An absent page stays absent after an error.
+        """
+        offset, span = self.page_span(page)
+        view = memoryview(data).cast("B")
+        if not 0 <= page < self.page_count or len(view) != span:
+            raise LocalProtocolError(f"{self.block.filename}: page {page} of {len(view)} bytes does not belong here")
+        if page_checksum(view) != checksum:
+            raise BlockCorruptError(f"{self.block.filename}: page {page} does not match its checksum")
+        with self._claimed(page) as claimed:
+            if not claimed:
+                if self._checksums[page] != checksum:
+                    raise BlockCorruptError(f"{self.block.filename}: page {page} is present with another checksum")
+                return False
+            with capacity_errors():
+                write_all(self._write_fd, view, offset)
+                self._record(page, checksum)
+            return True
+
+    @contextmanager
+    def _claimed(self, page: int) -> Iterator[bool]:
+        """Makes the caller the only writer of a page; yields False when it is present."""
+        with self._changed:
+            while page in self._writing:
+                self._changed.wait()
+            claimed = not self.has(page)
+            if claimed:
+                if self.sealed or self.dropped:
+                    raise BlockMissingError(f"{self.block.filename}: dropped while it was being filled")
+                self._writing.add(page)
+        try:
+            yield claimed
+        finally:
+            if claimed:
+                with self._changed:
+                    self._writing.discard(page)
+                    self._changed.notify_all()
+
+    def _record(self, page: int, checksum: int) -> None:
+        """Make a page present whose bytes are in the file: on disk first, then for whoever asks."""
+        if self.page_count > 1:
+            with self._changed:
+                self._open_sums()
+            write_all(self._sums_fd, sums.encode_entry(self._header, page, checksum), sums.entry_offset(page))
+        with self._changed:
+            self._checksums[page] = checksum
+            self._missing_count -= 1
+
+    def _open_sums(self) -> None:
+        if self._sums_fd >= 0:
+            return
+        name, directory = sums_name(self.block), self._layout.partial_fd
+        if self._sums_on_disk:
+            self._sums_fd = os.open(name, _WRITE, dir_fd=directory)
+            return
+        unlink_if_exists(name, directory)
+        self._sums_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=directory)
+        write_all(self._sums_fd, sums.encode(self._header, self._checksums), 0)
+        self._sums_on_disk = True
+
+    def verify(self) -> None:
+        """Read every page back and compare. Blocks on the disk. Raises BlockCorruptError."""
+        verify_pages(self.block, self.read_fd, sums.Sums(self.length, self.page_size, self._checksums))
+
+    def finish(self, *, sync: bool) -> os.stat_result:
+        """The last step before the renames: the `.sums` file complete, and nothing left that could write.
+
+        Returns the `.sums` file's stat. With `sync` its contents are on the disk.
+        """
+        with self._changed:
+            while self._writing:
+                self._changed.wait()
+            with capacity_errors():
+                self._open_sums()
+            if sync:
+                os.fsync(self._sums_fd)
+            stat = os.fstat(self._sums_fd)
+            self._close_writers()
+        return stat
+
+    def close(self) -> None:
+        """Give back every descriptor. The tier calls it when the last user is gone; calling it again does nothing."""
+        with self._changed:
+            self._close_writers()
+            if self.read_fd >= 0:
+                os.close(self.read_fd)
+                self.read_fd = -1
+
+    def _close_writers(self) -> None:
+        for fd in (self._write_fd, self._sums_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._write_fd = self._sums_fd = -1
+
+
+def create_partial(layout: Layout, block: BlockId, length: int, page_size: int, serial: int) -> Partial:
+    """A new, empty partial. Raises CapacityError when the disk is full, OSError for other trouble with it."""
+    name = data_name(block)
+    page_count = Geometry(page_size=page_size).page_count(length)
+    with capacity_errors():
+        # Never O_TRUNC: somebody may still read the pages of a file that lost its entry in our index.
+        try:
+            write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
+        except FileExistsError:
+            os.unlink(name, dir_fd=layout.partial_fd)
+            write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
+        try:
+            if page_count > 1:
+                # Full size from the start: file systems then do not allocate ahead of us at the end of the file.
+                os.ftruncate(write_fd, length)
+            read_fd = _open_shared(layout, name)
+        except BaseException:
+            os.close(write_fd)
+            raise
+    return Partial(
+        layout,
+        block,
+        length,
+        page_size,
+        serial,
+        write_fd=write_fd,
+        read_fd=read_fd,
+        checksums=[None] * page_count,
+        sums_on_disk=False,
+    )
+
+
+def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, serial: int) -> Partial:
+    """A partial of this boot, as far as it got.
+
+    Raises BlockCorruptError when it cannot be used for this block, length and page size; the caller drops it.
+    """
+    known = sums.read(block, sums_name(block), layout.partial_fd)
+    if (known.length, known.page_size) != (length, page_size):
+        raise BlockCorruptError(f"{block.filename}: partial of {known.length} bytes in pages of {known.page_size}")
+    name = data_name(block)
+    try:
+        write_fd = os.open(name, _WRITE, dir_fd=layout.partial_fd)
+        try:
+            size = os.fstat(write_fd).st_size
+            if size != length:
+                raise BlockCorruptError(f"{block.filename}: partial has {size} bytes instead of {length}")
+            read_fd = _open_shared(layout, name)
+        except BaseException:
+            os.close(write_fd)
+            raise
+    except OSError as error:
+        raise BlockCorruptError(f"{block.filename}: partial cannot be opened: {error.strerror}") from error
+    return Partial(
+        layout,
+        block,
+        length,
+        page_size,
+        serial,
+        write_fd=write_fd,
+        read_fd=read_fd,
+        checksums=list(known.checksums),
+        sums_on_disk=True,
+    )
+
+
+def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
+    """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError."""
+    geometry = expected.geometry
+    buffer = memoryview(bytearray(min(expected.page_size, max(1, expected.length))))
+    for page, checksum in enumerate(expected.checksums):
+        offset, span = geometry.page_span(expected.length, page)
+        if checksum is None or page_checksum(_read_into(fd, buffer[:span], offset)) != checksum:
+            raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
+
+
+def write_all(fd: int, data: Buffer, offset: int) -> None:
+    """`pwrite` until everything is written."""
+    written = os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    view = memoryview(data)
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], offset + written)
+
+
+def _read_into(fd: int, buffer: memoryview, offset: int) -> memoryview:
+    """Fill the buffer from the file; what lies behind its end is left out of the result."""
+    filled = 0
+    while filled < len(buffer):
+        count = os.preadv(fd, [buffer[filled:]], offset + filled)
+        if count == 0:
+            break
+        filled += count
+    return buffer[:filled]
+
+
+def _open_shared(layout: Layout, name: str) -> int:
+    fd = os.open(name, _READ, dir_fd=layout.partial_fd)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+__all__ = ["CapacityError", "Partial", "create_partial", "resume_partial", "verify_pages", "write_all"]

@@ -1,0 +1,265 @@
+"""The messages of cachefs: what a client and a worker ask the master, and what a mount asks its worker.
+
+Every class is a struct that msgspec validates on arrival. A request names its reply type in brackets. Names of files are
+`str`: keys and names that are not valid UTF-8 are hidden where they enter, in `ufs`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cachefs.model import NO_INO, Attr, ContentKey, Entry, Geometry, Ino
+from cachefs.wire.requests import Request, StreamRequest
+
+BlockName = tuple[ContentKey, int]
+"""A `BlockId` on the wire."""
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    """It was done; there is nothing to tell."""
+
+
+# ---- to the master, from anyone ------------------------------------------------------------------------------------
+
+
+class ClusterInfo(msgspec.Struct, frozen=True):
+    """What every process needs to know before it can begin."""
+
+    namespace_id: str
+    """Random, made with the master's database: inode numbers mean nothing under another one."""
+    geometry: Geometry
+    sync_interval_s: float
+    """How long names and attributes may be believed without asking; below 0 = for ever."""
+
+
+class GetCluster(Request[ClusterInfo], frozen=True):
+    pass
+
+
+class AttrReply(msgspec.Struct, frozen=True, array_like=True):
+    attr: Attr
+    superseded: bool
+    """The name this inode had points at other content now, or at nothing."""
+
+
+class GetAttr(Request[AttrReply], frozen=True):
+    """Raises NotFoundError for a number that was never given out."""
+
+    ino: Ino
+
+
+class ResolvePath(Request[AttrReply], frozen=True):
+    """The inode at a path of the namespace, "/" for its root. Raises NotFoundError, NotADirectory."""
+
+    path: str
+
+
+class LookupReply(msgspec.Struct, frozen=True, array_like=True):
+    attr: Attr | None
+    """None: there is no such name."""
+
+
+class Lookup(Request[LookupReply], frozen=True):
+    parent: Ino
+    name: str
+
+
+class ListChunk(msgspec.Struct, frozen=True, array_like=True):
+    entries: list[Entry]
+
+
+class ListDir(StreamRequest[ListChunk], frozen=True):
+    """The entries of a directory after inode `after`, in chunks, by ascending inode number: a place to go on from.
+
+    Raises NotFoundError, NotADirectory, StaleError, UnderStoreError and its kinds.
+    """
+
+    ino: Ino
+    after: Ino = NO_INO
+
+
+class MountInfo(msgspec.Struct, frozen=True):
+    """An under-store attached at a path of the namespace."""
+
+    path: str
+    url: str
+    """Without credentials."""
+    directories: int
+    files: int
+    """Known so far: directories are listed when they are first asked for."""
+    hidden_keys: int
+    """Keys seen that cannot be names of files."""
+    serving_stale: int
+    """Listings that failed, so that an older one was served."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A worker as it registered itself."""
+
+    name: str
+    address: str
+    socket: str
+    """Path of its unix socket on its own node."""
+    host_boot_id: str
+    """Of the kernel it runs under: a mount finds the worker of its own node by it."""
+    connected: bool
+    blocks: int
+    block_bytes: int
+
+
+class MasterStatus(msgspec.Struct, frozen=True):
+    cluster: ClusterInfo
+    uptime_s: float
+    mounts: list[MountInfo]
+    workers: list[WorkerInfo]
+
+
+class GetMasterStatus(Request[MasterStatus], frozen=True):
+    pass
+
+
+# ---- to the master, from workers -----------------------------------------------------------------------------------
+
+
+class StoreInfo(msgspec.Struct, frozen=True):
+    """How to open one under-store. Holds credentials: never logged, never shown."""
+
+    store_id: int
+    url: str
+    options: dict[str, str]
+
+
+class Registered(msgspec.Struct, frozen=True):
+    cluster: ClusterInfo
+    stores: list[StoreInfo]
+
+
+class RegisterWorker(Request[Registered], frozen=True):
+    """First request of a worker's connection; the registration ends with the connection."""
+
+    name: str
+    address: str
+    socket: str
+    host_boot_id: str
+
+
+class ObjectLocation(msgspec.Struct, frozen=True):
+    """Which object of which under-store an inode's content comes from."""
+
+    attr: Attr
+    superseded: bool
+    store_id: int
+    path: str
+    tag: str
+
+
+class Resolve(Request[ObjectLocation], frozen=True):
+    """Raises NotFoundError, IsADirectory."""
+
+    ino: Ino
+
+
+class ReportChanged(Request[Done], frozen=True):
+    """The under-store no longer has the version this inode stands for: look again."""
+
+    ino: Ino
+
+
+class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
+    key: ContentKey
+    block_index: int
+    length: int
+
+
+class ReportBlocks(Request[Done], frozen=True):
+    """Sealed blocks this worker has got or lost since its last report; `whole` starts a full report."""
+
+    added: list[HeldBlock]
+    removed: list[BlockName]
+    whole: bool = False
+
+
+# ---- to the worker, from mounts on its node ------------------------------------------------------------------------
+
+
+class TierInfo(msgspec.Struct, frozen=True):
+    kind: str
+    path: str
+    capacity_bytes: int
+    used_bytes: int
+    reserved_bytes: int
+    blocks: int
+    partials: int
+    evictions: int
+
+
+class FetchCounters(msgspec.Struct, frozen=True):
+    """Since the worker started."""
+
+    under_store_bytes: int
+    under_store_reads: int
+    pages_fetched: int
+    blocks_sealed: int
+    changed: int
+    """Reads that found the object changed."""
+    corrupt: int
+    """Pages whose checksum did not match when they were read back."""
+    not_admitted: int
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    name: str
+    namespace_id: str
+    uptime_s: float
+    tiers: list[TierInfo]
+    counters: FetchCounters
+
+
+class GetWorkerStatus(Request[WorkerStatus], frozen=True):
+    pass
+
+
+class PromoteReply(msgspec.Struct, frozen=True, array_like=True):
+    sealed: bool
+    """False: not admitted, there is no room that may be taken for it; read it with `Fetch`."""
+
+
+class Promote(Request[PromoteReply], frozen=True):
+    """Make the whole content local and answer when it is sealed. For contents of one block.
+
+    Raises StaleError (the object changed), UnderStoreError and its kinds.
+    """
+
+    ino: Ino
+
+
+class FetchReply(msgspec.Struct, frozen=True, array_like=True):
+    """Either a confirmation, or (serial 0) the bytes themselves as payload.
+
+    A confirmation says that the pages `present` can be read, at their offsets in the block, through the descriptor that
+    belongs to `serial`. It comes with the reply unless the asker named that serial as `held`.
+    """
+
+    serial: int
+    present: list[tuple[int, int]]
+    """Half-open ranges of pages, ascending. They cover what was asked for."""
+
+
+class Fetch(Request[FetchReply], frozen=True):
+    """Make [offset, offset+length) of a block readable: `length` bytes, within the block, at most 16 MiB.
+
+    Raises StaleError (the object changed, and these bytes of the old version are not cached), UnderStoreError and its
+    kinds.
+    """
+
+    ino: Ino
+    block_index: int
+    offset: int
+    length: int
+    held: int
+
+
+class Opened(Request[Done], frozen=True):
+    """These blocks were opened by passthrough since the last such message; for eviction only."""
+
+    blocks: list[BlockName]

@@ -1,0 +1,31 @@
+"""What a worker can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cachefs.net import Address
+from cachefs.policy import Promote, ReadaheadConfig
+from cachefs.store import TierConfig
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    name: str
+    """Unique in the cluster; the same after a restart."""
+    master: Address
+    listen: Address
+    """For other workers and for tools."""
+    socket: str
+    """Path of the unix socket for mounts on this node."""
+    tier: TierConfig
+    promote: Promote = Promote.IF_SPACE
+    readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
+    demand_slots: int = 16
+    """Reads of the under-store in flight that somebody waits for; each holds a page of memory."""
+    background_slots: int = 4
+    """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
+    read_through_pages: int = 8
+    """Pages kept in memory for content that is not admitted: enough for a few sequential readers."""
+    idle_partial_s: float = 60.0
+    """A partial that nobody asked for so long is closed; what it has stays on disk."""

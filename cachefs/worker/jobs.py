@@ -1,0 +1,180 @@
+"""Blocks that are being filled: from the first page somebody asks for to the seal.
+
+A `Job` owns one open partial. It ends when the block is sealed, when the content turns out to be gone, or when nobody
+has asked for it for a while; what a partial has on disk survives that.
+
+    ask -> pages missing?  -> fetch each once (single-flight per page; readers first, then read-ahead and filling)
+                           -> write into the partial, with the checksum made from what the under-store sent
+           all present?    -> seal once: every page is read back and compared, then renamed into place
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import trio
+
+from cachefs.model import BlockCorruptError, BlockId, CachefsError, ContentChangedError, NotFoundError
+from cachefs.net.flights import Flights
+from cachefs.policy import Readahead, ReadaheadConfig
+from cachefs.store import Partial, Store, page_checksum
+from cachefs.worker.counters import Counters
+from cachefs.worker.sources import Source, Sources
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """One block being filled."""
+
+    def __init__(self, partial: Partial, source: Source, content_offset: int) -> None:
+        self.partial = partial
+        self.source = source
+        self.content_offset = content_offset
+        """Where the block starts in its content."""
+        self.last_asked = trio.current_time()
+        self.users = 0
+        self.filling = False
+        self.ended = False
+        self._demanded: set[int] = set()
+        self._readers: dict[int, Readahead] = {}
+
+    @property
+    def block(self) -> BlockId:
+        return self.partial.block
+
+    def demand(self, reader: int, pages: range, config: ReadaheadConfig) -> range:
+        """Note that a reader needs these pages; returns those to fetch ahead of it."""
+        self.last_asked = trio.current_time()
+        self._demanded.update(pages)
+        readahead = self._readers.get(reader)
+        if readahead is None:
+            readahead = self._readers[reader] = Readahead(self.partial.page_count, config)
+        return readahead.access(pages.start, pages.stop)
+
+    @property
+    def worth_filling(self) -> bool:
+        """Somebody reads it, rather than having looked at its head only (`file`, `head`): fetch the rest as well."""
+        return len(self._demanded) > 1 or self.partial.page_count <= 2
+
+
+class Filler:
+    """Fetches pages into partials, and seals. Tasks run in `nursery`."""
+
+    def __init__(
+        self,
+        store: Store,
+        sources: Sources,
+        counters: Counters,
+        *,
+        demand_slots: int,
+        background_slots: int,
+        on_changed: Callable[[Source], None],
+        on_sealed: Callable[[BlockId, int], None],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._store = store
+        self._sources = sources
+        self._counters = counters
+        self._nursery = nursery
+        self._demand = trio.CapacityLimiter(demand_slots)
+        self._background = trio.CapacityLimiter(background_slots)
+        self._disk = trio.CapacityLimiter(4)
+        self._pages: Flights[tuple[int, int], None] = Flights(nursery)
+        self._seals: Flights[int, None] = Flights(nursery)
+        self._on_changed = on_changed
+        self._on_sealed = on_sealed
+
+    async def fetch(self, job: Job, pages: Iterable[int]) -> None:
+        """Return when all these pages are present.
+
+        Raises ContentChangedError, NotFoundError, UnderStoreError and its kinds, CapacityError. Cancelling gives up
+        what nobody else waits for.
+        """
+        missing = [page for page in pages if not job.partial.has(page)]
+        if len(missing) == 1:
+            await self._join(job, missing[0], self._demand)
+        elif missing:
+            try:
+                async with trio.open_nursery() as nursery:
+                    for page in missing:
+                        nursery.start_soon(self._join, job, page, self._demand)
+            except* CachefsError as group:
+                raise _first(group) from None
+
+    def fetch_ahead(self, job: Job, pages: Iterable[int]) -> None:
+        """Start fetching these pages for nobody in particular."""
+        for page in pages:
+            if not job.partial.has(page):
+                self._pages.start((job.partial.serial, page), lambda page=page: self._fetch_quietly(job, page))  # type: ignore[misc]
+
+    async def fill(self, job: Job) -> None:
+        """Fetch what is missing, in order, and seal. Ends early, without an error, when the under-store fails."""
+        try:
+            for page in list(job.partial.missing()):
+                if not job.partial.has(page):
+                    await self._join(job, page, self._background)
+            await self.seal(job)
+        except CachefsError as error:
+            logger.info("filling stopped block=%s error=%s", job.block.filename, error)
+
+    async def seal(self, job: Job) -> None:
+        """Return when the block, of which every page is present, is sealed.
+
+        Raises BlockCorruptError when a page read back is not what was written (the partial is gone then), and
+        CapacityError.
+        """
+        if not job.partial.sealed:
+            await self._seals.join(job.partial.serial, lambda: self._seal(job))
+
+    async def _seal(self, job: Job) -> None:
+        try:
+            await trio.to_thread.run_sync(self._store.seal, job.partial, limiter=self._disk)
+        except BlockCorruptError:
+            self._counters.corrupt += 1
+            job.ended = True
+            raise
+        self._counters.blocks_sealed += 1
+        self._on_sealed(job.block, job.partial.length)
+
+    async def _join(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
+        await self._pages.join((job.partial.serial, page), lambda: self._fetch(job, page, slots))
+
+    async def _fetch_quietly(self, job: Job, page: int) -> None:
+        # Waiters that joined get the error; with none, it is the next reader's turn to find out.
+        await self._fetch(job, page, self._background)
+
+    async def _fetch(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
+        async with slots:
+            if job.partial.has(page):
+                return
+            offset, length = job.partial.page_span(page)
+            data = await self.read(job.source, job.content_offset + offset, length)
+            await trio.to_thread.run_sync(_write, job.partial, page, data, limiter=self._disk)
+            self._counters.pages_fetched += 1
+
+    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray:
+        """One range from the under-store, counted; a changed object is reported. Raises as `Sources.read`."""
+        try:
+            data = await self._sources.read(source, offset, length)
+        except (ContentChangedError, NotFoundError) as error:
+            self._counters.changed += 1
+            self._on_changed(source)
+            raise ContentChangedError(f"{source.info.path}: changed or removed in the under-store") from error
+        self._counters.under_store_reads += 1
+        self._counters.under_store_bytes += length
+        return data
+
+
+def _write(partial: Partial, page: int, data: bytes | bytearray) -> None:
+    # The checksum is made here, where the bytes enter, and nowhere else.
+    partial.write_page(page, data, page_checksum(data))
+
+
+def _first(group: BaseExceptionGroup[CachefsError]) -> CachefsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, CachefsError)
+    return error

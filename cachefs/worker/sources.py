@@ -1,0 +1,71 @@
+"""The under-stores this worker reads from, as the master names them, and the objects behind inodes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import trio
+
+from cachefs.model import Attr, Ino, Kind, ObjectInfo, UnavailableError
+from cachefs.ufs import UnderStore, open_under_store
+from cachefs.wire.messages import ObjectLocation, Resolve, StoreInfo
+from cachefs.worker.master_link import MasterLink
+
+_REMEMBERED = 100_000
+"""Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
+
+
+class Source(NamedTuple):
+    """Where the bytes of one inode come from."""
+
+    attr: Attr
+    info: ObjectInfo
+    store_id: int
+
+
+class Sources:
+    """Opened with the stores of each registration; `nursery` holds them until the worker ends."""
+
+    def __init__(self, master: MasterLink, nursery: trio.Nursery) -> None:
+        self._master = master
+        self._nursery = nursery
+        self._open: dict[int, UnderStore] = {}
+        self._known: OrderedDict[Ino, Source] = OrderedDict()
+
+    async def add(self, stores: list[StoreInfo]) -> None:
+        """Open those that are not open yet. A store's id never changes its meaning under one master's database."""
+        for store in stores:
+            if store.store_id not in self._open:
+                self._open[store.store_id] = await self._nursery.start(self._hold, store)
+
+    async def _hold(self, store: StoreInfo, task_status: trio.TaskStatus[UnderStore]) -> None:
+        async with open_under_store(store.url, store.options) as ufs:
+            task_status.started(ufs)
+            await trio.sleep_forever()
+
+    def forget_inodes(self) -> None:
+        """Numbers mean something else now: the master has another namespace."""
+        self._known.clear()
+
+    async def resolve(self, ino: Ino) -> Source:
+        """Raises NotFoundError, IsADirectory, StaleError, TransportError."""
+        known = self._known.get(ino)
+        if known is not None:
+            self._known.move_to_end(ino)
+            return known
+        location: ObjectLocation = (await self._master.call(Resolve(ino))).message
+        attr = location.attr
+        info = ObjectInfo(location.path, Kind.FILE, attr.size_bytes, attr.mtime_ns, location.tag)
+        source = Source(attr, info, location.store_id)
+        self._known[ino] = source
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return source
+
+    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray:
+        """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""
+        ufs = self._open.get(source.store_id)
+        if ufs is None:
+            raise UnavailableError(f"under-store {source.store_id} of {source.info.path} is not open on this worker")
+        return await ufs.read_range(source.info, offset, length)

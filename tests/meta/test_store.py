@@ -1,0 +1,292 @@
+"""The namespace in SQL: what names point at after listings, single looks, crashes and changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cachefs.meta import Found, Inode, MetaStore, open_meta_store
+from cachefs.model import (
+    NO_INO,
+    ROOT_INO,
+    BlockId,
+    ConfigError,
+    ContentKey,
+    Ino,
+    Kind,
+    ObjectInfo,
+    content_key,
+)
+
+ORIGIN = "s3://endpoint/bucket"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[MetaStore]:
+    with open_meta_store(str(tmp_path)) as store:
+        store.attach([("/", ORIGIN)])
+        yield store
+
+
+def file(name: str, tag: str = "e1", size: int = 10, mtime_ns: int = 5) -> Found:
+    return Found(name, ObjectInfo(name, Kind.FILE, size, mtime_ns, tag))
+
+
+def directory(name: str) -> Found:
+    return Found(name, ObjectInfo(name, Kind.DIRECTORY, 0, 0, ""))
+
+
+def root(store: MetaStore) -> Inode:
+    inode = store.get(ROOT_INO)
+    assert inode is not None
+    return inode
+
+
+def list_all(store: MetaStore, found: list[Found]) -> None:
+    listing = store.begin_listing()
+    store.add_listed(root(store), ORIGIN, found, listing)
+    store.finish_listing(ROOT_INO, listing, 1)
+
+
+def names(store: MetaStore) -> dict[str, Ino]:
+    return {entry.name: entry.attr.ino for entry in store.children(ROOT_INO)}
+
+
+def test_listing_names_contents(store: MetaStore) -> None:
+    list_all(store, [file("a"), directory("d")])
+    a = store.child(ROOT_INO, "a")
+    d = store.child(ROOT_INO, "d")
+    assert a is not None and a.attr.key == content_key(f"{ORIGIN}/a", "e1", 10) and a.attr.mtime_ns == 5
+    assert d is not None and d.attr.is_dir and d.attr.key == b""
+    assert store.path_below_mount(a) == "a"
+
+
+def test_same_content_keeps_its_inode_even_with_another_mtime(store: MetaStore) -> None:
+    list_all(store, [file("a")])
+    before = names(store)
+    list_all(store, [file("a", mtime_ns=77)])
+    assert names(store) == before
+    a = store.get(before["a"])
+    assert a is not None and a.attr.mtime_ns == 77
+
+
+@pytest.mark.parametrize("changed", [file("a", tag="e2"), file("a", size=11), directory("a")])
+def test_changed_content_gets_a_new_inode_and_the_old_stays_resolvable(store: MetaStore, changed: Found) -> None:
+    list_all(store, [file("a")])
+    old = names(store)["a"]
+    list_all(store, [changed])
+    new = names(store)["a"]
+    assert new > old
+    superseded = store.get(old)
+    assert superseded is not None and not superseded.live and superseded.tag == "e1"
+
+
+def test_content_without_a_tag_is_new_at_every_look_and_has_no_key(store: MetaStore) -> None:
+    list_all(store, [file("a", tag="")])
+    first = store.child(ROOT_INO, "a")
+    list_all(store, [file("a", tag="")])
+    second = store.child(ROOT_INO, "a")
+    assert first is not None and second is not None
+    assert first.attr.ino != second.attr.ino and second.attr.key == b""
+
+
+def test_only_a_complete_listing_removes_names(store: MetaStore) -> None:
+    list_all(store, [file("a"), file("b")])
+    listing = store.begin_listing()
+    store.add_listed(root(store), ORIGIN, [file("a")], listing)
+    assert set(names(store)) == {"a", "b"}
+    store.finish_listing(ROOT_INO, listing, 2)
+    assert set(names(store)) == {"a"}
+
+
+def test_a_name_that_appears_behind_a_running_listing_is_kept(store: MetaStore) -> None:
+    listing = store.begin_listing()
+    store.add_listed(root(store), ORIGIN, [file("b")], listing)
+    store.put_child(root(store), ORIGIN, file("a"))
+    store.finish_listing(ROOT_INO, listing, 1)
+    assert set(names(store)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("order", [[file("x"), directory("x")], [directory("x"), file("x")]])
+def test_a_directory_shadows_an_object_of_the_same_name(store: MetaStore, order: list[Found]) -> None:
+    listing = store.begin_listing()
+    for found in order:
+        store.add_listed(root(store), ORIGIN, [found], listing)
+    store.finish_listing(ROOT_INO, listing, 1)
+    x = store.child(ROOT_INO, "x")
+    assert x is not None and x.attr.is_dir
+
+
+def test_a_single_look_replaces_a_directory_that_became_an_object(store: MetaStore) -> None:
+    list_all(store, [directory("x")])
+    entry = store.put_child(root(store), ORIGIN, file("x"))
+    assert entry.attr.kind is Kind.FILE
+
+
+def test_children_are_paged_by_inode_number(store: MetaStore) -> None:
+    list_all(store, [file(f"f{index}") for index in range(25)])
+    seen: list[str] = []
+    after = NO_INO
+    while entries := store.children(ROOT_INO, after, 10):
+        seen += [entry.name for entry in entries]
+        after = entries[-1].attr.ino
+    assert seen == [f"f{index}" for index in range(25)]
+
+
+def test_everything_survives_a_restart_and_numbers_go_on(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        store.attach([("/", ORIGIN)])
+        list_all(store, [file("a")])
+        namespace_id, before = store.namespace_id, names(store)
+    with open_meta_store(str(tmp_path)) as store:
+        store.attach([("/", ORIGIN)])
+        assert (store.namespace_id, names(store)) == (namespace_id, before)
+        assert store.put_child(root(store), ORIGIN, file("b")).attr.ino > before["a"]
+
+
+def test_a_failed_batch_leaves_nothing(store: MetaStore) -> None:
+    with pytest.raises(RuntimeError), store.batch():
+        store.put_child(root(store), ORIGIN, file("a"))
+        raise RuntimeError
+    assert names(store) == {}
+
+
+def test_two_masters_cannot_share_a_data_directory(tmp_path: Path) -> None:
+    with (
+        open_meta_store(str(tmp_path)),
+        pytest.raises(ConfigError, match="no running master"),
+        open_meta_store(str(tmp_path)),
+    ):
+        pass
+
+
+def test_mounts_below_directories(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        first, second = store.attach([("/data/a", "s3://e/a"), ("/data/b/", "s3://e/b")])
+        data = store.child(ROOT_INO, "data")
+        assert data is not None and [e.name for e in store.children(data.attr.ino)] == ["a", "b"]
+        mounted = store.get(second.root_ino)
+        assert mounted is not None and store.path_below_mount(mounted) == ""
+        store.put_child(mounted, second.origin, file("x"))
+        # The same again keeps everything, another origin starts afresh, and what is not given any more is gone.
+        assert store.attach([("/data/b", "s3://e/b")]) == [second]
+        assert store.child(second.root_ino, "x") is not None
+        assert [e.name for e in store.children(data.attr.ino)] == ["b"]
+        (other,) = store.attach([("/data/b", "s3://e/other")])
+        assert other.mount_id not in (first.mount_id, second.mount_id) and other.root_ino != second.root_ino
+        assert store.counts(other.mount_id) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "mounts", [[("data", "o")], [("/a/../b", "o")], [("/", "o"), ("/a", "p")], [("/a", "o"), ("/a/", "p")]]
+)
+def test_wrong_mounts_are_refused_and_change_nothing(tmp_path: Path, mounts: list[tuple[str, str]]) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        (mount,) = store.attach([("/keep", "k")])
+        with pytest.raises(ConfigError, match="--mount"):
+            store.attach(mounts)
+        assert store.get(mount.root_ino) is not None
+
+
+def test_replicas(store: MetaStore) -> None:
+    one, two = (BlockId(ContentKey(bytes([n]) * 16), 0) for n in (1, 2))
+    store.report("w1", [(one, 5), (two, 6)], [], whole=True)
+    store.report("w2", [(one, 5)], [], whole=True)
+    assert store.holders(one) == ["w1", "w2"] and store.replica_totals() == {"w1": (2, 11), "w2": (1, 5)}
+    store.report("w1", [(one, 5)], [two], whole=False)
+    assert store.holders(two) == [] and store.replica_totals()["w1"] == (1, 5)
+    store.report("w1", [], [], whole=True)
+    assert store.holders(one) == ["w2"]
+
+
+NAMES = st.sampled_from(["a", "b", "c", "ü", "d.txt"])
+TAGS = st.sampled_from(["e1", "e2"])
+
+
+class NamespaceModel(RuleBasedStateMachine):
+    """One directory against a dict: name -> (kind, tag), with everything an object store may do between two looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.directory = tempfile.TemporaryDirectory()
+        self.context = open_meta_store(self.directory.name)
+        self.store = self.context.__enter__()
+        self.store.attach([("/", ORIGIN)])
+        self.bucket: dict[str, Found] = {}
+        self.known: dict[str, Found] = {}
+        self.meaning: dict[Ino, tuple[str, str]] = {}
+
+    def teardown(self) -> None:
+        self.context.__exit__(None, None, None)
+        self.directory.cleanup()
+
+    @rule(name=NAMES, tag=TAGS)
+    def put(self, name: str, tag: str) -> None:
+        self.bucket[name] = file(name, tag)
+
+    @rule(name=NAMES)
+    def make_directory(self, name: str) -> None:
+        self.bucket[name] = directory(name)
+
+    @rule(name=NAMES)
+    def delete(self, name: str) -> None:
+        self.bucket.pop(name, None)
+
+    @rule(chunk=st.integers(1, 3))
+    def listing(self, chunk: int) -> None:
+        listing = self.store.begin_listing()
+        found = list(self.bucket.values())
+        for start in range(0, len(found), chunk):
+            self.store.add_listed(root(self.store), ORIGIN, found[start : start + chunk], listing)
+        self.store.finish_listing(ROOT_INO, listing, listing)
+        self.known = dict(self.bucket)
+
+    @rule()
+    def listing_that_fails(self) -> None:
+        listing = self.store.begin_listing()
+        found = list(self.bucket.values())[:1]
+        self.store.add_listed(root(self.store), ORIGIN, found, listing)
+        self.known.update({each.name: each for each in found})
+
+    @rule(name=NAMES)
+    def look(self, name: str) -> None:
+        if name in self.bucket:
+            self.store.put_child(root(self.store), ORIGIN, self.bucket[name])
+            self.known[name] = self.bucket[name]
+        else:
+            self.store.remove_child(ROOT_INO, name)
+            self.known.pop(name, None)
+
+    @rule()
+    def restart(self) -> None:
+        self.context.__exit__(None, None, None)
+        self.context = open_meta_store(self.directory.name)
+        self.store = self.context.__enter__()
+
+    @invariant()
+    def names_are_what_was_seen_last(self) -> None:
+        entries = {entry.name: entry.attr for entry in self.store.children(ROOT_INO)}
+        assert set(entries) == set(self.known)
+        for name, found in self.known.items():
+            assert entries[name].kind is found.info.kind
+
+    @invariant()
+    def a_number_never_changes_its_meaning(self) -> None:
+        for entry in self.store.children(ROOT_INO):
+            inode = self.store.get(entry.attr.ino)
+            assert inode is not None
+            meaning = (entry.name, inode.tag)
+            assert self.meaning.setdefault(entry.attr.ino, meaning) == meaning
+
+
+TestNamespaceModel = NamespaceModel.TestCase
+TestNamespaceModel.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,0 +1,111 @@
+"""The tree shows the architecture: packages import only along the arrows of the design."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import cachefs
+
+PACKAGE = Path(cachefs.__file__).parent
+
+# What a package may import, directly; what it may import is reached through its own arrows too.
+ARROWS = {
+    "model": set[str](),
+    "policy": {"model"},
+    "wire": {"model"},
+    "fusewire": {"model"},
+    "ufs": {"model"},
+    "store": {"model", "policy"},
+    "meta": {"model", "policy"},
+    "net": {"wire"},
+    "master": {"meta", "ufs", "net"},
+    "worker": {"store", "policy", "ufs", "net"},
+    "client": {"net", "store", "policy"},
+    "fuse": {"client", "fusewire"},
+    "testing": {
+        "model",
+        "policy",
+        "wire",
+        "fusewire",
+        "ufs",
+        "store",
+        "meta",
+        "net",
+        "master",
+        "worker",
+        "client",
+        "fuse",
+    },
+}
+ONLY_IMPORTER = {
+    "fsspec": {"ufs"},
+    "s3fs": {"ufs", "testing"},
+    "sqlite3": {"meta"},
+    "click": {"cli"},
+    "rich": {"cli"},
+}
+
+
+def reachable(package: str) -> set[str]:
+    """The package itself and whatever its arrows lead to."""
+    seen = {package}
+    todo = [package]
+    while todo:
+        for target in ARROWS[todo.pop()] - seen:
+            seen.add(target)
+            todo.append(target)
+    return seen
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found.append((node.lineno, node.module or ""))
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names if node.module == "cachefs"]
+    return found
+
+
+def packages() -> list[str]:
+    return sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+
+
+def test_every_package_is_in_the_design() -> None:
+    assert set(packages()) == {*ARROWS, "cli"}
+
+
+@pytest.mark.parametrize("package", sorted(ARROWS))
+def test_imports_go_down_the_arrows(package: str) -> None:
+    allowed = reachable(package)
+    wrong = []
+    for path in sorted((PACKAGE / package).rglob("*.py")):
+        for line, name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "cachefs" and len(parts) > 1 and parts[1] in {*ARROWS, "cli"} and parts[1] not in allowed:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_IMPORTER))
+def test_a_library_stays_behind_its_package(library: str) -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        package = path.relative_to(PACKAGE).parts[0]
+        for line, name in imports(path):
+            if name.split(".")[0] == library and package not in ONLY_IMPORTER[library]:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not wrong
+
+
+def test_the_walk_sees_what_it_must() -> None:
+    """A guard of the guard: the helpers find an import that breaks the rule."""
+    assert "meta" not in reachable("client")
+    assert "model" in reachable("net")
+    assert "pytest" in [name for _, name in imports(Path(__file__))]
