@@ -1,0 +1,30 @@
+"""The protocol over real sockets, on trio: services that answer, peers and pools that ask."""
+
+from cachefs.net.addresses import Address, TcpAddress, UnixAddress, parse_address
+from cachefs.net.background import open_background
+from cachefs.net.channel import Answer, Body, FileSlice
+from cachefs.net.flights import Flights
+from cachefs.net.peer import Peer, Pool, open_peer, open_pool
+from cachefs.net.service import Service, Session, serve
+from cachefs.wire import Hello, Limits
+
+__all__ = [
+    "Address",
+    "Answer",
+    "Body",
+    "FileSlice",
+    "Flights",
+    "Hello",
+    "Limits",
+    "Peer",
+    "Pool",
+    "Service",
+    "Session",
+    "TcpAddress",
+    "UnixAddress",
+    "open_background",
+    "open_peer",
+    "open_pool",
+    "parse_address",
+    "serve",
+]

@@ -1,7 +1,7 @@
 """The messages of cachefs: what a client and a worker ask the master, and what a mount asks its worker.
 
-Every class is a struct that msgspec validates on arrival. A request names its reply type in brackets. Names of files are
-`str`: keys and names that are not valid UTF-8 are hidden where they enter, in `ufs`.
+Every class is a struct that msgspec validates on arrival. A request names its reply type in brackets. Names of files
+are `str`: keys and names that are not valid UTF-8 are hidden where they enter, in `ufs`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""`python -m cachefs` is `cachefs`."""
+
+from cachefs.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""The life of a process: logging, signals, readiness, and being told to end by a supervisor.
+
+A supervisor hands its child one end of a socket pair. The child writes one line of JSON when it is ready; end-of-file
+from the supervisor, who may have been killed, is the order to end, the same as SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import click
+import trio
+
+from cachefs.model import CachefsError
+
+Report = Callable[[dict[str, Any]], None]
+"""Call it once, when the service is ready, with what a supervisor or a person wants to know."""
+
+
+def set_up_logging(role: str, level: str = "INFO") -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format=f"%(asctime)s %(levelname)s {role} %(name)s %(message)s", force=True
+    )
+    for library in ("botocore", "aiobotocore", "s3fs", "fsspec", "asyncio", "urllib3"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervised_fd: int | None) -> None:
+    """Run until SIGINT, SIGTERM, the supervisor's end or the service's own; then exit, with status 0 if that was clean.
+
+    Raises click.ClickException for an error of the service, in one line.
+    """
+    supervisor = socket.socket(fileno=supervised_fd) if supervised_fd is not None else None
+
+    def report(facts: dict[str, Any]) -> None:
+        if supervisor is not None:
+            supervisor.sendall(json.dumps(facts).encode() + b"\n")
+        else:
+            click.echo(" ".join([f"cachefs {role} is ready", *(f"{name}={value}" for name, value in facts.items())]))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_on_signal, nursery.cancel_scope)
+            if supervisor is not None:
+                nursery.start_soon(_cancel_at_end, supervisor, nursery.cancel_scope)
+            await service(report)
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except* CachefsError as group:
+        raise click.ClickException(" ".join(str(error) for error in leaves(group))) from group
+    finally:
+        if supervisor is not None:
+            supervisor.close()
+
+
+async def cancel_on_signal(scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            logging.getLogger(__name__).info("ending signal=%s", signal.Signals(number).name)
+            scope.cancel()
+
+
+async def _cancel_at_end(supervisor: socket.socket, scope: trio.CancelScope) -> None:
+    stream = trio.socket.from_stdlib_socket(supervisor)
+    try:
+        await stream.recv(1)
+    except OSError:
+        pass
+    logging.getLogger(__name__).info("ending supervisor=gone")
+    scope.cancel()
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group of groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in leaves(each)]
+    return [error]

@@ -1,0 +1,132 @@
+"""Types and options that several commands share."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from cachefs.model import ConfigError, parse_duration, parse_size
+from cachefs.net import Address, TcpAddress, parse_address
+from cachefs.store import TierConfig, parse_tier
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UFS_OPTIONS_VARIABLE = "CACHEFS_UFS_OPTIONS"
+"""Environment variable with a JSON object of under-store options: unlike arguments, other users cannot see it."""
+
+
+class _Parsed(click.ParamType):
+    """A type whose parser raises ConfigError."""
+
+    def __init__(self, name: str, parse: Callable[[str, str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        key = param.opts[0] if param is not None else self.name
+        try:
+            return self._parse(key, value)
+        except ConfigError as error:
+            self.fail(f"{error.value!r} is not accepted; expected {error.accepted}", param, ctx)
+
+
+def _address(key: str, text: str) -> Address:
+    try:
+        return parse_address(text)
+    except ConfigError as error:
+        raise ConfigError(key, text, error.accepted) from error
+
+
+def _tier(key: str, text: str) -> TierConfig:
+    return parse_tier(text, key)
+
+
+def _key_value(key: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(key, text, "NAME=VALUE")
+    return name, value
+
+
+def _mount(key: str, text: str) -> tuple[str, str]:
+    path, equals, url = text.partition("=")
+    if not equals or not path.startswith("/") or "://" not in url:
+        raise ConfigError(key, text, "PATH=URL, such as /=s3://bucket/prefix or /data=file:///srv/data")
+    return path, url
+
+
+def _sync_interval(key: str, text: str) -> float:
+    return -1.0 if text.strip() == "-1" else parse_duration(key, text)
+
+
+SIZE = _Parsed("SIZE", parse_size)
+DURATION = _Parsed("DURATION", parse_duration)
+SYNC_INTERVAL = _Parsed("DURATION", _sync_interval)
+ADDRESS = _Parsed("HOST:PORT", _address)
+TIER = _Parsed("KIND:DIR:SIZE", _tier)
+KEY_VALUE = _Parsed("NAME=VALUE", _key_value)
+MOUNT = _Parsed("PATH=URL", _mount)
+
+
+def ufs_option(function: F) -> F:
+    return click.option(
+        "ufs_options",
+        "--ufs-option",
+        type=KEY_VALUE,
+        multiple=True,
+        help="Option of the under-store, such as endpoint_url=http://host:9000; repeatable. "
+        f"Secrets are better kept in the environment: AWS_* as usual, or a JSON object in {UFS_OPTIONS_VARIABLE}.",
+    )(function)
+
+
+def collect_ufs_options(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """From the environment, overridden by the command line. Raises ConfigError."""
+    text = os.environ.get(UFS_OPTIONS_VARIABLE, "{}")
+    accepted = 'a JSON object of texts, such as {"endpoint_url": "http://host:9000"}'
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(UFS_OPTIONS_VARIABLE, "(not shown)", accepted) from error
+    if not isinstance(options, dict) or not all(isinstance(value, str) for value in options.values()):
+        raise ConfigError(UFS_OPTIONS_VARIABLE, "(not shown)", accepted)
+    return {**options, **dict(given)}
+
+
+def insecure_option(function: F) -> F:
+    return click.option(
+        "--insecure",
+        is_flag=True,
+        help="Talk without a token. Needed until tokens exist, and accepted on loopback only.",
+    )(function)
+
+
+def check_insecure(insecure: bool, **addresses: Address) -> None:
+    """Raises ConfigError without --insecure, and for an address off loopback with it."""
+    if not insecure:
+        raise ConfigError("--insecure", "not given", "--insecure: there are no tokens yet, so say that there is none")
+    for name, address in addresses.items():
+        if isinstance(address, TcpAddress) and not is_loopback(address.host):
+            raise ConfigError(
+                f"--{name}", f"{address.host}:{address.port}", "a loopback address, as long as --insecure is given"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address a host name stands for is a loopback one; no for one that cannot be resolved."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in found)
+
+
+def json_option(function: F) -> F:
+    return click.option("as_json", "--json", is_flag=True, help="Print JSON instead of text.")(function)

@@ -1,0 +1,370 @@
+"""The asking side: one live connection, and a pool that keeps one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+from cachefs.model import CachefsError, RemoteProtocolError, TransportError
+from cachefs.net.addresses import Address, TcpAddress
+from cachefs.net.background import open_background
+from cachefs.net.channel import Answer, Channel, close_all
+from cachefs.wire import (
+    STREAM_WINDOW,
+    Connection,
+    Frame,
+    Hello,
+    Kind,
+    Limits,
+    ReplyDecoders,
+    Request,
+    StreamRequest,
+    decode_error,
+    from_wire,
+)
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+MAX_CALLS = 512
+"""Requests in progress on one connection; more wait for their turn. Servers accept more than that."""
+_decoders = ReplyDecoders()
+
+
+class _Call:
+    """A request whose answer is awaited."""
+
+    def __init__(self, request_class: type[Any]) -> None:
+        self.request_class = request_class
+        self.done = trio.Event()
+        self.result: outcome.Outcome[Answer[Any]] | None = None
+
+    def take(self, frame: Frame) -> bool:
+        """True when no more frames belong to it."""
+        self.result = outcome.capture(self._decode, frame)
+        self.done.set()
+        return True
+
+    def _decode(self, frame: Frame) -> Answer[Any]:
+        try:
+            if frame.kind is Kind.ERROR:
+                raise from_wire(decode_error(frame.meta))
+            if frame.kind is not Kind.REPLY:
+                raise RemoteProtocolError(f"{frame.kind.name} in answer to a call")
+            return Answer(_decoders.decode(self.request_class, frame.meta), frame.payload, frame.descriptors)
+        except BaseException:
+            close_all(frame.descriptors)
+            raise
+
+    def fail(self, error: CachefsError) -> None:
+        self.result = outcome.Error(error)
+        self.done.set()
+
+    def abandon(self) -> None:
+        """Nobody will take the result."""
+        if isinstance(self.result, outcome.Value):
+            close_all(self.result.value.fds)
+
+
+class _Stream:
+    """A stream request whose items are awaited."""
+
+    def __init__(self, request_class: type[Any]) -> None:
+        self._request_class = request_class
+        # One more than the window, for the end; more than that breaks the rules.
+        self.send, self.receive = trio.open_memory_channel[outcome.Outcome[Any]](STREAM_WINDOW + 1)
+
+    def take(self, frame: Frame) -> bool:
+        close_all(frame.descriptors)
+        if frame.kind is Kind.REPLY:
+            self.send.close()
+            return True
+        item = outcome.capture(self._decode, frame)
+        try:
+            self.send.send_nowait(item)
+        except trio.WouldBlock:
+            raise RemoteProtocolError("more items than the receiver asked for") from None
+        if isinstance(item, outcome.Error):
+            self.send.close()
+            return True
+        return False
+
+    def _decode(self, frame: Frame) -> Any:
+        if frame.kind is Kind.ERROR:
+            raise from_wire(decode_error(frame.meta))
+        return _decoders.decode(self._request_class, frame.meta)
+
+    def fail(self, error: CachefsError) -> None:
+        with suppress(trio.WouldBlock, trio.ClosedResourceError):
+            self.send.send_nowait(outcome.Error(error))
+        self.send.close()
+
+    def abandon(self) -> None:
+        pass
+
+
+class Peer:
+    """One live connection to a service. Made by `open_peer`."""
+
+    def __init__(self, channel: Channel, address: Address, hello: Hello, nursery: trio.Nursery) -> None:
+        self.address = address
+        self.hello = hello
+        """What the service said of itself."""
+        self.closed = trio.Event()
+        """Set when the connection is of no use any more."""
+        self._channel = channel
+        self._nursery = nursery
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, _Call | _Stream] = {}
+        self._turns = trio.CapacityLimiter(MAX_CALLS)
+        self._error: CachefsError = TransportError(f"{address}: connection closed")
+
+    async def call(self, request: Request[R], payload: bytes | bytearray | memoryview = b"") -> Answer[R]:
+        """Ask and wait for the answer; its descriptors are the caller's to close.
+
+        Raises the error the service raised, and TransportError when the connection is lost before the answer: the
+        request may have been carried out then. Cancelling tells the service that the answer is not wanted.
+        """
+        call = _Call(type(request))
+        async with self._turn(), self._asked(request, call, payload):
+            await call.done.wait()
+            # Taken before anything that could be cancelled, so that no descriptor is left behind.
+            assert call.result is not None
+            result, call.result = call.result, None
+        answer: Answer[R] = result.unwrap()
+        return answer
+
+    @asynccontextmanager
+    async def stream(self, request: StreamRequest[R]) -> AsyncGenerator[AsyncIterator[R], None]:
+        """Ask, and iterate over the answers as they come; the service is at most a few items ahead.
+
+        The iterator raises as `call`. Leaving the block before the end tells the service to stop.
+        """
+        stream = _Stream(type(request))
+        async with self._turn(), self._asked(request, stream, b"") as request_id:
+
+            async def items() -> AsyncGenerator[R, None]:
+                async for item in stream.receive:
+                    value: R = item.unwrap()
+                    yield value
+                    if request_id in self._waiting:
+                        await self._channel.send(self._channel.connection.head(Kind.CREDIT, request_id, 1))
+
+            iterator = items()
+            try:
+                yield iterator
+            finally:
+                await iterator.aclose()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        token = object()
+        try:
+            self._turns.acquire_on_behalf_of_nowait(token)
+        except trio.WouldBlock:
+            await self._turns.acquire_on_behalf_of(token)
+        try:
+            yield
+        finally:
+            self._turns.release_on_behalf_of(token)
+
+    @asynccontextmanager
+    async def _asked(
+        self, request: Request[Any] | StreamRequest[Any], call: _Call | _Stream, payload: bytes | bytearray | memoryview
+    ) -> AsyncGenerator[int, None]:
+        """Sends the request; on leaving the block without an answer, sends CANCEL."""
+        if self.closed.is_set():
+            raise self._error
+        request_id = next(self._ids)
+        head = self._channel.connection.head(Kind.REQUEST, request_id, request, len(payload))
+        self._waiting[request_id] = call
+        try:
+            await self._channel.send(head, payload)
+            yield request_id
+        finally:
+            if self._waiting.pop(request_id, None) is not None and not self.closed.is_set():
+                self._nursery.start_soon(self._send_cancel, request_id)
+            call.abandon()
+
+    async def _send_cancel(self, request_id: int) -> None:
+        with suppress(TransportError):
+            await self._channel.send(self._channel.connection.head(Kind.CANCEL, request_id))
+
+    async def _receive(self) -> None:
+        """Deliver what arrives until the connection ends."""
+        try:
+            while (frame := await self._channel.receive()) is not None:
+                call = self._waiting.get(frame.request_id)
+                if call is None:
+                    # Its asker has gone.
+                    close_all(frame.descriptors)
+                elif call.take(frame):
+                    del self._waiting[frame.request_id]
+            self._error = TransportError(f"{self.address}: the other side closed the connection")
+        except RemoteProtocolError as error:
+            logger.warning("connection closed address=%s error=%s", self.address, error)
+            self._error = TransportError(f"{self.address}: {error}")
+        except TransportError as error:
+            self._error = TransportError(f"{self.address}: {error}")
+        finally:
+            self.closed.set()
+            self._channel.close()
+            waiting, self._waiting = self._waiting, {}
+            for call in waiting.values():
+                call.fail(self._error)
+
+
+async def connect(address: Address) -> socket.socket:
+    """A connected, non-blocking socket. Raises TransportError. Cancelling leaves nothing open."""
+    try:
+        if isinstance(address, TcpAddress):
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            sock = stream.socket
+            set_tcp_options(sock)
+        else:
+            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                await sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+    except OSError as error:
+        raise TransportError(f"{address}: cannot connect: {error.strerror or error}") from error
+    # Ours to drive from here on: the frames want recvmsg, sendmsg and sendfile without trio's wrapper in between.
+    raw = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    raw.setblocking(False)
+    return raw
+
+
+def set_tcp_options(sock: Any) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A peer that vanished with its node is noticed within about a minute.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+async def run_peer(
+    address: Address,
+    hello: Hello,
+    limits: Limits | None = None,
+    timeout_s: float = 10.0,
+    *,
+    task_status: trio.TaskStatus[Peer],
+) -> None:
+    """Connect, report the `Peer`, and serve it until the connection ends. Raises TransportError before it is up."""
+    channel = None
+    try:
+        with trio.move_on_after(timeout_s) as scope:
+            channel = Channel(await connect(address), Connection(asking=True, limits=limits))
+            await channel.send(channel.connection.hello(hello))
+            try:
+                frame = await channel.receive()
+            except RemoteProtocolError as error:
+                raise TransportError(f"{address}: {error}") from error
+            if frame is None or channel.connection.peer_hello is None:
+                raise TransportError(f"{address}: the other side closed the connection at once")
+        if scope.cancelled_caught or channel is None or channel.connection.peer_hello is None:
+            raise TransportError(f"{address}: no answer within {timeout_s:g} s")
+        async with trio.open_nursery() as nursery:
+            peer = Peer(channel, address, channel.connection.peer_hello, nursery)
+            task_status.started(peer)
+            await peer._receive()
+            nursery.cancel_scope.cancel()
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+@asynccontextmanager
+async def open_peer(
+    address: Address, hello: Hello, limits: Limits | None = None, timeout_s: float = 10.0
+) -> AsyncGenerator[Peer, None]:
+    """A connection for as long as the block lasts. Raises TransportError when there is none within the timeout."""
+    async with open_background() as nursery:
+        yield await start_peer(nursery, address, hello, limits, timeout_s)
+
+
+async def start_peer(
+    nursery: trio.Nursery, address: Address, hello: Hello, limits: Limits | None = None, timeout_s: float = 10.0
+) -> Peer:
+    """A `Peer` that lives in the nursery, and whose end is no error there. Raises TransportError."""
+
+    async def run(task_status: trio.TaskStatus[outcome.Outcome[Peer]]) -> None:
+        class Started:
+            def started(self, value: Peer) -> None:
+                task_status.started(outcome.Value(value))
+
+        try:
+            await run_peer(address, hello, limits, timeout_s, task_status=Started())  # type: ignore[arg-type]
+        except TransportError as error:
+            task_status.started(outcome.Error(error))
+
+    started: outcome.Outcome[Peer] = await nursery.start(run)
+    return started.unwrap()
+
+
+class Pool:
+    """Keeps one connection to one address: made at the first request, and again at the first after a loss.
+
+    It repeats no request. Between two connects that fail it waits longer and longer, and whoever asks meanwhile gets
+    the TransportError at once.
+    """
+
+    def __init__(self, address: Address, hello: Hello, connect_timeout_s: float, nursery: trio.Nursery) -> None:
+        self.address = address
+        self._hello = hello
+        self._connect_timeout_s = connect_timeout_s
+        self._nursery = nursery
+        self._peer: Peer | None = None
+        self._connecting = trio.Lock()
+        self._pause_s = 0.0
+        self._not_before = 0.0
+        self._last_error = TransportError(f"{address}: not connected")
+
+    async def call(self, request: Request[R], payload: bytes | bytearray | memoryview = b"") -> Answer[R]:
+        """As `Peer.call`; TransportError also when there is no connection to be had."""
+        return await (await self.peer()).call(request, payload)
+
+    @asynccontextmanager
+    async def stream(self, request: StreamRequest[R]) -> AsyncGenerator[AsyncIterator[R], None]:
+        """As `Peer.stream`; TransportError also when there is no connection to be had."""
+        async with (await self.peer()).stream(request) as items:
+            yield items
+
+    async def peer(self) -> Peer:
+        """The live connection. Raises TransportError."""
+        if self._peer is not None and not self._peer.closed.is_set():
+            return self._peer
+        async with self._connecting:
+            if self._peer is not None and not self._peer.closed.is_set():
+                return self._peer
+            if trio.current_time() < self._not_before:
+                raise self._last_error
+            try:
+                self._peer = await start_peer(
+                    self._nursery, self.address, self._hello, timeout_s=self._connect_timeout_s
+                )
+            except TransportError as error:
+                self._last_error = error
+                self._pause_s = min(1.0, max(0.02, 2 * self._pause_s))
+                self._not_before = trio.current_time() + self._pause_s
+                raise
+            self._pause_s = 0.0
+            return self._peer
+
+
+@asynccontextmanager
+async def open_pool(address: Address, hello: Hello, connect_timeout_s: float = 5.0) -> AsyncGenerator[Pool, None]:
+    """A pool for as long as the block lasts; connects when it is first used."""
+    async with open_background() as nursery:
+        yield Pool(address, hello, connect_timeout_s, nursery)
