@@ -1,0 +1,20 @@
+"""Blocks on local media: partial and sealed files, their checksums, capacity and eviction. Knows no network."""
+
+from cachefs.store.config import TierConfig, parse_tier
+from cachefs.store.layout import running_boot_id
+from cachefs.store.partial import Partial
+from cachefs.store.reader import SealedReader
+from cachefs.store.store import Store, TierStatus, open_store
+from cachefs.store.sums import page_checksum
+
+__all__ = [
+    "Partial",
+    "SealedReader",
+    "Store",
+    "TierConfig",
+    "TierStatus",
+    "open_store",
+    "page_checksum",
+    "parse_tier",
+    "running_boot_id",
+]

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, LocalProtocolError
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError
 from cachefs.store import sums
 from cachefs.store.diskfull import capacity_errors
 from cachefs.store.layout import Layout, data_name, sums_name, unlink_if_exists
@@ -57,7 +57,7 @@ class Partial:
         self.page_size = page_size
         self.page_count = len(checksums)
         self.serial = serial
-        """Of this open file, unique across restarts: a mount that remembers it knows whether its descriptor is this one."""
+        """Of this open file, unique across restarts: by it a mount knows whether its descriptor is this one."""
         self.read_fd = read_fd
         """Read-only. The partial's own: pass it on (SCM_RIGHTS duplicates it), do not close it."""
         self._layout = layout
@@ -74,8 +74,6 @@ class Partial:
         """Held by whoever seals; the tier's business."""
         self.users = 0
         """Open calls not yet closed; guarded by the tier's lock."""
-        self.unwritten_bytes = 0
-        """What the ledger still expects this partial to write; guarded by the tier's lock."""
         self.sealed = False
         self.dropped = False
 
@@ -83,6 +81,11 @@ class Partial:
     def complete(self) -> bool:
         """Every page is present."""
         return self._missing_count == 0
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """About what is still to be written."""
+        return self._missing_count * self.page_size
 
     @property
     def empty(self) -> bool:
@@ -93,6 +96,18 @@ class Partial:
     def resumable(self) -> bool:
         """What is present is known to the disk too."""
         return self._sums_on_disk and not self.empty
+
+    def present(self) -> list[tuple[int, int]]:
+        """The present pages as half-open ranges, ascending."""
+        ranges: list[tuple[int, int]] = []
+        for page, checksum in enumerate(self._checksums):
+            if checksum is None:
+                continue
+            if ranges and ranges[-1][1] == page:
+                ranges[-1] = (ranges[-1][0], page + 1)
+            else:
+                ranges.append((page, page + 1))
+        return ranges
 
     def has(self, page: int) -> bool:
         """Whether that page is present: readable through `read_fd`, now and for good."""
@@ -182,21 +197,14 @@ class Partial:
         """Read every page back and compare. Blocks on the disk. Raises BlockCorruptError."""
         verify_pages(self.block, self.read_fd, sums.Sums(self.length, self.page_size, self._checksums))
 
-    def finish(self, *, sync: bool) -> os.stat_result:
-        """The last step before the renames: the `.sums` file complete, and nothing left that could write.
-
-        Returns the `.sums` file's stat. With `sync` its contents are on the disk.
-        """
+    def finish(self) -> None:
+        """The last step before the renames: the `.sums` file complete, and nothing left that could write."""
         with self._changed:
             while self._writing:
                 self._changed.wait()
             with capacity_errors():
                 self._open_sums()
-            if sync:
-                os.fsync(self._sums_fd)
-            stat = os.fstat(self._sums_fd)
             self._close_writers()
-        return stat
 
     def close(self) -> None:
         """Give back every descriptor. The tier calls it when the last user is gone; calling it again does nothing."""
@@ -314,6 +322,3 @@ def _open_shared(layout: Layout, name: str) -> int:
     fd = os.open(name, _READ, dir_fd=layout.partial_fd)
     fcntl.flock(fd, fcntl.LOCK_SH)
     return fd
-
-
-__all__ = ["CapacityError", "Partial", "create_partial", "resume_partial", "verify_pages", "write_all"]

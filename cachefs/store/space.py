@@ -28,44 +28,28 @@ def _round_up(size: int) -> int:
 
 
 class Space:
-    """Counters of one tier; the tier's lock guards them.
-
-    used      bytes of sealed and suspect files, and of unlinked ones that somebody still holds open
-    reserved  bytes promised to partials, for their full length, whether written or not
-    """
+    """Counters of one tier; the store's lock guards them."""
 
     def __init__(self, directory_fd: int, capacity_bytes: int, free_floor_bytes: int) -> None:
         self._directory_fd = directory_fd
         self._free_floor = free_floor_bytes
         self.capacity = capacity_bytes
         self.used = 0
+        """Bytes of sealed and suspect files, and of partials that nobody has open."""
         self.reserved = 0
-        self.unwritten = 0
-        """The part of `reserved` that the file system does not know of yet."""
+        """Bytes promised to open partials, for their full length, whether written or not."""
 
     @property
     def available(self) -> int:
         """Bytes that may still be reserved as far as the capacity goes; negative when the tier is over it."""
         return self.capacity - self.used - self.reserved
 
-    def fits(self, need: int, just_freed: int = 0, free_before: int | None = None) -> bool:
-        """Whether `need` more bytes can be promised without evicting.
-
-        Some file systems return unlinked space late. So that nobody evicts twice for it, a caller that evicts passes
-        what `filesystem_free` said before (`free_before`) and what it has `just_freed` since.
-        """
-        if need > self.available:
-            return False
-        if self._free_floor == 0:
-            return True
-        free = self.filesystem_free()
-        if free is None:
-            return True
-        if free_before is not None:
-            free = max(free, free_before + just_freed)
-        return free - self.unwritten - need >= self._free_floor
-
-    def filesystem_free(self) -> int | None:
-        """Bytes the file system has for us; None for one without a limit of its own (tmpfs with size=0)."""
-        stat = os.statvfs(self._directory_fd)
-        return stat.f_bavail * stat.f_frsize if stat.f_blocks else None
+    def room(self, unwritten: int) -> int:
+        """Bytes that can be promised without evicting; `unwritten` is the part of `reserved` not on the disk yet."""
+        room = self.available
+        if self._free_floor:
+            stat = os.statvfs(self._directory_fd)
+            # A tmpfs of size=0 has no limit of its own, and says so by having no blocks.
+            if stat.f_blocks:
+                room = min(room, stat.f_bavail * stat.f_frsize - unwritten - self._free_floor)
+        return room

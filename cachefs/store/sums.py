@@ -13,11 +13,11 @@ The layout is an on-disk format; everything is little endian:
 | 48 | 8 | page size in bytes |
 | 56 | 8 | xxh3_64 of bytes 0-55 |
 | 64 + 16 p | 8 | xxh3_64 of page p |
-| 72 + 16 p | 8 | presence mark of page p: xxh3_64 of (bytes 0-63, p as u64, the checksum as u64), never 0; 0 = page p is absent |
+| 72 + 16 p | 8 | presence mark of page p, never 0: xxh3_64 of (bytes 0-63, p as u64, the checksum as u64); 0 = absent |
 
 The file ends after the last page's entry. A mark takes the place of a bit in a presence bitmap: it makes every entry
-check itself, so that no damage turns a hole into a page, and one 16-byte write makes a page present. The file of a sealed
-block is the one of its partial, with every mark set.
+check itself, so that no damage turns a hole into a page, and one 16-byte write makes a page present. The file of a
+sealed block is the one of its partial, with every mark set.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def decode(data: bytes, block: BlockId) -> Sums:
     magic, version, _, key, block_index, length, page_size = _HEADER.unpack_from(header)
     if magic != _MAGIC or version != _VERSION or _U64.unpack_from(header, _HEADER.size)[0] != _header_checksum(header):
         raise BlockCorruptError(f"{block.filename}: checksums are damaged or of another version")
-    if (key, block_index) != block or page_size == 0:
+    if key != block.key or block_index != block.block_index or page_size == 0:
         raise BlockCorruptError(f"{block.filename}: checksums are those of another block")
     page_count = Geometry(page_size=page_size).page_count(length)
     if len(data) != file_size(page_count):

@@ -1,0 +1,52 @@
+"""What a worker that starts finds on a tier."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+from cachefs.model import BlockId
+from cachefs.store.layout import FAN_OUT, SUMS_SUFFIX, unlink_if_exists
+
+logger = logging.getLogger(__name__)
+
+
+def scan(directory_fd: int) -> Iterator[tuple[BlockId, os.stat_result]]:
+    """The blocks below sealed/, partial/ or suspect/ that have both their files, with the stat of the data file.
+
+    Removes everything else: data without checksums is a miss, checksums without data are nothing, and other names are
+    not ours.
+    """
+    for fan in FAN_OUT:
+        names = set(_names(directory_fd, fan))
+        for name in names:
+            data = name.removesuffix(SUMS_SUFFIX)
+            other = data if data != name else name + SUMS_SUFFIX
+            block = BlockId.from_filename(data)
+            if block is None or other not in names or not data.startswith(fan):
+                logger.info("removed leftover file=%s/%s", fan, name)
+                unlink_if_exists(f"{fan}/{name}", directory_fd)
+            elif data == name:
+                yield block, os.stat(f"{fan}/{name}", dir_fd=directory_fd, follow_symlinks=False)
+
+
+def move_all(source_fd: int, target_fd: int) -> None:
+    """Move everything from sealed/ to suspect/; checksums last, so that what is cut off half way is found again."""
+    for fan in FAN_OUT:
+        for name in sorted(_names(source_fd, fan), key=lambda name: name.endswith(SUMS_SUFFIX)):
+            os.rename(f"{fan}/{name}", f"{fan}/{name}", src_dir_fd=source_fd, dst_dir_fd=target_fd)
+
+
+def empty(directory_fd: int) -> None:
+    for fan in FAN_OUT:
+        for name in _names(directory_fd, fan):
+            unlink_if_exists(f"{fan}/{name}", directory_fd)
+
+
+def _names(directory_fd: int, fan: str) -> list[str]:
+    fd = os.open(fan, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
