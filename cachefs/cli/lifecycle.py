@@ -61,7 +61,9 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
             supervisor.close()
 
 
-async def cancel_on_signal(scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def cancel_on_signal(
+    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()

@@ -107,7 +107,7 @@ class Client:
             while self._opened and self._worker is not None:
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 try:
-                    await self._worker.call(Opened([tuple(block) for block in batch]))
+                    await self._worker.call(Opened([(block.key, block.block_index) for block in batch]))
                 except TransportError:
                     # A hint for eviction, not worth keeping for a worker that is away.
                     self._opened.clear()

@@ -90,7 +90,7 @@ class ContentReader:
             request = Fetch(self.attr.ino, piece.block_index, piece.offset, piece.length, view.serial)
             answer = await self._fetch(request)
             if answer.message.serial == 0:
-                if len(answer.payload) != piece.length:  # type: ignore[arg-type]
+                if len(answer.payload) != piece.length:
                     raise RemoteProtocolError(f"worker sent other than the {piece.length} bytes asked for")
                 return answer.payload  # type: ignore[return-value]
             self._learn(view, answer)

@@ -55,7 +55,7 @@ class BackingRegistry:
         # The buffer must be mutable: for an immutable one `ioctl` returns the buffer instead of the id.
         request = bytearray(_MAP.pack(fd, 0, 0))
         try:
-            return fcntl.ioctl(self._fuse_fd, IOC_BACKING_OPEN, request, True)
+            return int(fcntl.ioctl(self._fuse_fd, IOC_BACKING_OPEN, request, True))
         except OSError as exc:
             reason = _REASONS.get(exc.errno or 0)
             if reason is None:

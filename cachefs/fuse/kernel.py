@@ -1,20 +1,14 @@
 """The kernel driver: one session on /dev/fuse, serving an `Operations`.
 
 One task reads the device. After each readable event it drains the device, and answers inline whatever the operations
-know from memory; only what has to wait gets a task. Measured against a thread with blocking reads: docs/decisions.md.
+know from memory; only what has to wait gets a task (see `waiting`). Measured against a thread with blocking reads:
+docs/decisions.md.
 
-Requests that wait, by `unique`:
+Errors end requests, never the session: those of the model and OSErrors reach the caller as errno; anything else is a
+bug, logged with its traceback, and EIO. The session ends when the kernel says ENODEV (unmounted or aborted).
 
-    read from the device -> x_nowait -> answered
-                                |
-                                v WouldBlock
-                      a free task?  no -> queued (bounded by the kernel: one per waiting caller, plus max_background)
-                                |
-                                v
-                             running x -> answered; by INTERRUPT: cancelled -> EINTR
-
-An answer that the kernel no longer wants (ENOENT: the caller was killed meanwhile) is undone: the handle it would have
-opened is released, the node it would have referred to forgotten.
+An answer that the kernel no longer wants (ENOENT) is undone: the handle it would have opened is released, the node it
+would have referred to forgotten.
 """
 
 from __future__ import annotations
@@ -22,25 +16,25 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
 
 import trio
 
 from cachefs.fuse.errno import EXPECTED, errno_of
 from cachefs.fuse.protocol import AttrReply, DirEntry, EntryReply, OpenDirReply, OpenReply, Operations
+from cachefs.fuse.waiting import WaitingRequests
 from cachefs.fusewire import (
     KERNEL_MAJOR,
     NO_REPLY,
-    UNIQUE_RESEND,
     WRITES,
     InitOptions,
     Negotiated,
     Opcode,
     OpenFlag,
+    ReadRequest,
     attr_reply,
     data_header,
     dirent_limit,
@@ -62,10 +56,388 @@ from cachefs.fusewire import (
     parse_open,
     parse_read,
     parse_release,
+    resend_notification,
     statfs_reply,
 )
-from cachefs.model import ConfigError, LocalProtocolError, RemoteProtocolError
+from cachefs.model import CachefsError, ConfigError, LocalProtocolError, RemoteProtocolError
 
 logger = logging.getLogger(__name__)
 
-type_Handler = Callable[[int, int, bytes], None]
+_DRAIN_LIMIT = 64
+"""Requests answered in a row before other tasks get a turn: some 2 ms."""
+_INIT_BUFFER = 1 << 17
+"""For read(2) before INIT has settled the size of requests."""
+
+_Handler = Callable[[int, int, bytes], None]
+_Data = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    init: InitOptions = field(default_factory=InitOptions)
+    max_tasks: int = 256
+    """Requests waiting for the cluster at once; more are queued. Bounds memory: a READ is up to 1 MiB."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_tasks <= 1 << 16:
+            raise ConfigError("max_tasks", self.max_tasks, "1 to 65536")
+
+
+class KernelSession:
+    def __init__(
+        self,
+        fd: int,
+        operations: Operations,
+        options: SessionOptions | None = None,
+        *,
+        agreed: Negotiated | None = None,
+    ) -> None:
+        """`fd`: a non-blocking /dev/fuse file, mounted already; stays the caller's.
+
+        `agreed`: what an earlier server of this connection negotiated. The kernel sends no second INIT, so `serve` has
+        it send again what that server left unanswered. The earlier server must be gone.
+        """
+        self._fd = fd
+        self._operations = operations
+        self._options = options or SessionOptions()
+        self.agreed = agreed
+        """None until INIT has come."""
+        self.requests: Counter[int] = Counter()
+        """How often each `Opcode` was asked. Tests look here to see what the kernel no longer asks."""
+        self._buffer_size = agreed.buffer_size if agreed is not None else _INIT_BUFFER
+        self._waiting: WaitingRequests | None = None
+        self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
+        self._bugs_seen: set[tuple[int, type[BaseException]]] = set()
+        self._handlers = self._table()
+
+    async def serve(self, *, task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until the mount ends, which is a normal return. Started once the kernel and we have agreed.
+
+        Cancelled: requests in progress stay unanswered, for a successor; without one, unmount and close the device.
+        Raises LocalProtocolError if the device is not mounted, RemoteProtocolError if the kernel is too old.
+        """
+        if self._waiting is not None:
+            raise LocalProtocolError("a session serves once")
+        self._task_status = task_status
+        async with trio.open_nursery() as nursery:
+            self._waiting = WaitingRequests(nursery, self._options.max_tasks)
+            if self.agreed is not None:
+                self._resume(self.agreed)
+            await self._read_device()
+            nursery.cancel_scope.cancel()
+        logger.info("session ended requests=%d", self.requests.total())
+
+    # ---- the device ------------------------------------------------------------------------------------------------
+
+    async def _read_device(self) -> None:
+        """Until the connection is gone."""
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            for _ in range(_DRAIN_LIMIT):
+                try:
+                    request = os.read(self._fd, self._buffer_size)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno == errno.ENODEV:
+                        return
+                    if error.errno == errno.EPERM:
+                        raise LocalProtocolError("the device is not mounted") from error
+                    if error.errno not in (errno.ENOENT, errno.EINTR):  # ENOENT: the caller went away meanwhile
+                        raise
+                    continue
+                self._dispatch(request)
+
+    def _dispatch(self, request: bytes) -> None:
+        try:
+            _, opcode, unique, node, *_ = parse_header(request)
+        except RemoteProtocolError as error:
+            # Nobody to answer to.
+            logger.error("request dropped error=%s", error)
+            return
+        self.requests[opcode] += 1
+        try:
+            if self.agreed is None and opcode != Opcode.INIT:
+                raise RemoteProtocolError("request before INIT")
+            handler = self._handlers.get(opcode)
+            if handler is not None:
+                handler(unique, node, request)
+            elif opcode not in NO_REPLY:
+                # The kernel remembers this answer for most opcodes, and then does without.
+                self._reply(error_reply(unique, errno.EROFS if opcode in WRITES else errno.ENOSYS))
+        except _InitFailed as error:
+            raise error.reason from None
+        except Exception as error:
+            self._fail(unique, opcode, error)
+
+    def _table(self) -> dict[int, _Handler]:
+        return {
+            Opcode.INIT: self._init,
+            Opcode.DESTROY: self._destroy,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.OPEN: self._open,
+            Opcode.READ: self._read,
+            Opcode.RELEASE: self._release,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: partial(self._readdir, Opcode.READDIR),
+            Opcode.READDIRPLUS: partial(self._readdir, Opcode.READDIRPLUS),
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.STATFS: self._statfs,
+        }
+
+    # ---- answers ---------------------------------------------------------------------------------------------------
+
+    def _reply(self, answer: bytes, data: _Data | None = None) -> bool:
+        """False if the kernel no longer wants it. A write to the device never blocks; 1 MiB is a copy of 0.1 ms."""
+        try:
+            if data is None:
+                os.write(self._fd, answer)
+            else:
+                os.writev(self._fd, (answer, data))
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                # The kernel has ended the request with an error of its own.
+                logger.error("answer refused by the kernel answer=%s bytes=%d", answer[:16].hex(), len(answer))
+            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED):
+                raise
+            return False
+        return True
+
+    def _fail(self, unique: int, opcode: int, error: Exception) -> None:
+        """Log an error and answer with it. Never raises."""
+        code = errno_of(error)
+        name = _name(opcode)
+        if code is None:
+            # One traceback for each kind of bug: an application may run into it thousands of times a second.
+            kind = (opcode, type(error))
+            logger.error("bug request=%s error=%r", name, error, exc_info=None if kind in self._bugs_seen else error)
+            self._bugs_seen.add(kind)
+            code = errno.EIO
+        elif code not in EXPECTED:
+            logger.warning("request failed request=%s errno=%s error=%s", name, errno.errorcode.get(code, code), error)
+        if opcode in NO_REPLY:
+            return
+        try:
+            self._reply(error_reply(unique, code))
+        except OSError as reply_error:
+            logger.error("answer lost request=%s error=%s", name, reply_error)
+
+    def _later(self, unique: int, opcode: int, work: Callable[[], Awaitable[None]]) -> None:
+        assert self._waiting is not None
+        self._waiting.add(unique, work, partial(self._fail, unique, opcode))
+
+    # ---- the connection --------------------------------------------------------------------------------------------
+
+    def _init(self, unique: int, node: int, request: bytes) -> None:
+        try:
+            offer = parse_init(request)
+            if offer.major > KERNEL_MAJOR:
+                self._reply(major_reply(unique))  # an INIT that we understand follows
+                return
+            self.agreed = agreed = negotiate(offer, self._options.init)
+        except RemoteProtocolError as error:
+            self._reply(error_reply(unique, errno.EPROTO))
+            raise _InitFailed(error) from error
+        self._buffer_size = agreed.buffer_size
+        self._reply(init_reply(unique, agreed))
+        logger.info(
+            "session started fuse=%d.%d offered=%#x granted=%#x passthrough=%s max_read=%d",
+            *(offer.major, offer.minor, offer.flags, agreed.flags, agreed.passthrough, agreed.max_read),
+        )
+        self._task_status.started(agreed)
+
+    def _resume(self, agreed: Negotiated) -> None:
+        if not agreed.resend:
+            raise LocalProtocolError("this kernel cannot send again what an earlier server left unanswered")
+        os.write(self._fd, resend_notification())
+        logger.info("session resumed granted=%#x", agreed.flags)
+        self._task_status.started(agreed)
+
+    def _destroy(self, unique: int, node: int, request: bytes) -> None:
+        self._reply(empty_reply(unique))
+
+    def _interrupt(self, unique: int, node: int, request: bytes) -> None:
+        assert self._waiting is not None
+        self._waiting.interrupt(parse_interrupt(request).unique)
+
+    # ---- names and attributes --------------------------------------------------------------------------------------
+
+    def _lookup(self, unique: int, parent: int, request: bytes) -> None:
+        name = parse_name(request)
+        try:
+            reply = self._operations.lookup_nowait(parent, name)
+        except trio.WouldBlock:
+            self._later(unique, Opcode.LOOKUP, partial(self._lookup_later, unique, parent, name))
+        else:
+            self._answer_entry(unique, reply)
+
+    async def _lookup_later(self, unique: int, parent: int, name: bytes) -> None:
+        self._answer_entry(unique, await self._operations.lookup(parent, name))
+
+    def _answer_entry(self, unique: int, reply: EntryReply) -> None:
+        node, attr, attr_ttl_s, entry_ttl_s = reply
+        if node == 0 or attr is None:
+            self._reply(negative_entry_reply(unique, entry_ttl_s))
+        elif not self._reply(entry_reply(unique, node, attr, attr_ttl_s, entry_ttl_s)):
+            self._operations.forget(node, 1)
+
+    def _getattr(self, unique: int, node: int, request: bytes) -> None:
+        try:
+            reply = self._operations.getattr_nowait(node)
+        except trio.WouldBlock:
+            self._later(unique, Opcode.GETATTR, partial(self._getattr_later, unique, node))
+        else:
+            self._answer_attr(unique, reply)
+
+    async def _getattr_later(self, unique: int, node: int) -> None:
+        self._answer_attr(unique, await self._operations.getattr(node))
+
+    def _answer_attr(self, unique: int, reply: AttrReply) -> None:
+        self._reply(attr_reply(unique, *reply))
+
+    def _statfs(self, unique: int, node: int, request: bytes) -> None:
+        self._reply(statfs_reply(unique, *self._operations.statfs()))
+
+    def _forget(self, unique: int, node: int, request: bytes) -> None:
+        self._operations.forget(*parse_forget(request, node))
+
+    def _batch_forget(self, unique: int, node: int, request: bytes) -> None:
+        for forget in parse_batch_forget(request):
+            self._operations.forget(*forget)
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _open(self, unique: int, node: int, request: bytes) -> None:
+        assert self.agreed is not None
+        flags = parse_open(request).flags
+        if flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
+            self._reply(error_reply(unique, errno.EROFS))
+            return
+        if self.agreed.no_open:
+            self._reply(error_reply(unique, errno.ENOSYS))  # once: the kernel does not ask again
+            return
+        try:
+            reply = self._operations.open_nowait(node, flags)
+        except trio.WouldBlock:
+            self._later(unique, Opcode.OPEN, partial(self._open_later, unique, node, flags))
+        else:
+            self._answer_open(unique, node, reply)
+
+    async def _open_later(self, unique: int, node: int, flags: int) -> None:
+        self._answer_open(unique, node, await self._operations.open(node, flags))
+
+    def _answer_open(self, unique: int, node: int, reply: OpenReply) -> None:
+        fh, backing_id, keep_cache = reply
+        if backing_id is not None:
+            # With KEEP_CACHE beside it the kernel refuses the answer.
+            answer = open_reply(unique, fh, OpenFlag.NOFLUSH | OpenFlag.PASSTHROUGH, backing_id)
+        else:
+            answer = open_reply(unique, fh, OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE if keep_cache else OpenFlag.NOFLUSH)
+        try:
+            delivered = self._reply(answer)
+        except BaseException:
+            self._operations.release(node, fh)
+            raise
+        if not delivered:
+            self._operations.release(node, fh)
+
+    def _read(self, unique: int, node: int, request: bytes) -> None:
+        assert self.agreed is not None
+        read = parse_read(request)
+        if self.agreed.no_open:
+            read = read._replace(fh=node)
+        try:
+            data = self._operations.read_nowait(read.fh, read.offset, read.size)
+        except trio.WouldBlock:
+            self._later(unique, Opcode.READ, partial(self._read_later, unique, node, read))
+        else:
+            self._answer_read(unique, node, read, data)
+
+    async def _read_later(self, unique: int, node: int, read: ReadRequest) -> None:
+        self._answer_read(unique, node, read, await self._operations.read(read.fh, read.offset, read.size))
+
+    def _answer_read(self, unique: int, node: int, read: ReadRequest, data: _Data) -> None:
+        length = len(data)
+        if length != read.size:
+            self._check_length(node, read, length)
+        self._reply(data_header(unique, length), data)
+
+    def _check_length(self, node: int, read: ReadRequest, length: int) -> None:
+        """A short answer ends the file for the reader, without any error, so it must really end there.
+
+        That operations answer in full is their promise; this is the belt to those braces, where the size is known.
+        """
+        if length > read.size:
+            raise LocalProtocolError(f"{length} bytes instead of the {read.size} asked for")
+        try:
+            size_bytes = self._operations.getattr_nowait(node).attr.size_bytes
+        except (trio.WouldBlock, CachefsError):
+            return
+        expected = min(read.size, max(0, size_bytes - read.offset))
+        if length != expected:
+            raise LocalProtocolError(f"node {node} at {read.offset}: {length} bytes read instead of {expected}")
+
+    def _release(self, unique: int, node: int, request: bytes) -> None:
+        self._operations.release(node, parse_release(request).fh)
+        self._reply(empty_reply(unique))
+
+    # ---- directories -----------------------------------------------------------------------------------------------
+
+    def _opendir(self, unique: int, node: int, request: bytes) -> None:
+        try:
+            reply = self._operations.opendir_nowait(node)
+        except trio.WouldBlock:
+            self._later(unique, Opcode.OPENDIR, partial(self._opendir_later, unique, node))
+        else:
+            self._answer_opendir(unique, reply)
+
+    async def _opendir_later(self, unique: int, node: int) -> None:
+        self._answer_opendir(unique, await self._operations.opendir(node))
+
+    def _answer_opendir(self, unique: int, reply: OpenDirReply) -> None:
+        flags = OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE if reply.keep_cache else 0
+        if not self._reply(open_reply(unique, reply.fh, flags)):
+            self._operations.releasedir(reply.fh)
+
+    def _readdir(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:
+        read = parse_read(request)
+        limit = dirent_limit(read.size, opcode is Opcode.READDIRPLUS)
+        try:
+            entries = self._operations.readdir_nowait(read.fh, read.offset, limit)
+        except trio.WouldBlock:
+            self._later(unique, opcode, partial(self._readdir_later, opcode, unique, read, limit))
+        else:
+            self._answer_readdir(opcode, unique, read, entries)
+
+    async def _readdir_later(self, opcode: Opcode, unique: int, read: ReadRequest, limit: int) -> None:
+        entries = await self._operations.readdir(read.fh, read.offset, limit)
+        self._answer_readdir(opcode, unique, read, entries)
+
+    def _answer_readdir(self, opcode: Opcode, unique: int, read: ReadRequest, entries: Sequence[DirEntry]) -> None:
+        data = pack_dirents(entries, read.size, opcode is Opcode.READDIRPLUS)
+        if entries and not data:
+            raise LocalProtocolError(f"no entry fits into {read.size} bytes")  # empty would say that the directory ends
+        self._reply(data_header(unique, len(data)), data)
+
+    def _releasedir(self, unique: int, node: int, request: bytes) -> None:
+        self._operations.releasedir(parse_release(request).fh)
+        self._reply(empty_reply(unique))
+
+
+class _InitFailed(Exception):
+    """Nothing can be served: the one error that ends a session."""
+
+    def __init__(self, reason: RemoteProtocolError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _name(opcode: int) -> str:
+    try:
+        return Opcode(opcode).name
+    except ValueError:
+        return str(opcode)

@@ -230,7 +230,9 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
         raise ConfigError("mountpoint", given, "a directory") from exc
     except OSError as exc:
         if exc.errno == errno.ENOTCONN:
-            accepted = f"a directory without the dead {info.fs_type if info else 'FUSE'} mount on it; `umount -l` it first"
+            accepted = (
+                f"a directory without the dead {info.fs_type if info else 'FUSE'} mount on it; `umount -l` it first"
+            )
         else:
             accepted = f"a directory that can be read ({exc.strerror})"
         raise ConfigError("mountpoint", given, accepted) from exc

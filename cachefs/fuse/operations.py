@@ -65,16 +65,15 @@ class CacheOperations:
         self,
         client: Client,
         root: Ino,
-        backings: BackingRegistry | None,
+        backings: BackingRegistry,
         config: OperationsConfig,
         nursery: trio.Nursery,
     ) -> None:
-        """`backings` is None where the kernel does not offer passthrough."""
         self._client = client
         self._metadata = client.metadata
         self._root = root
         self._backings = backings
-        self._passthrough = backings is not None and config.passthrough
+        self._passthrough = config.passthrough
         self._config = config
         self._nursery = nursery
         self._handles = itertools.count(1)
@@ -82,6 +81,10 @@ class CacheOperations:
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, DirReader] = {}
         self.opens_by_mode = {"passthrough": 0, "cached": 0}
+
+    def set_passthrough(self, offered: bool) -> None:
+        """What INIT told: whether the kernel can read backing files by itself on this connection."""
+        self._passthrough = self._passthrough and offered
 
     # ---- names and attributes --------------------------------------------------------------------------------------
 
@@ -159,7 +162,7 @@ class CacheOperations:
 
     def _register_sealed(self, attr: Attr) -> int | None:
         """A backing id for the sealed file of this content, if it is on this node: an open and one ioctl."""
-        if self._backings is None or not self._passthrough:
+        if not self._passthrough:
             return None
         fd = self._client.open_sealed(attr)
         if fd is None:
@@ -202,7 +205,7 @@ class CacheOperations:
         del self._open[opened.attr.ino]
         if opened.reader is not None:
             opened.reader.close()
-        if opened.backing_id is not None and self._backings is not None:
+        if opened.backing_id is not None:
             try:
                 self._backings.release(opened.backing_id)
             except OSError as error:

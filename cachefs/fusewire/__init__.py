@@ -34,6 +34,7 @@ from cachefs.fusewire.replies import (
     negative_entry_reply,
     open_reply,
     pack_dirents,
+    resend_notification,
     statfs_reply,
 )
 from cachefs.fusewire.requests import (
@@ -98,5 +99,6 @@ __all__ = [
     "parse_open",
     "parse_read",
     "parse_release",
+    "resend_notification",
     "statfs_reply",
 ]

@@ -22,6 +22,9 @@ PAGE_SIZE = 4096
 UNIQUE_RESEND = 1 << 63
 """Set in `unique` of a request that an earlier server read and did not answer; the answer must carry it too."""
 
+NOTIFY_RESEND = 7
+"""In the place of an errno, with unique 0: a message of ours that answers nothing."""
+
 
 class Opcode(enum.IntEnum):
     LOOKUP = 1
@@ -90,6 +93,8 @@ WRITES = frozenset(
         Opcode.RENAME,
         Opcode.LINK,
         Opcode.WRITE,
+        Opcode.SETXATTR,
+        Opcode.REMOVEXATTR,
         Opcode.CREATE,
         Opcode.FALLOCATE,
         Opcode.RENAME2,
@@ -97,7 +102,7 @@ WRITES = frozenset(
         Opcode.TMPFILE,
     }
 )
-"""Requests that change something. (Extended attributes are not among them: those are refused as unsupported.)"""
+"""Requests that change something, all of them refused."""
 
 
 class InitFlag(enum.IntFlag):

@@ -2,8 +2,8 @@
 
 Bodies (little endian, from linux/fuse.h): the kernel sends `major minor max_readahead flags` and, if flags has
 INIT_EXT (7.36), `flags2` and 44 unused bytes. We answer 64 bytes: `major minor max_readahead flags max_background(16)
-congestion_threshold(16) max_write time_gran max_pages(16) map_alignment(16) flags2 max_stack_depth`, and 24 zeros (newer
-kernels read a request timeout in the first two of them; its expiry aborts the whole connection).
+congestion_threshold(16) max_write time_gran max_pages(16) map_alignment(16) flags2 max_stack_depth`, and 24 zeros
+(newer kernels read a request timeout in the first two of them; its expiry aborts the whole connection).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from cachefs.fusewire.abi import (
     MIN_MAX_WRITE,
     MIN_READ_BUFFER,
     OLDEST_MINOR,
-    OUT_HEADER_SIZE,
     PAGE_SIZE,
     WRITE_IN_SIZE,
     InitFlag,
@@ -50,7 +49,7 @@ class InitOptions:
     """What we want of the kernel; it may grant less. Sizes in bytes. Raises ConfigError for values out of range."""
 
     max_readahead: int = 4 * MiB
-    """Upper bound of the kernel's read-ahead in cached mode; the device's own setting (read_ahead_kb) applies below it."""
+    """Upper bound of the kernel's read-ahead in cached mode; the device's own read_ahead_kb applies below it."""
     max_background: int = 64
     """Read-ahead requests in flight at once; the kernel's 12 starve a server that fetches over a network."""
     max_write: int = MIN_MAX_WRITE

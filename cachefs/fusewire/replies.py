@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cachefs.fusewire.abi import OUT_HEADER_SIZE
+from cachefs.fusewire.abi import NOTIFY_RESEND, OUT_HEADER_SIZE
 from cachefs.model import Attr, Kind
 
 # struct fuse_attr: ino size blocks | atime mtime ctime, their nanoseconds | mode nlink uid gid rdev blksize flags
@@ -74,6 +74,11 @@ def empty_reply(unique: int) -> bytes:
 def data_header(unique: int, length: int) -> bytes:
     """What goes before `length` bytes of an answer to READ, for writev(2)."""
     return _HEADER.pack(OUT_HEADER_SIZE + length, 0, unique)
+
+
+def resend_notification() -> bytes:
+    """Asks the kernel to send every request again that was read and not answered (needs HAS_RESEND)."""
+    return _HEADER.pack(OUT_HEADER_SIZE, NOTIFY_RESEND, 0)
 
 
 def entry_reply(unique: int, node: int, attr: Attr, attr_ttl_s: float, entry_ttl_s: float) -> bytes:
@@ -152,9 +157,7 @@ def open_reply(unique: int, fh: int, flags: int, backing_id: int = 0) -> bytes:
 
 
 def statfs_reply(unique: int, block_size: int, blocks: int, blocks_free: int, files: int, name_max: int) -> bytes:
-    return _STATFS_OUT.pack(
-        96, 0, unique, blocks, blocks_free, blocks_free, files, 0, block_size, name_max, block_size
-    )
+    return _STATFS_OUT.pack(96, 0, unique, blocks, blocks_free, blocks_free, files, 0, block_size, name_max, block_size)
 
 
 def dirent_limit(size: int, plus: bool) -> int:
@@ -177,9 +180,7 @@ def pack_dirents(entries: Iterable[DirEntry], size: int, plus: bool) -> bytes:
         if plus:
             pieces.append(_plus_record(entry, length))
         else:
-            pieces.append(
-                _DIRENT_RECORD.pack(entry.node, entry.next_offset, length, _TYPE_BITS[entry.kind] >> 12)
-            )
+            pieces.append(_DIRENT_RECORD.pack(entry.node, entry.next_offset, length, _TYPE_BITS[entry.kind] >> 12))
         pieces.append(name)
         pieces.append(_PADDING[length & 7])  # both fixed parts are multiples of 8
     return b"".join(pieces)

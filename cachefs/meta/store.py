@@ -49,16 +49,22 @@ class MetaStore:
         """The path of an inode's object from the root of its under-store, without leading slash."""
         return inodes.path_below_mount(self._reader, inode)
 
+    def fact(self, name: str) -> str | None:
+        row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else None
+
     def holders(self, block: BlockId) -> list[str]:
         return replicas.holders(self._reader, block)
 
+    # ---- scans, to be called as writes are -------------------------------------------------------------------------
+
     def replica_totals(self) -> dict[str, tuple[int, int]]:
-        """Per worker: (blocks, bytes). Scans the table."""
-        return replicas.totals(self._reader)
+        """Per worker: (blocks, bytes)."""
+        return replicas.totals(self._writer)
 
     def counts(self, mount_id: int) -> tuple[int, int]:
-        """(directories, files) known below a mount. Scans the table."""
-        return inodes.counts(self._reader, mount_id)
+        """(directories, files) known below a mount."""
+        return inodes.counts(self._writer, mount_id)
 
     # ---- writes ----------------------------------------------------------------------------------------------------
 
@@ -85,14 +91,10 @@ class MetaStore:
             raise
         self._writer.execute("COMMIT")
 
-    def settle_fact(self, name: str, value: str) -> str:
-        """Record a fact once; returns the recorded value, which may be an earlier one."""
+    def set_fact(self, name: str, value: str) -> None:
+        """Record something about this namespace for good."""
         with self._transaction() as db:
-            row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-            if row is None:
-                db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
-                return value
-            return str(row[0])
+            db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
 
     def attach(self, mounts: Iterable[tuple[str, str]]) -> list[Mount]:
         """Make the given (path, origin) pairs the mounts of this namespace; returns them in that order.

@@ -337,7 +337,7 @@ class Store:
             recovery.empty(self._layout.partial_fd)
             recovery.move_all(self._layout.sealed_fd, self._layout.suspect_fd)
         for block, stat in recovery.scan(self._layout.partial_fd):
-            self._dormant[block] = size = allocated_bytes(stat)
+            self._dormant[block] = size = stat.st_blocks * 512
             self._space.used += size
         for block, stat in recovery.scan(self._layout.suspect_fd):
             self._suspect[block] = size = allocated_bytes(stat) + estimate(0, 1)

@@ -25,6 +25,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 class ClusterInfo(msgspec.Struct, frozen=True):
     """What every process needs to know before it can begin."""
 
+    cluster_id: str
     namespace_id: str
     """Random, made with the master's database: inode numbers mean nothing under another one."""
     geometry: Geometry
@@ -116,6 +117,16 @@ class MasterStatus(msgspec.Struct, frozen=True):
 
 class GetMasterStatus(Request[MasterStatus], frozen=True):
     pass
+
+
+class Holders(msgspec.Struct, frozen=True, array_like=True):
+    workers: list[str]
+    """Names of those that said they hold it, which may be out of date."""
+
+
+class Locate(Request[Holders], frozen=True):
+    key: ContentKey
+    block_index: int
 
 
 # ---- to the master, from workers -----------------------------------------------------------------------------------
