@@ -66,7 +66,6 @@ async def cancel_on_signal(
 ) -> None:
     """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
         async for number in signals:
             logging.getLogger(__name__).info("ending signal=%s", signal.Signals(number).name)
             scope.cancel()

@@ -21,7 +21,7 @@ UFS_OPTIONS_VARIABLE = "CACHEFS_UFS_OPTIONS"
 """Environment variable with a JSON object of under-store options: unlike arguments, other users cannot see it."""
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType[Any]):
     """A type whose parser raises ConfigError."""
 
     def __init__(self, name: str, parse: Callable[[str, str], object]) -> None:

@@ -13,7 +13,7 @@ from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import Metadata
 from cachefs.client.patience import patiently
 from cachefs.model import Attr, BlockId, Ino, IsADirectory, TransportError, UnavailableError
-from cachefs.net import Answer, Hello, Pool, UnixAddress, open_pool
+from cachefs.net import Answer, Hello, Pool, UnixAddress, open_background, open_pool
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
     ClusterInfo,
@@ -22,6 +22,8 @@ from cachefs.wire.messages import (
     GetCluster,
     GetMasterStatus,
     GetWorkerStatus,
+    Locate,
+    MasterStatus,
     Opened,
     Promote,
 )
@@ -39,12 +41,14 @@ class Client:
         self,
         cluster: ClusterInfo,
         metadata: Metadata,
+        master: Pool,
         worker: Pool | None,
         sealed: SealedReader,
         patience_s: float,
     ) -> None:
         self.cluster = cluster
         self.metadata = metadata
+        self._master = master
         self._worker = worker
         self._sealed = sealed
         self._patience_s = patience_s
@@ -100,6 +104,15 @@ class Client:
         finally:
             reader.close()
 
+    async def holders(self, attr: Attr, block_index: int) -> list[str]:
+        """Names of the workers that said they hold a block of this content. Raises TransportError."""
+        request = Locate(attr.key, block_index)
+        return (await patiently(lambda: self._master.call(request), self._patience_s)).message.workers
+
+    async def master_status(self) -> MasterStatus:
+        """Raises TransportError."""
+        return (await patiently(lambda: self._master.call(GetMasterStatus()), self._patience_s)).message
+
     async def report_opens(self) -> None:
         """Tell the worker now and then which blocks were opened, so that it evicts others. Runs until cancelled."""
         while True:
@@ -120,9 +133,11 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
     Raises TransportError when the master, or a worker that was named, cannot be reached.
     """
     hello = Hello(role="client")
-    async with trio.open_nursery() as nursery, open_pool(config.master, hello) as master:
+    async with open_background() as nursery, open_pool(config.master, hello) as master:
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
-        socket = config.worker_socket or await _socket_of_this_node(master)
+        socket = None
+        if config.with_worker:
+            socket = config.worker_socket or await _socket_of_this_node(master)
         metadata = Metadata(
             master,
             sync_interval_s=cluster.sync_interval_s,
@@ -131,16 +146,14 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
             nursery=nursery,
         )
         if socket is None:
-            yield Client(cluster, metadata, None, SealedReader([]), config.patience_s)
+            yield Client(cluster, metadata, master, None, SealedReader([]), config.patience_s)
         else:
             async with open_pool(UnixAddress(socket), hello) as worker:
                 status = (await patiently(lambda: worker.call(GetWorkerStatus()), config.first_contact_s)).message
                 sealed = SealedReader([tier.path for tier in status.tiers])
-                client = Client(cluster, metadata, worker, sealed, config.patience_s)
+                client = Client(cluster, metadata, master, worker, sealed, config.patience_s)
                 nursery.start_soon(client.report_opens)
                 yield client
-                nursery.cancel_scope.cancel()
-        nursery.cancel_scope.cancel()
 
 
 async def _socket_of_this_node(master: Pool) -> str | None:

@@ -12,6 +12,8 @@ class ClientConfig:
     master: Address
     worker_socket: str | None = None
     """None: the socket of the worker that the master knows on this node."""
+    with_worker: bool = True
+    """False: names and attributes only."""
     max_names: int = 500_000
     """Names and attributes kept, about 600 bytes each."""
     patience_s: float = 30.0

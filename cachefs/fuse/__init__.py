@@ -6,8 +6,9 @@ Owns /dev/fuse: mounting, the session on it, passthrough's backing files, and th
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.errno import errno_of
 from cachefs.fuse.kernel import KernelSession, SessionOptions
-from cachefs.fuse.mountinfo import MountInfo, find_mount, is_mounted
+from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount, is_mounted
 from cachefs.fuse.mounting import Mount, MountError, MountOptions, Probe, abort, mount, open_device, probe, unmount
+from cachefs.fuse.operations import CacheOperations, OperationsConfig
 from cachefs.fuse.protocol import (
     ROOT_NODE,
     AttrReply,
@@ -18,21 +19,26 @@ from cachefs.fuse.protocol import (
     Operations,
     StatfsReply,
 )
+from cachefs.fuse.service import MountConfig, run_mount
 
 __all__ = [
+    "FS_TYPE",
     "ROOT_NODE",
     "AttrReply",
     "BackingRegistry",
+    "CacheOperations",
     "DirEntry",
     "EntryReply",
     "KernelSession",
     "Mount",
+    "MountConfig",
     "MountError",
     "MountInfo",
     "MountOptions",
     "OpenDirReply",
     "OpenReply",
     "Operations",
+    "OperationsConfig",
     "PassthroughUnavailable",
     "Probe",
     "SessionOptions",
@@ -44,5 +50,6 @@ __all__ = [
     "mount",
     "open_device",
     "probe",
+    "run_mount",
     "unmount",
 ]

@@ -24,6 +24,11 @@ class MountInfo(NamedTuple):
     options: frozenset[str]
     """Of this mount and of its superblock."""
 
+    @property
+    def connection(self) -> int:
+        """The number of a FUSE connection; see `mounting.abort`."""
+        return int(self.device.partition(":")[2])
+
 
 def parse_mountinfo(content: bytes) -> list[MountInfo]:
     """The lines of proc(5)'s mountinfo, in mount order; a later line on the same mountpoint hides the earlier ones.

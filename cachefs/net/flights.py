@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-import outcome
 import trio
 
 from cachefs.model import TransportError
@@ -20,7 +19,13 @@ class _Flight(Generic[V]):
         self.waiters = 0
         self.scope = trio.CancelScope()
         self.done = trio.Event()
-        self.result: outcome.Outcome[V] | None = None
+        self.values: list[V] = []
+        """The one result, once it is there."""
+        self.error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.values) or self.error is not None
 
 
 class Flights(Generic[K, V]):
@@ -48,14 +53,16 @@ class Flights(Generic[K, V]):
             await flight.done.wait()
         finally:
             flight.waiters -= 1
-            if flight.waiters == 0 and not flight.kept and flight.result is None:
+            if flight.waiters == 0 and not flight.kept and not flight.ended:
                 flight.scope.cancel()
                 # Whoever asks next starts anew instead of joining one that is being cancelled.
                 if self._flights.get(key) is flight:
                     del self._flights[key]
-        if flight.result is None:
+        if flight.error is not None:
+            raise flight.error
+        if not flight.values:
             raise TransportError("the service is ending")
-        return flight.result.unwrap()
+        return flight.values[0]
 
     def start(self, key: K, make: Callable[[], Awaitable[V]]) -> bool:
         """Have it run whether anybody waits or not; False when it was running already. Errors go to waiters only."""
@@ -76,9 +83,9 @@ class Flights(Generic[K, V]):
         try:
             with flight.scope:
                 try:
-                    flight.result = outcome.Value(await make())
+                    flight.values.append(await make())
                 except Exception as error:
-                    flight.result = outcome.Error(error)
+                    flight.error = error
         finally:
             if self._flights.get(key) is flight:
                 del self._flights[key]

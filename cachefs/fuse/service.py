@@ -12,10 +12,10 @@ import trio
 
 from cachefs.client import ClientConfig, open_client
 from cachefs.fuse.backing import BackingRegistry
-from cachefs.fuse.kernel import KernelSession
+from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.mounting import Mount, MountError, MountOptions, abort, mount, open_device, unmount
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
-from cachefs.fusewire import InitOptions
+from cachefs.fusewire import Negotiated
 from cachefs.model import NotADirectory
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class MountConfig:
     """The directory of the namespace to mount."""
     options: MountOptions = field(default_factory=MountOptions)
     operations: OperationsConfig = field(default_factory=OperationsConfig)
-    init: InitOptions = field(default_factory=InitOptions)
+    session: SessionOptions = field(default_factory=SessionOptions)
 
 
 async def run_mount(config: MountConfig, ready: Callable[[Mount, bool], None]) -> None:
@@ -52,7 +52,7 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, bool], None]) -
         try:
             async with trio.open_nursery() as nursery:
                 operations = CacheOperations(client, root.ino, BackingRegistry(fd), config.operations, nursery)
-                session = KernelSession(fd, operations, config.init)
+                session = KernelSession(fd, operations, config.session)
                 # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
                 mounted = await trio.to_thread.run_sync(mount, fd, config.mountpoint, config.source, config.options)
                 try:
@@ -68,9 +68,9 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, bool], None]) -
 
 
 async def _serve(
-    session: KernelSession, nursery: trio.Nursery, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
+    session: KernelSession, nursery: trio.Nursery, task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    await session.serve(task_status)
+    await session.serve(task_status=task_status)
     logger.info("unmounted")
     nursery.cancel_scope.cancel()
 

@@ -1,0 +1,213 @@
+"""`cachefs ls`, `stat`, `report`: looking at a running cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import msgspec
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from cachefs.cli import params
+from cachefs.cli.instances import the_running_one
+from cachefs.cli.lifecycle import leaves
+from cachefs.client import Client, ClientConfig, open_client
+from cachefs.model import Attr, CachefsError, Entry, TransportError, format_size
+from cachefs.net import Address, Hello, UnixAddress, open_peer, parse_address
+from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, WorkerStatus
+
+_FIRST_CONTACT_S = 5.0
+
+master_option = click.option(
+    "--master", "master_address", type=params.ADDRESS, help="Default: that of the `cachefs up` on this machine."
+)
+
+
+@click.command()
+@click.argument("path", default="/")
+@master_option
+@click.option("long", "-l", "--long", is_flag=True, help="Sizes and times too.")
+@params.json_option
+def ls(path: str, master_address: Address | None, long: bool, as_json: bool) -> None:
+    """List a directory of the namespace, as it comes."""
+
+    async def run(client: Client) -> None:
+        attr = await client.metadata.resolve(path)
+        if not attr.is_dir:
+            _print_entry(Entry(path.rstrip("/").rpartition("/")[2], attr), long, as_json)
+            return
+        async with client.metadata.list_dir(attr.ino) as chunks:
+            async for entries in chunks:
+                for entry in entries:
+                    _print_entry(entry, long, as_json)
+
+    _run_with_client(master_address, run)
+
+
+def _print_entry(entry: Entry, long: bool, as_json: bool) -> None:
+    attr = entry.attr
+    if as_json:
+        print(json.dumps({"name": entry.name, **_facts(attr)}))
+    elif long:
+        mark = "/" if attr.is_dir else ""
+        print(f"{attr.size_bytes:>15} {_time(attr.mtime_ns)} {entry.name}{mark}")
+    else:
+        print(entry.name)
+
+
+@click.command()
+@click.argument("path")
+@master_option
+@params.json_option
+def stat(path: str, master_address: Address | None, as_json: bool) -> None:
+    """Show what is known of a file or directory, and which workers hold it."""
+
+    async def run(client: Client) -> None:
+        attr = await client.metadata.resolve(path)
+        blocks = client.cluster.geometry.block_count(attr.size_bytes) if attr.key else 0
+        holders = [await client.holders(attr, index) for index in range(blocks)]
+        facts = {"path": path, **_facts(attr), "blocks": [{"workers": workers} for workers in holders]}
+        if as_json:
+            print(json.dumps(facts))
+            return
+        print(f"  path: {path}")
+        print(f"  type: {facts['type']}")
+        print(f"  size: {attr.size_bytes} ({format_size(attr.size_bytes)})")
+        print(f" mtime: {_time(attr.mtime_ns)}")
+        print(f" inode: {attr.ino}")
+        if attr.key:
+            print(f"   key: {attr.key.hex()}")
+            for index, workers in enumerate(holders):
+                print(f" block {index}: {', '.join(workers) or 'not cached'}")
+
+    _run_with_client(master_address, run)
+
+
+def _facts(attr: Attr) -> dict[str, Any]:
+    return {
+        "type": "directory" if attr.is_dir else "file",
+        "size": attr.size_bytes,
+        "mtime_ns": attr.mtime_ns,
+        "inode": attr.ino,
+        "mode": f"{attr.mode:o}",
+        "key": attr.key.hex() or None,
+    }
+
+
+def _time(mtime_ns: int) -> str:
+    return datetime.fromtimestamp(mtime_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+@click.command()
+@master_option
+@params.json_option
+def report(master_address: Address | None, as_json: bool) -> None:
+    """Show the cluster: under-stores, workers, how full the caches are, and what they did."""
+
+    async def run(client: Client) -> None:
+        status = await client.master_status()
+        workers = [(info, await _worker_status(info)) for info in status.workers]
+        if as_json:
+            print(json.dumps(_report_json(status, workers)))
+        else:
+            _print_report(status, workers)
+
+    _run_with_client(master_address, run)
+
+
+async def _worker_status(info: WorkerInfo) -> WorkerStatus | None:
+    """None: it does not answer."""
+    if not info.connected:
+        return None
+    addresses: list[Address] = [UnixAddress(info.socket)]
+    address = parse_address(info.address)
+    if getattr(address, "port", 0):
+        addresses.append(address)
+    for each in addresses:
+        try:
+            async with open_peer(each, Hello(role="client"), timeout_s=_FIRST_CONTACT_S) as peer:
+                return (await peer.call(GetWorkerStatus())).message
+        except TransportError:
+            continue
+    return None
+
+
+def _report_json(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerStatus | None]]) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(status)
+    for listed, (_, details) in zip(facts["workers"], workers, strict=True):
+        listed["status"] = msgspec.to_builtins(details) if details is not None else None
+    return facts
+
+
+def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerStatus | None]]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    geometry = status.cluster.geometry
+    console.print(
+        f"cluster {status.cluster.cluster_id}, up {_duration(status.uptime_s)},"
+        f" pages of {format_size(geometry.page_size)}, blocks of {format_size(geometry.block_size)}",
+        highlight=False,
+    )
+    mounts = Table("path", "under-store", "directories", "files", "hidden keys", "served stale", title="mounts")
+    for mount in status.mounts:
+        mounts.add_row(
+            *(mount.path, mount.url),
+            *(str(each) for each in (mount.directories, mount.files, mount.hidden_keys, mount.serving_stale)),
+        )
+    console.print(mounts)
+    table = Table(
+        *("worker", "tier", "used", "capacity", "blocks", "evicted", "from under-store", "not admitted", "corrupt"),
+        title="workers",
+    )
+    for info, details in workers:
+        if details is None:
+            table.add_row(info.name, "does not answer" if info.connected else "away")
+            continue
+        counters = details.counters
+        for tier in details.tiers:
+            table.add_row(
+                info.name,
+                f"{tier.kind}:{tier.path}",
+                format_size(tier.used_bytes + tier.reserved_bytes),
+                format_size(tier.capacity_bytes),
+                str(tier.blocks),
+                str(tier.evictions),
+                f"{format_size(counters.under_store_bytes)} in {counters.under_store_reads} reads",
+                str(counters.not_admitted),
+                str(counters.corrupt),
+            )
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def _run_with_client(address: Address | None, run: Callable[[Client], Awaitable[None]]) -> None:
+    """Raises CachefsError."""
+    chosen = address or parse_address(the_running_one().master)
+
+    async def main() -> None:
+        async with _client(chosen) as client:
+            await run(client)
+
+    try:
+        trio.run(main)
+    except* CachefsError as group:
+        error = leaves(group)[0]
+        assert isinstance(error, CachefsError)
+        raise error from None
+
+
+@asynccontextmanager
+async def _client(address: Address) -> AsyncGenerator[Client, None]:
+    config = ClientConfig(address, patience_s=_FIRST_CONTACT_S, first_contact_s=_FIRST_CONTACT_S, with_worker=False)
+    async with open_client(config) as client:
+        yield client

@@ -1,0 +1,104 @@
+"""What `cachefs up` runs on this machine, so that other commands find it; and where it keeps things."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+from cachefs.model import ConfigError
+
+
+@dataclass(frozen=True)
+class Instance:
+    pid: int
+    url: str
+    mountpoint: str
+    master: str
+    worker_socket: str
+    state_dir: str
+
+
+def state_root() -> str:
+    """Where caches are kept for the next time: /var/cache/cachefs for root, else in the user's cache directory."""
+    if os.geteuid() == 0:
+        return "/var/cache/cachefs"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "cachefs")
+
+
+def runtime_root() -> str:
+    """Where sockets and the records of running instances are: short paths, gone after a reboot, this user's alone."""
+    if os.geteuid() == 0:
+        path = "/run/cachefs"
+    elif os.environ.get("XDG_RUNTIME_DIR"):
+        path = os.path.join(os.environ["XDG_RUNTIME_DIR"], "cachefs")
+    else:
+        path = f"/tmp/cachefs-{os.geteuid()}"
+    os.makedirs(path, 0o700, exist_ok=True)
+    status = os.stat(path, follow_symlinks=False)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ConfigError("runtime directory", path, "a directory that belongs to this user alone")
+    return path
+
+
+def instance_name(url: str) -> str:
+    """A directory name for what belongs to one URL: readable, and never the same for two."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", url).strip("-")[:40]
+    return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def recorded(instance: Instance) -> Iterator[None]:
+    """The instance can be found for as long as the block lasts."""
+    path = os.path.join(_records(), f"{instance.pid}.json")
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(asdict(instance), file)
+    os.rename(path + ".new", path)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def running() -> list[Instance]:
+    """Those whose process lives; records of killed ones are removed."""
+    found = []
+    for name in sorted(os.listdir(_records())):
+        path = os.path.join(_records(), name)
+        if not name.endswith(".json"):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                instance = Instance(**json.load(file))
+            os.kill(instance.pid, 0)
+        except (ValueError, TypeError, ProcessLookupError, FileNotFoundError):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        except PermissionError:
+            found.append(instance)
+        else:
+            found.append(instance)
+    return found
+
+
+def the_running_one() -> Instance:
+    """Raises ConfigError unless there is exactly one."""
+    instances = running()
+    if not instances:
+        raise ConfigError("--master", "not given", "HOST:PORT; no `cachefs up` runs on this machine")
+    if len(instances) > 1:
+        listed = ", ".join(f"{each.master} ({each.url} on {each.mountpoint})" for each in instances)
+        raise ConfigError("--master", "not given", f"one of {listed}")
+    return instances[0]
+
+
+def _records() -> str:
+    path = os.path.join(runtime_root(), "instances")
+    os.makedirs(path, 0o700, exist_ok=True)
+    return path

@@ -1,0 +1,200 @@
+"""`cachefs master`, `cachefs worker`, `cachefs mount`: one process each, in the foreground."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import click
+import trio
+
+from cachefs.cli import params
+from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.client import ClientConfig
+from cachefs.fuse import Mount, MountConfig, MountOptions, OperationsConfig, run_mount
+from cachefs.master import MasterConfig, run_master
+from cachefs.model import ConfigError
+from cachefs.net import Address, TcpAddress
+from cachefs.policy import Promote
+from cachefs.store import TierConfig
+from cachefs.worker import WorkerConfig, default_name, run_worker
+
+supervised_option = click.option("--supervised", "supervised_fd", type=int, hidden=True)
+log_level_option = click.option(
+    "--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO", show_default=True
+)
+
+
+@click.command()
+@click.option("--data-dir", required=True, metavar="DIR", help="Where the namespace is kept; made if missing.")
+@click.option("--listen", type=params.ADDRESS, required=True, help="Where to listen; port 0 takes a free one.")
+@click.option(
+    "mounts", "--mount", type=params.MOUNT, multiple=True, help="Attach an under-store to the namespace; repeatable."
+)
+@params.ufs_option
+@click.option(
+    "--sync-interval",
+    type=params.SYNC_INTERVAL,
+    default="60s",
+    show_default=True,
+    help="How long names are believed before the under-store is asked again; 0 always asks, -1 never.",
+)
+@click.option("--page-size", type=params.SIZE, help="Unit of one fetch; for a new namespace. Default 8M.")
+@click.option("--block-size", type=params.SIZE, help="Unit of placement; for a new namespace. Default 8G.")
+@click.option("--cluster", default="cachefs", show_default=True, help="Name of the cluster that tiers belong to.")
+@params.insecure_option
+@log_level_option
+@supervised_option
+def master(
+    data_dir: str,
+    listen: Address,
+    mounts: tuple[tuple[str, str], ...],
+    ufs_options: tuple[tuple[str, str], ...],
+    sync_interval: float,
+    page_size: int | None,
+    block_size: int | None,
+    cluster: str,
+    insecure: bool,
+    log_level: str,
+    supervised_fd: int | None,
+) -> None:
+    """Keep the namespace: names, attributes, and which worker holds what."""
+    set_up_logging("master", log_level)
+    params.check_insecure(insecure, listen=listen)
+    config = MasterConfig(
+        data_dir=data_dir,
+        listen=_tcp("--listen", listen),
+        mounts=mounts,
+        ufs_options=params.collect_ufs_options(ufs_options),
+        cluster_id=cluster,
+        sync_interval_s=sync_interval,
+        block_size=block_size,
+        page_size=page_size,
+    )
+    run_service("master", partial(_run_and_report, run_master, config), supervised_fd)
+
+
+@click.command()
+@click.option("--name", default=default_name, help="Unique in the cluster. Default: the name of the host.")
+@click.option("--master", "master_address", type=params.ADDRESS, required=True)
+@click.option("--listen", type=params.ADDRESS, required=True, help="Where to listen; port 0 takes a free one.")
+@click.option("--socket", required=True, metavar="PATH", help="Unix socket for the mounts of this node.")
+@click.option(
+    "tiers", "--tier", type=params.TIER, multiple=True, required=True, help="Where blocks are kept: mem: or ssd:."
+)
+@click.option(
+    "--promote",
+    type=click.Choice([each.value for each in Promote]),
+    default=Promote.IF_SPACE.value,
+    show_default=True,
+    help="Whether to keep what is read: always (evicting), if-space, or never.",
+)
+@params.insecure_option
+@log_level_option
+@supervised_option
+def worker(
+    name: str,
+    master_address: Address,
+    listen: Address,
+    socket: str,
+    tiers: tuple[TierConfig, ...],
+    promote: str,
+    insecure: bool,
+    log_level: str,
+    supervised_fd: int | None,
+) -> None:
+    """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict."""
+    set_up_logging("worker", log_level)
+    params.check_insecure(insecure, listen=listen, master=master_address)
+    if len(tiers) > 1:
+        raise ConfigError("--tier", f"{len(tiers)} of them", "one; several tiers are not built yet")
+    config = WorkerConfig(
+        name=name,
+        master=master_address,
+        listen=_tcp("--listen", listen),
+        socket=os.path.abspath(socket),
+        tier=tiers[0],
+        promote=Promote(promote),
+    )
+    run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)
+
+
+def mount_options(function: params.F) -> params.F:
+    """The flags of `cachefs mount` that `cachefs up` has too."""
+    for option in reversed(
+        (
+            click.option("--path", default="/", show_default=True, help="Directory of the namespace to mount."),
+            click.option(
+                "--open-wait",
+                type=params.SIZE,
+                default="8M",
+                show_default=True,
+                help="Files up to this size are made local before their open returns.",
+            ),
+            click.option("--no-passthrough", is_flag=True, help="Read everything through this process."),
+            click.option("--read-ahead", type=params.SIZE, default="1M", show_default=True, help="Of the kernel."),
+            click.option("--no-allow-other", is_flag=True, help="Only the user who mounts may use the mount."),
+            click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("mountpoint")
+@click.option("--master", "master_address", type=params.ADDRESS, required=True)
+@click.option("--worker-socket", metavar="PATH", help="Default: that of the worker the master knows on this node.")
+@mount_options
+@params.insecure_option
+@log_level_option
+@supervised_option
+def mount(
+    mountpoint: str,
+    master_address: Address,
+    worker_socket: str | None,
+    path: str,
+    open_wait: int,
+    no_passthrough: bool,
+    read_ahead: int,
+    no_allow_other: bool,
+    allow_nonempty: bool,
+    insecure: bool,
+    log_level: str,
+    supervised_fd: int | None,
+) -> None:
+    """Mount the namespace, read only, and serve it until it is unmounted."""
+    set_up_logging("mount", log_level)
+    params.check_insecure(insecure, master=master_address)
+    config = MountConfig(
+        mountpoint=os.path.abspath(mountpoint),
+        client=ClientConfig(master_address, worker_socket),
+        source=f"cachefs:{path}",
+        path=path,
+        options=MountOptions(
+            allow_other=not no_allow_other, read_ahead_kb=read_ahead // 1024, allow_nonempty=allow_nonempty
+        ),
+        operations=OperationsConfig(open_wait_bytes=open_wait, passthrough=not no_passthrough),
+    )
+
+    async def service(report: Report) -> None:
+        def ready(mounted: Mount, passthrough: bool) -> None:
+            report({"mountpoint": mounted.mountpoint, "passthrough": passthrough, "connection": mounted.connection})
+
+        await run_mount(config, ready)
+
+    run_service("mount", service, supervised_fd)
+
+
+async def _run_and_report(run: Any, config: Any, report: Report) -> None:
+    """Run a service and report the addresses it listens on."""
+    async with trio.open_nursery() as nursery:
+        addresses: list[Address] = await nursery.start(run, config)
+        report({"listen": str(addresses[0])})
+
+
+def _tcp(key: str, address: Address) -> Address:
+    if not isinstance(address, TcpAddress):
+        raise ConfigError(key, str(address), "HOST:PORT")
+    return address

@@ -1,0 +1,273 @@
+"""`cachefs up`: master, worker and mount as three real processes of this machine, talking over the real wire."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import trio
+
+from cachefs.cli import params
+from cachefs.cli.instances import Instance, instance_name, recorded, running, runtime_root, state_root
+from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.cli.services import log_level_option, mount_options, supervised_option
+from cachefs.fuse import FS_TYPE, abort, find_mount, probe, unmount
+from cachefs.model import CachefsError, ConfigError, format_size
+from cachefs.policy import Promote
+from cachefs.store import TierConfig
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 120.0
+"""The master may need the under-store's deadline, and the worker a while to look through a large tier."""
+END_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    url: str
+    mountpoint: str
+    state_dir: str
+    tier: TierConfig
+    ufs_options: Mapping[str, str]
+    master_flags: tuple[str, ...]
+    worker_flags: tuple[str, ...]
+    mount_flags: tuple[str, ...]
+    log_level: str
+
+
+class Child:
+    """One of the processes."""
+
+    def __init__(self, role: str, process: subprocess.Popen[bytes], link: socket.socket) -> None:
+        self.role = role
+        self.facts: dict[str, Any] = {}
+        self._process = process
+        self._link = trio.socket.from_stdlib_socket(link)
+
+    async def wait_ready(self) -> None:
+        """Raises CachefsError when it ends first, or takes too long; the reason is in what it printed."""
+        line = b""
+        with trio.move_on_after(READY_TIMEOUT_S) as scope:
+            while not line.endswith(b"\n"):
+                data = await self._link.recv(4096)
+                if not data:
+                    raise CachefsError(f"the {self.role} ended before it was ready; see its message above")
+                line += data
+        if scope.cancelled_caught:
+            raise CachefsError(f"the {self.role} was not ready within {READY_TIMEOUT_S:g} s")
+        self.facts = json.loads(line)
+
+    async def wait_end(self) -> int:
+        """Its exit status. Notices the end by the link, which the process holds until then."""
+        while await self._link.recv(4096):
+            pass
+        return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
+
+    async def end(self) -> None:
+        """SIGTERM, and SIGKILL when that does not help."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        with trio.move_on_after(END_TIMEOUT_S) as scope:
+            await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            logger.error("killed role=%s pid=%d reason=did-not-end", self.role, self._process.pid)
+            self._process.kill()
+            self._process.wait()
+        self._link.close()
+
+
+async def run_up(config: UpConfig, report: Report) -> None:
+    """Start the three, wait until the mount is there, and end them, the mount first, when one ends or on cancellation.
+
+    Raises CachefsError when one of them fails.
+    """
+    name = os.path.basename(config.state_dir)
+    worker_socket = os.path.join(runtime_root(), f"{name[-8:]}-{os.getpid()}.sock")
+    secrets = {params.UFS_OPTIONS_VARIABLE: json.dumps(dict(config.ufs_options))}
+    common = ["--insecure", "--log-level", config.log_level]
+    any_port = ["--listen", "127.0.0.1:0"]
+    data_dir = os.path.join(config.state_dir, "master")
+    master_flags = [*any_port, "--data-dir", data_dir, "--mount", f"/={config.url}", *config.master_flags, *common]
+    async with _child("master", master_flags, secrets) as master:
+        await master.wait_ready()
+        reach_master = ["--master", master.facts["listen"]]
+        tier = f"{config.tier.kind}:{config.tier.path}:{config.tier.capacity_bytes}"
+        worker_flags = [*any_port, "--socket", worker_socket, "--tier", tier, *config.worker_flags, *common]
+        async with _child("worker", [*reach_master, *worker_flags]) as worker:
+            await worker.wait_ready()
+            mount_flags = ["--worker-socket", worker_socket, *config.mount_flags, *common]
+            async with _child("mount", [config.mountpoint, *reach_master, *mount_flags]) as mount:
+                try:
+                    await mount.wait_ready()
+                    instance = Instance(
+                        pid=os.getpid(),
+                        url=config.url,
+                        mountpoint=config.mountpoint,
+                        master=master.facts["listen"],
+                        worker_socket=worker_socket,
+                        state_dir=config.state_dir,
+                    )
+                    with recorded(instance):
+                        report({"mountpoint": config.mountpoint, "passthrough": mount.facts["passthrough"]})
+                        await _wait_for_first([mount, worker, master])
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await mount.end()
+                        await trio.to_thread.run_sync(_remove_mount, config.mountpoint, mount)
+
+
+async def _wait_for_first(children: Sequence[Child]) -> None:
+    """Return when the mount ended well (somebody unmounted it). Raises CachefsError when any ended otherwise."""
+    async with trio.open_nursery() as nursery:
+
+        async def watch(child: Child) -> None:
+            status = await child.wait_end()
+            if child.role != "mount" or status != 0:
+                raise CachefsError(f"the {child.role} ended unexpectedly with status {status}")
+            logger.info("unmounted, ending")
+            nursery.cancel_scope.cancel()
+
+        for child in children:
+            nursery.start_soon(watch, child)
+
+
+def _remove_mount(mountpoint: str, mount: Child) -> None:
+    """Whatever became of its server, no dead mount stays behind."""
+    left = find_mount(mountpoint)
+    if left is not None and left.fs_type == FS_TYPE and left.connection == mount.facts.get("connection"):
+        logger.warning("removing what the mount left mountpoint=%s", mountpoint)
+        unmount(mountpoint, lazy=True)
+        abort(left.connection)
+
+
+@asynccontextmanager
+async def _child(
+    role: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> AsyncGenerator[Child, None]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        # Not trio's: its processes end with the task that waits for them, ours are ended in order.
+        process = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-m", "cachefs", role, *arguments, "--supervised", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **(environment or {})},
+            # A Ctrl-C at the terminal is for us, who end them in order.
+            start_new_session=True,
+        )
+    child = Child(role, process, ours)
+    try:
+        yield child
+    finally:
+        with trio.CancelScope(shield=True):
+            await child.end()
+
+
+@click.command()
+@click.argument("url")
+@click.argument("mountpoint")
+@click.option("tier", "--tier", type=params.TIER, help="Where to cache. Default: ssd, in the user's cache directory.")
+@params.ufs_option
+@click.option("--state-dir", metavar="DIR", help="Where the namespace and the default tier are kept.")
+@click.option("--sync-interval", default="60s", show_default=True, help="As of cachefs master.")
+@click.option("--page-size", help="As of cachefs master.")
+@click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
+@mount_options
+@log_level_option
+@supervised_option
+def up(
+    url: str,
+    mountpoint: str,
+    tier: TierConfig | None,
+    ufs_options: tuple[tuple[str, str], ...],
+    state_dir: str | None,
+    sync_interval: str,
+    page_size: str | None,
+    promote: str | None,
+    log_level: str,
+    supervised_fd: int | None,
+    **mount_flags: Any,
+) -> None:
+    """Mount URL on MOUNTPOINT and cache what is read, all on this machine.
+
+    For example: cachefs up s3://bucket/prefix /mnt/data
+    """
+    set_up_logging("up", log_level)
+    _check_machine(mountpoint)
+    directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
+    _check_not_running(directory)
+    if tier is None:
+        tier = _default_tier(os.path.join(directory, "tier"))
+    config = UpConfig(
+        url=url,
+        mountpoint=os.path.realpath(mountpoint),
+        state_dir=directory,
+        tier=tier,
+        ufs_options=params.collect_ufs_options(ufs_options),
+        master_flags=("--sync-interval", sync_interval, *(("--page-size", page_size) if page_size else ())),
+        worker_flags=("--promote", promote) if promote else (),
+        mount_flags=_mount_flags(mount_flags),
+        log_level=log_level,
+    )
+    if supervised_fd is None:
+        size = format_size(tier.capacity_bytes)
+        click.echo(f"cachefs: mounting {url} on {config.mountpoint}, caching up to {size} in {tier.path}")
+    run_service("up", lambda report: run_up(config, report), supervised_fd)
+
+
+def _check_machine(mountpoint: str) -> None:
+    """What would fail only in the third process is told before the first."""
+    found = probe()
+    if found.device_error is not None:
+        raise ConfigError("/dev/fuse", "not usable", found.device_error)
+    if not found.sys_admin:
+        raise ConfigError("user", os.geteuid(), "root (CAP_SYS_ADMIN), which mounting with passthrough needs")
+    mounted = find_mount(mountpoint)
+    if mounted is not None and mounted.fs_type == FS_TYPE:
+        raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; see cachefs umount")
+    if not os.path.isdir(mountpoint):
+        raise ConfigError("MOUNTPOINT", mountpoint, "an existing directory")
+
+
+def _check_not_running(directory: str) -> None:
+    for instance in running():
+        if instance.state_dir == directory:
+            raise ConfigError(
+                "URL", instance.url, f"one that is not up already; it is mounted on {instance.mountpoint}"
+            )
+
+
+def _default_tier(path: str) -> TierConfig:
+    """Half of what is free, counting what this tier holds already."""
+    os.makedirs(path, 0o700, exist_ok=True)
+    held = sum(
+        os.stat(os.path.join(directory, name), follow_symlinks=False).st_blocks * 512
+        for directory, _, names in os.walk(path)
+        for name in names
+    )
+    capacity = (shutil.disk_usage(path).free + held) // 2
+    return TierConfig("ssd", path, capacity)
+
+
+def _mount_flags(given: Mapping[str, Any]) -> tuple[str, ...]:
+    flags: list[str] = []
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(option)
+        elif value is not False:
+            flags += [option, str(value)]
+    return tuple(flags)

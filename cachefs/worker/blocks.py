@@ -1,0 +1,217 @@
+"""What mounts ask of a worker: make a content local, make a range readable.
+
+sealed?  suspect?  ------------------------> the sealed file's descriptor
+admitted?  (policy, then room in the tier) -> a job fills a partial; the partial's descriptor, page by page
+otherwise                                  -> the bytes themselves, through a small buffer in memory
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+
+import trio
+
+from cachefs.model import BlockCorruptError, BlockId, CapacityError, Geometry, Ino
+from cachefs.net import Answer
+from cachefs.policy import admits
+from cachefs.store import Partial, SealedReader, Store
+from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
+from cachefs.worker.config import WorkerConfig
+from cachefs.worker.counters import Counters
+from cachefs.worker.jobs import Filler, Job
+from cachefs.worker.read_through import ReadThrough
+from cachefs.worker.sources import Source, Sources
+
+logger = logging.getLogger(__name__)
+
+_SEALED_SERIALS = itertools.count(-1, -1)
+"""For descriptors of sealed files; those of partials are positive."""
+_ATTEMPTS = 3
+
+
+class Blocks:
+    """Called from one trio thread; `nursery` has what runs in the background."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        geometry: Geometry,
+        store: Store,
+        sources: Sources,
+        filler: Filler,
+        counters: Counters,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._store = store
+        self._sources = sources
+        self._filler = filler
+        self._counters = counters
+        self._nursery = nursery
+        self._sealed_files = SealedReader([store.config.path])
+        self._jobs: dict[BlockId, Job] = {}
+        self._disk = trio.CapacityLimiter(4)
+        self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    async def promote(self, ino: Ino) -> PromoteReply:
+        """Make a content of one block local; not sealed means not admitted. Raises as `Filler.fetch`."""
+        source = await self._sources.resolve(ino)
+        attr = source.attr
+        if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
+            return PromoteReply(False)
+        block = BlockId(attr.key, 0)
+        for attempt in range(_ATTEMPTS):
+            if await self._is_sealed(block):
+                return PromoteReply(True)
+            job = await self._job(block, source)
+            if job is None:
+                if self._store.is_sealed(block):
+                    continue
+                return PromoteReply(False)
+            job.users += 1
+            try:
+                await self._filler.fetch(job, range(job.partial.page_count))
+                await self._filler.seal(job)
+                return PromoteReply(True)
+            except BlockCorruptError as error:
+                # What was read back is not what was written, and is gone: once more, from the under-store.
+                logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
+            except CapacityError as error:
+                logger.info("not kept block=%s error=%s", block.filename, error)
+                return PromoteReply(False)
+            finally:
+                job.users -= 1
+                self._end_if_done(job)
+        raise BlockCorruptError(f"{block.filename}: the tier damages what is written to it")
+
+    async def fetch(self, request: Fetch, reader: int) -> Answer[FetchReply]:
+        """Make a range readable. `reader` tells one mount from another, for read-ahead. Raises as `Filler.fetch`."""
+        source = await self._sources.resolve(request.ino)
+        key, size = source.attr.key, source.attr.size_bytes
+        length = self._geometry.block_length(size, request.block_index)
+        if request.offset < 0 or request.length <= 0 or request.offset + request.length > length:
+            raise BlockCorruptError(f"range {request.offset}+{request.length} lies outside of a block of {length}")
+        pages = self._geometry.pages_covering(request.offset, request.length)
+        if key:
+            block = BlockId(key, request.block_index)
+            for _ in range(_ATTEMPTS):
+                if await self._is_sealed(block):
+                    fd = self._sealed_files.open(block, length)
+                    if fd is not None:
+                        self._store.visited(block)
+                        return self._confirm_sealed(fd, length)
+                    # Its files are not what the index says.
+                    await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+                job = await self._job(block, source)
+                if job is not None:
+                    return await self._fetch_into(job, pages, request.held, reader)
+                if not self._store.is_sealed(block):
+                    break
+        content_offset = request.block_index * self._geometry.block_size + request.offset
+        data = await self._read_through.read(source, content_offset, request.length, reader)
+        return Answer(FetchReply(0, []), data)
+
+    def visited(self, blocks: list[BlockId]) -> None:
+        for block in blocks:
+            self._store.visited(block)
+
+    # ---- sealed ----------------------------------------------------------------------------------------------------
+
+    async def _is_sealed(self, block: BlockId) -> bool:
+        if self._store.is_suspect(block):
+            return await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
+        return self._store.is_sealed(block)
+
+    def _confirm_sealed(self, fd: int, length: int) -> Answer[FetchReply]:
+        everything = [(0, self._geometry.page_count(length))]
+        return Answer(FetchReply(next(_SEALED_SERIALS), everything), b"", (fd,), close_fds=True)
+
+    # ---- filling ---------------------------------------------------------------------------------------------------
+
+    async def _job(self, block: BlockId, source: Source) -> Job | None:
+        """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment."""
+        job = self._jobs.get(block)
+        if job is not None and not job.ended:
+            return job
+        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
+        if not admits(
+            self._config.promote,
+            block_length=length,
+            capacity_bytes=self._config.tier.capacity_bytes,
+            free_bytes=self._store.room_bytes(),
+        ):
+            self._counters.not_admitted += 1
+            return None
+        try:
+            partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, limiter=self._disk)
+        except CapacityError as error:
+            self._counters.not_admitted += 1
+            logger.info("not admitted block=%s error=%s", block.filename, error)
+            return None
+        if partial is None:
+            return None
+        other = self._jobs.get(block)
+        if other is not None and not other.ended:
+            # Somebody was faster while we were in the thread.
+            self._store.close(partial)
+            return other
+        job = self._jobs[block] = Job(partial, source, block.block_index * self._geometry.block_size)
+        return job
+
+    async def _fetch_into(self, job: Job, pages: range, held: int, reader: int) -> Answer[FetchReply]:
+        job.users += 1
+        try:
+            ahead = job.demand(reader, pages, self._config.readahead)
+            self._filler.fetch_ahead(job, ahead)
+            await self._filler.fetch(job, pages)
+            if job.worth_filling and not job.filling:
+                job.filling = True
+                self._nursery.start_soon(self._fill, job)
+            return self._confirm(job.partial, held)
+        finally:
+            job.users -= 1
+            self._end_if_done(job)
+
+    def _confirm(self, partial: Partial, held: int) -> Answer[FetchReply]:
+        # The descriptor binds the confirmation to the open file; duplicated, so that it outlives our partial while the
+        # answer is under way.
+        fds = () if held == partial.serial else (os.dup(partial.read_fd),)
+        return Answer(FetchReply(partial.serial, partial.present()), b"", fds, close_fds=True)
+
+    async def _fill(self, job: Job) -> None:
+        job.users += 1
+        try:
+            await self._filler.fill(job)
+        finally:
+            job.filling = False
+            job.users -= 1
+            self._end_if_done(job)
+
+    def _end_if_done(self, job: Job) -> None:
+        """Close a job that nobody uses and that is sealed or given up."""
+        if job.users == 0 and (job.partial.sealed or job.ended) and self._jobs.get(job.block) is job:
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        del self._jobs[job.block]
+        job.ended = True
+        self._store.close(job.partial)
+
+    async def end_idle(self) -> None:
+        """Close jobs that nobody has asked for lately. Runs until cancelled."""
+        while True:
+            await trio.sleep(self._config.idle_partial_s / 2)
+            before = trio.current_time() - self._config.idle_partial_s
+            for job in list(self._jobs.values()):
+                if job.users == 0 and job.last_asked < before:
+                    self._end(job)
+
+    def close(self) -> None:
+        """At the end of the worker, when nothing runs any more."""
+        for job in list(self._jobs.values()):
+            self._end(job)

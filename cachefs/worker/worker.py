@@ -1,0 +1,162 @@
+"""The worker as a process: opens its tier, registers with the master, and answers mounts."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+
+import trio
+
+from cachefs.model import BlockId, CachefsError
+from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, serve
+from cachefs.store import Store, open_store, running_boot_id
+from cachefs.wire import messages as m
+from cachefs.worker.blocks import Blocks
+from cachefs.worker.config import WorkerConfig
+from cachefs.worker.counters import Counters
+from cachefs.worker.jobs import Filler
+from cachefs.worker.master_link import MasterLink
+from cachefs.worker.sources import Source, Sources
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Handlers of requests."""
+
+    def __init__(
+        self, config: WorkerConfig, cluster: m.ClusterInfo, store: Store, blocks: Blocks, counters: Counters
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._store = store
+        self._blocks = blocks
+        self._counters = counters
+        self._started = trio.current_time()
+
+    def service(self) -> Service:
+        service = Service()
+        service.on(m.Promote, self.promote)
+        service.on(m.Fetch, self.fetch)
+        service.on(m.Opened, self.opened)
+        service.on(m.GetWorkerStatus, self.get_status)
+        return service
+
+    def public_service(self) -> Service:
+        """What is answered over TCP: no bytes and no descriptors."""
+        service = Service()
+        service.on(m.GetWorkerStatus, self.get_status)
+        return service
+
+    async def promote(self, request: m.Promote, session: Session) -> m.PromoteReply:
+        return await self._blocks.promote(request.ino)
+
+    async def fetch(self, request: m.Fetch, session: Session) -> Answer[m.FetchReply]:
+        return await self._blocks.fetch(request, session.id)
+
+    async def opened(self, request: m.Opened, session: Session) -> m.Done:
+        self._blocks.visited([BlockId(key, index) for key, index in request.blocks])
+        return m.Done()
+
+    async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
+        tier = self._store.status()
+        info = m.TierInfo(
+            kind=self._config.tier.kind,
+            path=self._config.tier.path,
+            capacity_bytes=tier.capacity_bytes,
+            used_bytes=tier.used_bytes,
+            reserved_bytes=tier.reserved_bytes,
+            blocks=tier.sealed,
+            partials=tier.partials,
+            evictions=tier.evictions,
+        )
+        uptime_s = trio.current_time() - self._started
+        counters = m.FetchCounters(**asdict(self._counters))
+        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, [info], counters)
+
+
+async def run_worker(
+    config: WorkerConfig, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
+
+    Raises ConfigError; TierError when the tier cannot be used.
+    """
+    counters = Counters()
+    registration = m.RegisterWorker(
+        name=config.name, address=str(config.listen), socket=config.socket, host_boot_id=running_boot_id()
+    )
+    link = MasterLink(config.master, registration)
+    held: Callable[[], list[tuple[BlockId, int]]] = list
+    async with trio.open_nursery() as nursery:
+        sources = Sources(link, nursery)
+        namespace_id = ""
+
+        async def on_registered(registered: m.Registered) -> None:
+            nonlocal namespace_id
+            if namespace_id and registered.cluster.namespace_id != namespace_id:
+                logger.warning("the master has another namespace now, inode numbers are forgotten")
+                sources.forget_inodes()
+            namespace_id = registered.cluster.namespace_id
+            await sources.add(registered.stores)
+
+        registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held())
+        geometry, cluster = registered.cluster.geometry, registered.cluster
+        with open_store(config.tier, geometry, cluster.cluster_id) as store:
+            held = store.blocks
+            token = trio.lowlevel.current_trio_token()
+
+            def on_evicted(block: BlockId) -> None:
+                token.run_sync_soon(link.lost, block)
+
+            def on_changed(source: Source) -> None:
+                nursery.start_soon(_report_changed, link, source)
+
+            store.on_evicted = on_evicted
+            blocks: Blocks | None = None
+            try:
+                async with trio.open_nursery() as background:
+                    filler = Filler(
+                        store,
+                        sources,
+                        counters,
+                        demand_slots=config.demand_slots,
+                        background_slots=config.background_slots,
+                        on_changed=on_changed,
+                        on_sealed=link.sealed,
+                        nursery=background,
+                    )
+                    blocks = Blocks(config, geometry, store, sources, filler, counters, background)
+                    background.start_soon(blocks.end_idle)
+                    worker = Worker(config, cluster, store, blocks, counters)
+                    hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
+                    local = await background.start(_serve, worker.service(), [UnixAddress(config.socket)], hello)
+                    public = await background.start(_serve, worker.public_service(), [config.listen], hello)
+                    task_status.started([*public, *local])
+            finally:
+                # When nothing runs any more: partials are left on disk as they are.
+                if blocks is not None:
+                    blocks.close()
+
+
+async def _serve(
+    service: Service,
+    addresses: list[Address],
+    hello: Hello,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await serve(service, addresses, hello=hello, task_status=task_status)
+
+
+async def _report_changed(link: MasterLink, source: Source) -> None:
+    try:
+        await link.call(m.ReportChanged(source.attr.ino))
+    except CachefsError as error:
+        logger.info("change not reported path=%s error=%s", source.info.path, error)
+
+
+def default_name() -> str:
+    """The host's name."""
+    return platform.node() or "localhost"
