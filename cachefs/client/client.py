@@ -24,6 +24,7 @@ from cachefs.wire.messages import (
     GetWorkerStatus,
     Locate,
     MasterStatus,
+    OpenCounts,
     Opened,
     Promote,
 )
@@ -53,6 +54,7 @@ class Client:
         self._sealed = sealed
         self._patience_s = patience_s
         self._opened: set[BlockId] = set()
+        self._opens = {"passthrough": 0, "cached": 0}
 
     @property
     def worker(self) -> Pool:
@@ -70,10 +72,13 @@ class Client:
         if not attr.key or size == 0 or self.cluster.geometry.block_count(size) > 1:
             return None
         block = BlockId(attr.key, 0)
-        fd = self._sealed.open(block, size)
-        if fd is not None:
-            self._opened.add(block)
-        return fd
+        return self._sealed.open(block, size)
+
+    def count_open(self, attr: Attr, *, passthrough: bool) -> None:
+        """A file was opened: the worker is told soon, so that it evicts others, and counts."""
+        self._opens["passthrough" if passthrough else "cached"] += 1
+        if passthrough:
+            self._opened.add(BlockId(attr.key, 0))
 
     async def promote(self, ino: Ino) -> bool:
         """Have the worker make a content local; False if it has no room for it.
@@ -114,15 +119,16 @@ class Client:
         return (await patiently(lambda: self._master.call(GetMasterStatus()), self._patience_s)).message
 
     async def report_opens(self) -> None:
-        """Tell the worker now and then which blocks were opened, so that it evicts others. Runs until cancelled."""
+        """Tell the worker now and then what was opened. Runs until cancelled."""
         while True:
             await trio.sleep(_OPENED_EVERY_S)
-            while self._opened and self._worker is not None:
+            while self._worker is not None and (self._opened or any(self._opens.values())):
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
+                counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
-                    await self._worker.call(Opened([(block.key, block.block_index) for block in batch]))
+                    await self._worker.call(Opened([(block.key, block.block_index) for block in batch], counts))
                 except TransportError:
-                    # A hint for eviction, not worth keeping for a worker that is away.
+                    # Hints, not worth keeping for a worker that is away.
                     self._opened.clear()
 
 

@@ -15,12 +15,16 @@ from typing import NamedTuple
 import trio
 
 from cachefs.client.patience import patiently
-from cachefs.model import NO_INO, Attr, Entry, Ino, StaleError, TransportError
+from cachefs.model import NO_INO, Attr, CachefsError, Entry, Ino, StaleError, TransportError
 from cachefs.net import Pool
 from cachefs.net.flights import Flights
 from cachefs.wire.messages import GetAttr, ListDir, Lookup, ResolvePath
 
 logger = logging.getLogger(__name__)
+
+_TOUCHES = 4
+"""Names asked for one by one in a directory, before the rest of it is fetched by one listing."""
+_TOUCHED_DIRECTORIES = 10_000
 
 FOREVER_S = 365 * 24 * 3600.0
 """What a TTL without end is told to the kernel as."""
@@ -29,6 +33,11 @@ FOREVER_S = 365 * 24 * 3600.0
 class _Known(NamedTuple):
     attr: Attr
     superseded: bool
+    expires: float
+
+
+class _Touched(NamedTuple):
+    asked: int
     expires: float
 
 
@@ -51,6 +60,8 @@ class Metadata:
         self._patience_s = patience_s
         self._attrs: OrderedDict[Ino, _Known] = OrderedDict()
         self._names: OrderedDict[tuple[Ino, str], _Name] = OrderedDict()
+        self._nursery = nursery
+        self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
 
     # ---- attributes ------------------------------------------------------------------------------------------------
@@ -127,12 +138,40 @@ class Metadata:
             if known is None or not usable:
                 raise
             return known.attr
+        self._touch(parent)
         attr = reply.message.attr
         if attr is None:
             self._remember_name(parent, name, NO_INO)
         else:
             self._remember_entry(parent, Entry(name, attr))
         return attr
+
+    def _touch(self, directory: Ino) -> None:
+        """Count a name that had to be asked for; at the fourth, fetch all of the directory's.
+
+        An epoch must not be a million requests, nor a look at one name the listing of a million.
+        """
+        touched = self._touched.pop(directory, None)
+        now = trio.current_time()
+        if touched is None or touched.expires < now:
+            touched = _Touched(0, now + self.ttl_s)
+        touched = self._touched[directory] = touched._replace(asked=touched.asked + 1)
+        if len(self._touched) > _TOUCHED_DIRECTORIES:
+            self._touched.popitem(last=False)
+        if touched.asked == _TOUCHES and self.ttl_s > 0:
+            self._nursery.start_soon(self._prefill, directory)
+
+    async def _prefill(self, directory: Ino) -> None:
+        # More than half of the memory would push out what it brings in.
+        left = self._max_names // 2
+        try:
+            async with self.list_dir(directory) as chunks:
+                async for entries in chunks:
+                    left -= len(entries)
+                    if left <= 0:
+                        return
+        except CachefsError as error:
+            logger.info("directory not fetched ino=%d error=%s", directory, error)
 
     async def resolve(self, path: str) -> Attr:
         """The inode at an absolute path of the namespace. Raises as `lookup`."""

@@ -80,7 +80,6 @@ class CacheOperations:
         self._open: dict[Ino, _Open] = {}
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, DirReader] = {}
-        self.opens_by_mode = {"passthrough": 0, "cached": 0}
 
     def set_passthrough(self, offered: bool) -> None:
         """What INIT told: whether the kernel can read backing files by itself on this connection."""
@@ -157,7 +156,7 @@ class CacheOperations:
         handle = next(self._handles)
         opened.handles.add(handle)
         self._by_handle[handle] = opened
-        self.opens_by_mode["cached" if opened.backing_id is None else "passthrough"] += 1
+        self._client.count_open(opened.attr, passthrough=opened.backing_id is not None)
         return OpenReply(handle, opened.backing_id, True)
 
     def _register_sealed(self, attr: Attr) -> int | None:

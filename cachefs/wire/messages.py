@@ -218,12 +218,21 @@ class FetchCounters(msgspec.Struct, frozen=True):
     not_admitted: int
 
 
+class OpenCounts(msgspec.Struct, frozen=True):
+    """How files were opened."""
+
+    passthrough: int
+    cached: int
+
+
 class WorkerStatus(msgspec.Struct, frozen=True):
     name: str
     namespace_id: str
     uptime_s: float
     tiers: list[TierInfo]
     counters: FetchCounters
+    opens: OpenCounts
+    """By the mounts of this node, as far as they have told."""
 
 
 class GetWorkerStatus(Request[WorkerStatus], frozen=True):
@@ -271,6 +280,8 @@ class Fetch(Request[FetchReply], frozen=True):
 
 
 class Opened(Request[Done], frozen=True):
-    """These blocks were opened by passthrough since the last such message; for eviction only."""
+    """What was opened since the last such message: for eviction, and to be counted."""
 
     blocks: list[BlockName]
+    """Opened sealed, each named once."""
+    counts: OpenCounts

@@ -35,6 +35,8 @@ class Worker:
         self._blocks = blocks
         self._counters = counters
         self._started = trio.current_time()
+        self._passthrough_opens = 0
+        self._cached_opens = 0
 
     def service(self) -> Service:
         service = Service()
@@ -58,6 +60,8 @@ class Worker:
 
     async def opened(self, request: m.Opened, session: Session) -> m.Done:
         self._blocks.visited([BlockId(key, index) for key, index in request.blocks])
+        self._passthrough_opens += request.counts.passthrough
+        self._cached_opens += request.counts.cached
         return m.Done()
 
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
@@ -74,7 +78,8 @@ class Worker:
         )
         uptime_s = trio.current_time() - self._started
         counters = m.FetchCounters(**asdict(self._counters))
-        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, [info], counters)
+        opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
+        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, [info], counters, opens)
 
 
 async def run_worker(
