@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,35 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-END_TIMEOUT_S = 60
+from cachefs.testing.processes import mountpoint_below, running
 
 
 @dataclass(frozen=True)
 class Up:
+    """A running `cachefs up`."""
+
     mountpoint: Path
-    state_dir: Path
-    facts: dict[str, Any]
+    master: str
 
     def report(self) -> dict[str, Any]:
-        """`cachefs report --json` of this instance."""
-        record = next(
-            json.loads(path.read_text())
-            for path in _records().glob("*.json")
-            if json.loads(path.read_text())["mountpoint"] == str(self.mountpoint)
-        )
-        output = subprocess.run(
-            [sys.executable, "-m", "cachefs", "report", "--json", "--master", record["master"]],
-            check=True,
-            capture_output=True,
-        ).stdout
-        facts: dict[str, Any] = json.loads(output)
+        """`cachefs report --json` of it."""
+        command = [sys.executable, "-m", "cachefs", "report", "--json", "--master", self.master]
+        facts: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         return facts
-
-
-def _records() -> Path:
-    from cachefs.cli.instances import runtime_root
-
-    return Path(runtime_root()) / "instances"
 
 
 @contextmanager
@@ -51,30 +35,11 @@ def running_up(
     url: str, directory: Path, tier: str, ufs_options: Mapping[str, str] | None = None, flags: Sequence[str] = ()
 ) -> Iterator[Up]:
     """`cachefs up` below `directory`, ended with the block, and by itself should this process be killed."""
-    mountpoint, state_dir = directory / "mnt", directory / "state"
-    mountpoint.mkdir()
-    ours, theirs = socket.socketpair()
-    with ours:
-        with theirs:
-            where = [url, str(mountpoint), "--state-dir", str(state_dir), "--tier", tier]
-            how = ["--log-level", "WARNING", "--supervised", str(theirs.fileno())]
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cachefs", "up", *where, *how, *flags],
-                env={**os.environ, "CACHEFS_UFS_OPTIONS": json.dumps(dict(ufs_options or {}))},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        try:
-            line = b""
-            while not line.endswith(b"\n"):
-                data = ours.recv(4096)
-                if not data:
-                    raise SystemExit(f"cachefs up ended with status {process.wait()}; see its message above")
-                line += data
-            yield Up(mountpoint, state_dir, json.loads(line))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(END_TIMEOUT_S)
+    environment = {"CACHEFS_UFS_OPTIONS": json.dumps(dict(ufs_options or {}))}
+    with mountpoint_below(directory) as mountpoint:
+        state = ["--state-dir", directory / "state", "--tier", tier, "--log-level", "WARNING"]
+        with running("up", url, mountpoint, *state, *flags, environment=environment) as up:
+            yield Up(mountpoint, up.facts["master"])
 
 
 def run_readers(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest_plugins = ["cachefs.testing.fixtures"]
+
 
 @pytest.fixture
 def anyio_backend() -> str:

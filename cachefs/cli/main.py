@@ -1,21 +1,39 @@
-"""The command `cachefs` and its subcommands."""
+"""The command `cachefs` and its subcommands, each imported when it is used: the libraries of some take a second."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import click
 
-from cachefs import __version__
-from cachefs.cli.inspect import ls, report, stat
-from cachefs.cli.services import master, mount, worker
-from cachefs.cli.umount import umount
-from cachefs.cli.up import up
 from cachefs.model import CachefsError
+
+COMMANDS = {
+    "up": "cachefs.cli.up",
+    "master": "cachefs.cli.services",
+    "worker": "cachefs.cli.services",
+    "mount": "cachefs.cli.services",
+    "umount": "cachefs.cli.umount",
+    "ls": "cachefs.cli.inspect",
+    "stat": "cachefs.cli.inspect",
+    "report": "cachefs.cli.inspect",
+    "version": "cachefs.cli.version",
+}
 
 
 class _Group(click.Group):
     """Errors made on purpose are told in one line, without a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(module), cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -34,13 +52,3 @@ def main() -> None:
 
     Start with: cachefs up s3://bucket /mnt/data
     """
-
-
-@main.command()
-def version() -> None:
-    """Print the version."""
-    click.echo(f"cachefs {__version__}")
-
-
-for command in (up, master, worker, mount, umount, ls, stat, report):
-    main.add_command(command)

@@ -120,7 +120,13 @@ async def run_up(config: UpConfig, report: Report) -> None:
                         state_dir=config.state_dir,
                     )
                     with recorded(instance):
-                        report({"mountpoint": config.mountpoint, "passthrough": mount.facts["passthrough"]})
+                        report(
+                            {
+                                "mountpoint": config.mountpoint,
+                                "passthrough": mount.facts["passthrough"],
+                                "master": instance.master,
+                            }
+                        )
                         await _wait_for_first([mount, worker, master])
                 finally:
                     with trio.CancelScope(shield=True):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from cachefs.model import ConfigError
 from cachefs.ufs.base import UnderStore
-from cachefs.ufs.local import open_local
-from cachefs.ufs.s3 import open_s3
 
-_SCHEMES: dict[str, Callable[[str, Mapping[str, str]], AbstractAsyncContextManager[UnderStore]]] = {
-    "s3": open_s3,
-    "file": open_local,
-}
+_SCHEMES = {"s3": ("cachefs.ufs.s3", "open_s3"), "file": ("cachefs.ufs.local", "open_local")}
+"""Modules are imported when they are used: the client libraries of S3 alone take half a second."""
 
 
 @asynccontextmanager
@@ -23,9 +20,11 @@ async def open_under_store(url: str, options: Mapping[str, str]) -> AsyncGenerat
     Raises ConfigError for an unknown scheme, a wrong URL, or options the store does not accept. No request is made.
     """
     scheme, separator, _ = url.partition("://")
-    opener = _SCHEMES.get(scheme) if separator else None
-    if opener is None:
+    if not separator or scheme not in _SCHEMES:
         accepted = " or ".join(f"{each}://…" for each in sorted(_SCHEMES))
         raise ConfigError("URL", url, accepted)
+    module, name = _SCHEMES[scheme]
+    opener: Callable[[str, Mapping[str, str]], AbstractAsyncContextManager[UnderStore]]
+    opener = getattr(importlib.import_module(module), name)
     async with opener(url, options) as store:
         yield store

@@ -1,0 +1,275 @@
+"""The product as its users meet it: real processes, a real mount, a real S3 API, several reading processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachefs.fuse import find_mount, is_mounted, probe
+from cachefs.testing.fixtures import Bucket
+from cachefs.testing.processes import Running, mountpoint_below, running
+
+pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+
+PAGE = 64 * 1024
+SMALL_PAGES = ["--page-size", "64K", "--open-wait", "64K", "--read-ahead", "128K"]
+
+
+def content(seed: object, size: int) -> bytes:
+    return random.Random(str(seed)).randbytes(size)
+
+
+DATA = {
+    **{f"train/{number:03}.jpg": content(number, 20_000 + number) for number in range(40)},
+    "shards/0.tar": content("shard", 20 * PAGE + 17),
+    "shards/1.tar": content("other", 7 * PAGE),
+    "empty": b"",
+    "näme with späces": b"utf-8",
+    "deep/er/and/deeper/leaf": b"leaf",
+}
+
+
+@contextmanager
+def up(bucket: Bucket, directory: Path, *flags: str) -> Iterator[tuple[Path, Running]]:
+    with mountpoint_below(directory) as mountpoint:
+        tier = f"ssd:{directory / 'tier'}:1G"
+        arguments = [bucket.url, mountpoint, "--state-dir", directory / "state", "--tier", tier, *flags]
+        with running("up", *arguments, environment=bucket.environment) as process:
+            yield mountpoint, process
+
+
+def cachefs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cachefs", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def report(process: Running) -> dict[str, Any]:
+    """Of the worker, once it has heard of the opens until now."""
+    facts: dict[str, Any] = json.loads(cachefs("report", "--json", "--master", process.facts["master"]).stdout)
+    status: dict[str, Any] = facts["workers"][0]["status"]
+    return status
+
+
+READER = """
+import hashlib, json, os, random, sys
+root, keys, seed = json.load(sys.stdin)
+random.Random(seed).shuffle(keys)
+found = {}
+for key in keys:
+    with open(os.path.join(root, key), "rb", buffering=0) as file:
+        data = b""
+        while chunk := file.read(50_001):
+            data += chunk
+    found[key] = hashlib.sha256(data).hexdigest()
+json.dump(found, sys.stdout)
+"""
+
+
+def read_by_processes(root: Path, keys: list[str], count: int) -> None:
+    """All keys, by each of several processes at once, in different orders; every byte compared."""
+    readers = [
+        subprocess.Popen([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    for seed, reader in enumerate(readers):
+        assert reader.stdin is not None
+        json.dump([str(root), keys, seed], reader.stdin)
+        reader.stdin.close()
+    outputs = []
+    for reader in readers:
+        assert reader.stdout is not None
+        outputs.append(reader.stdout.read())
+        reader.stdout.close()
+        assert reader.wait() == 0
+    expected = {key: hashlib.sha256(DATA[key]).hexdigest() for key in keys}
+    for output in outputs:
+        assert json.loads(output) == expected
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """A shell in a process of its own: a test must not read the mount from where it holds the GIL of its server."""
+    done = subprocess.run(["sh", "-c", script, "sh", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def bucket(s3_bucket: Bucket) -> Bucket:
+    s3_bucket.put(DATA)
+    return s3_bucket
+
+
+def assert_nothing_left(mountpoint: Path, directory: Path) -> None:
+    assert find_mount(mountpoint) is None or not is_mounted(mountpoint)
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    assert not [line for line in listed.splitlines() if str(directory) in line and "cachefs" in line]
+
+
+def test_every_byte_read_cold_and_warm_by_four_processes(bucket: Bucket, tmp_path: Path) -> None:
+    before = bucket.contents()
+    with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
+        assert process.facts["passthrough"] is True
+        read_by_processes(mountpoint, list(DATA), 4)
+        cold = report(process)
+        total = sum(map(len, DATA.values()))
+        # Single-flight: four readers at once, and each byte left the bucket once.
+        assert cold["counters"]["under_store_bytes"] == total
+        read_by_processes(mountpoint, list(DATA), 2)
+        assert report(process)["counters"]["under_store_bytes"] == total
+        assert report(process)["tiers"][0]["blocks"] == sum(map(bool, DATA.values()))
+    assert_nothing_left(mountpoint, tmp_path)
+    assert bucket.contents() == before
+
+
+def test_what_is_sealed_is_read_by_passthrough(bucket: Bucket, tmp_path: Path) -> None:
+    keys = [key for key in DATA if DATA[key]]
+    with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
+        read_by_processes(mountpoint, keys, 1)
+        _wait_until(lambda: report(process)["tiers"][0]["blocks"] == len(keys))
+        before = report(process)["opens"]
+        read_by_processes(mountpoint, keys, 1)
+        _wait_until(lambda: report(process)["opens"]["passthrough"] == before["passthrough"] + len(keys))
+        assert report(process)["opens"]["cached"] == before["cached"]
+
+
+def _wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+    """For what another process does in its own time; a poll, with a limit that only a failure meets."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_the_cache_is_kept_for_the_next_time(bucket: Bucket, tmp_path: Path) -> None:
+    with up(bucket, tmp_path) as (mountpoint, process):
+        read_by_processes(mountpoint, list(DATA), 1)
+        inode = run('stat -c %i "$1"', mountpoint / "shards/0.tar")
+    with up(bucket, tmp_path) as (mountpoint, process):
+        read_by_processes(mountpoint, list(DATA), 1)
+        assert report(process)["counters"]["under_store_bytes"] == 0
+        assert run('stat -c %i "$1"', mountpoint / "shards/0.tar") == inode
+
+
+def test_names_sizes_and_listing(bucket: Bucket, tmp_path: Path) -> None:
+    with up(bucket, tmp_path) as (mountpoint, _):
+        found = run('cd "$1" && find . -type f -printf "%P %s\\n" | LC_ALL=C sort', mountpoint)
+        expected = sorted((f"{key} {len(data)}" for key, data in DATA.items()), key=str.encode)
+        assert found.splitlines() == expected
+        assert run('cat "$1"', mountpoint / "nothing").strip().endswith("No such file or directory")
+        assert run('stat -c "%F %a" "$1"', mountpoint / "deep/er").strip() == "directory 755"
+
+
+def test_every_write_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+    before = bucket.contents()
+    with up(bucket, tmp_path) as (mountpoint, _):
+        for script in (
+            'echo x > "$1/new"',
+            'echo x >> "$1/empty"',
+            'truncate -s 0 "$1/empty"',
+            'rm "$1/empty"',
+            'mkdir "$1/dir"',
+            'rmdir "$1/deep"',
+            'mv "$1/empty" "$1/other"',
+            'ln -s x "$1/link"',
+            'ln "$1/empty" "$1/hard"',
+            'chmod 600 "$1/empty"',
+            'touch "$1/empty"',
+        ):
+            assert "Read-only file system" in run(script, mountpoint), script
+    assert bucket.contents() == before
+
+
+def test_a_changed_object_is_read_anew_and_never_mixed(bucket: Bucket, tmp_path: Path) -> None:
+    with up(bucket, tmp_path, *SMALL_PAGES, "--sync-interval", "0") as (mountpoint, _):
+        shard = mountpoint / "shards/0.tar"
+        assert run('sha256sum < "$1"', shard).split()[0] == hashlib.sha256(DATA["shards/0.tar"]).hexdigest()
+        changed = content("changed", 9 * PAGE)
+        bucket.put({"shards/0.tar": changed})
+        assert run('sha256sum < "$1"', shard).split()[0] == hashlib.sha256(changed).hexdigest()
+        bucket.delete("shards/0.tar")
+        assert "No such file" in run('cat "$1"', shard)
+
+
+def test_sigterm_during_a_cold_read_leaves_nothing(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put({"large": content("large", 512 * PAGE)})
+    with up(bucket, tmp_path, "--page-size", "64K", "--open-wait", "0") as (mountpoint, process):
+        with subprocess.Popen(
+            ["dd", f"if={mountpoint / 'large'}", "of=/dev/null", "bs=4096"], stderr=subprocess.PIPE
+        ) as reader:
+            _wait_until(lambda: report(process)["counters"]["pages_fetched"] > 0)
+            assert process.end(signal.SIGTERM) == 0
+            assert reader.stderr is not None
+            reader.stderr.read()
+        assert_nothing_left(mountpoint, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ends_cleanly(bucket: Bucket, tmp_path: Path, number: signal.Signals) -> None:
+    with up(bucket, tmp_path) as (mountpoint, process):
+        assert process.end(number) == 0
+        assert_nothing_left(mountpoint, tmp_path)
+
+
+def test_ends_when_somebody_unmounts(bucket: Bucket, tmp_path: Path) -> None:
+    with up(bucket, tmp_path) as (mountpoint, process):
+        assert cachefs("umount", str(mountpoint)).returncode == 0
+        assert process.process.wait(30) == 0
+        assert_nothing_left(mountpoint, tmp_path)
+
+
+def test_ends_when_it_is_killed(bucket: Bucket, tmp_path: Path) -> None:
+    """The three notice by the end of their link to it, and the mount goes with them."""
+    with up(bucket, tmp_path) as (mountpoint, process):
+        process.process.kill()
+        process.process.wait()
+        _wait_until(lambda: not is_mounted(mountpoint))
+        _wait_until(lambda: str(tmp_path) not in run("ps -eo args"))
+
+
+@pytest.mark.parametrize("role", ["master", "worker", "mount"])
+def test_a_killed_process_ends_all_with_an_error(bucket: Bucket, tmp_path: Path, role: str) -> None:
+    with up(bucket, tmp_path) as (mountpoint, process):
+        children = run('ps -o pid=,args= --ppid "$1"', str(process.process.pid))
+        (line,) = [line for line in children.splitlines() if f"-m cachefs {role} " in line]
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+        assert process.process.wait(60) == 1
+        assert_nothing_left(mountpoint, tmp_path)
+
+
+def test_the_three_processes_by_hand(bucket: Bucket, tmp_path: Path) -> None:
+    data_dir, tier, socket = tmp_path / "master", f"ssd:{tmp_path / 'tier'}:1G", tmp_path / "s"
+    loopback = ["--listen", "127.0.0.1:0", "--insecure"]
+    environment = bucket.environment
+    with (
+        running(
+            "master", "--data-dir", data_dir, "--mount", f"/sets/a={bucket.url}", *loopback, environment=environment
+        ) as master,
+        running("worker", "--master", master.facts["listen"], "--socket", socket, "--tier", tier, *loopback),
+        mountpoint_below(tmp_path) as mountpoint,
+    ):
+        where = ["--master", master.facts["listen"], "--insecure"]
+        with running("mount", mountpoint, *where, "--worker-socket", socket):
+            assert run('ls "$1"', mountpoint).split() == ["sets"]
+            read_by_processes(mountpoint / "sets/a", list(DATA), 2)
+        # The worker of this node is found through the master, and a subtree can be mounted.
+        with running("mount", mountpoint, *where, "--path", "/sets/a/train"):
+            assert len(run('ls "$1"', mountpoint).split()) == 40
+            assert run('sha256sum < "$1/007.jpg"', mountpoint).split()[0] == _sha256("train/007.jpg")
+        listed = cachefs("ls", "/sets/a/train", "--master", master.facts["listen"])
+        assert sorted(listed.stdout.split()) == sorted(key.split("/")[1] for key in DATA if key.startswith("train"))
+        shown = json.loads(cachefs("stat", "/sets/a/shards/0.tar", "--json", "--master", master.facts["listen"]).stdout)
+        assert shown["size"] == len(DATA["shards/0.tar"]) and shown["type"] == "file"
+
+
+def _sha256(key: str) -> str:
+    return hashlib.sha256(DATA[key]).hexdigest()
