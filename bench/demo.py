@@ -8,7 +8,6 @@ with a native copy on the same file system. Leaves nothing behind.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import statistics
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import random_bytes, run_readers, running_up, terminate_as_interrupt
+from bench.machine import medium_of
 from cachefs.fuse import probe
 from cachefs.testing.s3server import S3Server, running_s3_server
 
@@ -142,16 +142,6 @@ def demo(directory: Path, small: int, shards: int) -> None:
             rates = {"cold (bucket)": cold, "warm (cachefs)": median(warm), "native (same disk)": median(native)}
             show(rates, opens, len(checksums), medium_of(directory))
         step("ended; nothing is left behind")
-
-
-def medium_of(path: Path) -> str:
-    """The type of the file system a directory lies on."""
-    device = os.stat(path).st_dev
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-            return filesystem.split()[0]
-    return "an unknown file system"
 
 
 def main() -> None:
