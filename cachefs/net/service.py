@@ -81,7 +81,10 @@ class Service:
     def decode(self, frame: Frame) -> Any:
         if self._decoder is None:
             self._decoder = RequestDecoder([*self._handlers, *self._streams])
-        return self._decoder.decode(frame.meta)
+        request = self._decoder.decode(frame.meta)
+        if type(request) not in self._handlers and type(request) not in self._streams:
+            raise RemoteProtocolError("request refused: it asks for nothing")
+        return request
 
     def handler(self, request: Any) -> Callable[[Any, Session], Awaitable[Any]] | None:
         return self._handlers.get(type(request))

@@ -16,6 +16,10 @@ class _Tagged(msgspec.Struct, frozen=True, tag_field="q", tag=str):
     """Tagged with the name of its class."""
 
 
+class _Nothing(_Tagged, frozen=True):
+    """A request that asks for nothing; no service answers it."""
+
+
 class Request(_Tagged, Generic[R], frozen=True):
     """A request with one answer of type R: `class Lookup(Request[LookupReply], frozen=True)`."""
 
@@ -40,9 +44,9 @@ class RequestDecoder:
     """Decodes the requests that one service accepts."""
 
     def __init__(self, request_classes: Iterable[type[Any]]) -> None:
-        classes = tuple(request_classes)
-        union: Any = classes[0] if classes else _Tagged
-        for each in classes[1:]:
+        # Always a union: only there the tag is required.
+        union: Any = _Nothing
+        for each in request_classes:
             union = union | each
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
 
