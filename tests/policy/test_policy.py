@@ -1,0 +1,128 @@
+"""Decisions against models: SIEVE against a list, read-ahead against its promises."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefs.policy import Promote, Readahead, ReadaheadConfig, Sieve, admits
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "visit", "remove", "evict"]), st.integers(0, 8)), max_size=200)
+
+
+class ListSieve:
+    """The paper's algorithm on a plain list, oldest first."""
+
+    def __init__(self) -> None:
+        self.queue: list[int] = []
+        self.visited: set[int] = set()
+        self.hand = 0
+
+    def add(self, key: int) -> None:
+        if key in self.queue:
+            self.visited.add(key)
+        else:
+            self.queue.append(key)
+
+    def visit(self, key: int) -> None:
+        if key in self.queue:
+            self.visited.add(key)
+
+    def remove(self, key: int) -> None:
+        if key not in self.queue:
+            return
+        at = self.queue.index(key)
+        self.queue.remove(key)
+        self.visited.discard(key)
+        if at < self.hand:
+            self.hand -= 1
+
+    def evict(self) -> int | None:
+        if not self.queue:
+            return None
+        while True:
+            if self.hand >= len(self.queue):
+                self.hand = 0
+            key = self.queue[self.hand]
+            if key not in self.visited:
+                self.remove(key)
+                return key
+            self.visited.discard(key)
+            self.hand += 1
+
+
+@given(ACTIONS)
+def test_sieve_evicts_as_the_paper_says(actions: list[tuple[str, int]]) -> None:
+    sieve: Sieve[int] = Sieve()
+    model = ListSieve()
+    for action, key in actions:
+        if action == "evict":
+            candidate = next(iter(sieve.candidates()), None)
+            assert candidate == model.evict()
+            if candidate is not None:
+                sieve.remove(candidate)
+        else:
+            getattr(sieve, action)(key)
+            getattr(model, action)(key)
+        assert len(sieve) == len(model.queue) and all(each in sieve for each in model.queue)
+
+
+@given(ACTIONS, st.sets(st.integers(0, 8)))
+def test_sieve_offers_everything_once_when_nothing_may_go(actions: list[tuple[str, int]], keys: set[int]) -> None:
+    sieve: Sieve[int] = Sieve()
+    for key in keys:
+        sieve.add(key)
+    for action, key in actions:
+        if action == "visit":
+            sieve.visit(key)
+    assert sorted(sieve.candidates()) == sorted(keys)
+    assert len(sieve) == len(keys)
+
+
+def test_readahead_grows_on_sequential_reads_up_to_its_limit() -> None:
+    readahead = Readahead(100, ReadaheadConfig(min_pages=1, max_pages=8))
+    windows = []
+    fetched: list[int] = []
+    for page in range(20):
+        fetched += readahead.access(page, page + 1)
+        windows.append(readahead.window)
+    assert windows[:5] == [1, 2, 4, 8, 8]
+    assert fetched == list(range(1, 28))
+
+
+@given(st.lists(st.integers(0, 99), max_size=100))
+def test_readahead_never_leaves_the_block_nor_repeats_itself(pages: list[int]) -> None:
+    readahead = Readahead(100)
+    since_jump: set[int] = set()
+    for page in pages:
+        ahead = readahead.access(page, page + 1)
+        if readahead.window == 0:
+            since_jump.clear()
+        assert all(page < each < 100 for each in ahead)
+        assert since_jump.isdisjoint(ahead)
+        since_jump.update(ahead)
+
+
+def test_readahead_stays_small_on_random_reads() -> None:
+    readahead = Readahead(1000)
+    ahead = sum(len(readahead.access(page, page + 1)) for page in (500, 3, 900, 77, 640, 12, 350))
+    assert ahead == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "length", "free", "admitted"),
+    [
+        (Promote.ALWAYS, 10, 0, True),
+        (Promote.ALWAYS, 26, 100, False),
+        (Promote.IF_SPACE, 10, 10, True),
+        (Promote.IF_SPACE, 10, 9, False),
+        (Promote.NEVER, 1, 100, False),
+    ],
+)
+def test_admission(mode: Promote, length: int, free: int, admitted: bool) -> None:
+    assert admits(mode, block_length=length, capacity_bytes=100, free_bytes=free) is admitted
+
+
+def test_admission_counts_what_may_be_reclaimed() -> None:
+    assert admits(Promote.IF_SPACE, block_length=10, capacity_bytes=100, free_bytes=4, reclaimable_bytes=6)
