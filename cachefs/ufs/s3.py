@@ -231,7 +231,15 @@ class S3Store:
         if isinstance(error, (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)):
             return DeniedError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and so on, or anon=true")
         if isinstance(
-            error, (botocore.exceptions.HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError)
+            error,
+            (
+                botocore.exceptions.HTTPClientError,
+                botocore.exceptions.ConnectionError,
+                aiohttp.ClientError,
+                asyncio.TimeoutError,
+                OSError,
+                EOFError,
+            ),
         ):
             return UnavailableError(f"{where}: {error or type(error).__name__}")
         if isinstance(error, botocore.exceptions.BotoCoreError):
