@@ -1,0 +1,110 @@
+"""A master, a worker and clients in one process, talking over real sockets: for tests that look inside."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import trio
+
+from cachefs.client import Client, ClientConfig, open_client
+from cachefs.master import MasterConfig, run_master
+from cachefs.model import KiB, MiB
+from cachefs.net import Address, TcpAddress, UnixAddress, open_background, open_peer
+from cachefs.store import TierConfig
+from cachefs.wire import Hello
+from cachefs.wire.messages import GetWorkerStatus, WorkerStatus
+from cachefs.worker import WorkerConfig, run_worker
+
+PAGE = 64 * KiB
+BLOCK = 16 * PAGE
+LOOPBACK = TcpAddress("127.0.0.1", 0)
+
+
+class TestCluster:
+    """Made by `running_cluster`. Parts can be stopped and started one by one."""
+
+    __test__ = False
+
+    def __init__(self, directory: Path, master: MasterConfig, worker: WorkerConfig, nursery: trio.Nursery) -> None:
+        self.directory = directory
+        self.master_config = master
+        self.worker_config = worker
+        self._nursery = nursery
+        self._scopes: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+
+    @property
+    def master_address(self) -> Address:
+        return self.master_config.listen
+
+    async def start_master(self) -> None:
+        """On the port it had, if it ran before."""
+        (address,) = await self._nursery.start(self._run, "master", run_master, self.master_config)
+        self.master_config = replace(self.master_config, listen=address)
+        self.worker_config = replace(self.worker_config, master=address)
+
+    async def start_worker(self) -> None:
+        await self._nursery.start(self._run, "worker", run_worker, self.worker_config)
+
+    async def stop(self, role: str) -> None:
+        scope, ended = self._scopes.pop(role)
+        scope.cancel()
+        await ended.wait()
+
+    async def _run(self, role: str, run: object, config: object, task_status: trio.TaskStatus[object]) -> None:
+        scope, ended = self._scopes[role] = (trio.CancelScope(), trio.Event())
+        try:
+            with scope:
+                await run(config, task_status=task_status)  # type: ignore[operator]
+        finally:
+            ended.set()
+
+    @asynccontextmanager
+    async def client(self, **changes: object) -> AsyncIterator[Client]:
+        config = ClientConfig(self.master_address, self.worker_config.socket, patience_s=10.0)
+        async with open_client(replace(config, **changes)) as client:  # type: ignore[arg-type]
+            yield client
+
+    async def worker_status(self) -> WorkerStatus:
+        async with open_peer(UnixAddress(self.worker_config.socket), Hello("client")) as peer:
+            return (await peer.call(GetWorkerStatus())).message
+
+
+@asynccontextmanager
+async def running_cluster(
+    directory: Path,
+    url: str,
+    *,
+    ufs_options: Mapping[str, str] | None = None,
+    master: Mapping[str, object] | None = None,
+    worker: Mapping[str, object] | None = None,
+) -> AsyncIterator[TestCluster]:
+    """Serves `url` at the root, in pages of 64 KiB and blocks of 1 MiB; `master` and `worker` change their settings."""
+    master_config = MasterConfig(
+        data_dir=str(directory / "master"),
+        listen=LOOPBACK,
+        mounts=(("/", url),),
+        ufs_options=dict(ufs_options or {}),
+        page_size=PAGE,
+        block_size=BLOCK,
+    )
+    worker_config = WorkerConfig(
+        name="worker",
+        master=LOOPBACK,
+        listen=LOOPBACK,
+        socket=str(directory / "worker.sock"),
+        tier=TierConfig("ssd", str(directory / "tier"), 64 * MiB),
+    )
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(open_background())
+        cluster = TestCluster(
+            directory,
+            replace(master_config, **(master or {})),  # type: ignore[arg-type]
+            replace(worker_config, **(worker or {})),  # type: ignore[arg-type]
+            nursery,
+        )
+        await cluster.start_master()
+        await cluster.start_worker()
+        yield cluster

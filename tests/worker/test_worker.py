@@ -1,0 +1,286 @@
+"""A worker over real sockets and a real directory: who fetches what, what is kept, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from cachefs.client import Client, ContentReader
+from cachefs.model import Attr, BlockCorruptError, MiB, StaleError
+from cachefs.policy import Promote
+from cachefs.store import TierConfig
+from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
+from cachefs.wire.messages import Fetch
+
+SMALL = random.Random(1).randbytes(PAGE // 2)
+LARGE = random.Random(2).randbytes(10 * PAGE + 123)
+HUGE = random.Random(3).randbytes(2 * BLOCK + 5 * PAGE + 1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "small").write_bytes(SMALL)
+    (root / "large").write_bytes(LARGE)
+    (root / "huge").write_bytes(HUGE)
+    (root / "empty").write_bytes(b"")
+    return root
+
+
+@asynccontextmanager
+async def cluster_of(data: Path, tmp_path: Path, **worker: object) -> AsyncIterator[tuple[TestCluster, Client]]:
+    async with running_cluster(tmp_path, data.as_uri(), worker=worker) as cluster, cluster.client() as client:
+        yield cluster, client
+
+
+async def read_all(client: Client, attr: Attr, chunk: int = 50_000) -> bytes:
+    reader = client.open_content(attr)
+    try:
+        return b"".join([bytes(await reader.read(offset, chunk)) for offset in range(0, attr.size_bytes, chunk)])
+    finally:
+        reader.close()
+
+
+def sealed_bytes(client: Client, attr: Attr) -> bytes | None:
+    fd = client.open_sealed(attr)
+    if fd is None:
+        return None
+    try:
+        return os.pread(fd, attr.size_bytes + 1, 0)
+    finally:
+        os.close(fd)
+
+
+async def until_sealed(cluster: TestCluster, blocks: int) -> None:
+    with trio.fail_after(20):
+        while (await cluster.worker_status()).tiers[0].blocks < blocks:
+            await trio.sleep(0.01)
+
+
+async def test_promoting_seals_the_whole_content(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (_, client):
+        for name, content in (("small", SMALL), ("large", LARGE)):
+            attr = await client.metadata.resolve(f"/{name}")
+            assert sealed_bytes(client, attr) is None
+            assert await client.promote(attr.ino) is True
+            assert sealed_bytes(client, attr) == content
+
+
+async def test_many_who_want_the_same_cause_one_fetch(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(client.promote, attr.ino)
+                nursery.start_soon(read_all, client, attr)
+        counters = (await cluster.worker_status()).counters
+        assert counters.under_store_bytes == len(LARGE) and counters.pages_fetched == 11
+        assert counters.blocks_sealed == 1
+
+
+@pytest.mark.parametrize("chunk", [777, PAGE, 3 * PAGE + 1, 8 * MiB])
+async def test_reading_before_it_is_sealed_and_filling_behind_the_reader(
+    data: Path, tmp_path: Path, chunk: int
+) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        reader = client.open_content(attr)
+        assert bytes(await reader.read(5 * PAGE + 9, chunk)) == LARGE[5 * PAGE + 9 :][:chunk]
+        reader.close()
+        assert await read_all(client, attr, chunk) == LARGE
+        await until_sealed(cluster, 1)
+        assert sealed_bytes(client, attr) == LARGE
+
+
+async def test_a_look_at_the_head_does_not_fetch_the_rest(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        reader = client.open_content(await client.metadata.resolve("/large"))
+        assert bytes(await reader.read(0, 100)) == LARGE[:100]
+        reader.close()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        # The page it is in, and the one read ahead.
+        assert (await cluster.worker_status()).counters.pages_fetched <= 2
+
+
+async def test_contents_of_several_blocks(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/huge")
+        assert await client.promote(attr.ino) is False
+        assert await read_all(client, attr) == HUGE
+        await until_sealed(cluster, 3)
+        before = (await cluster.worker_status()).counters.under_store_bytes
+        assert await read_all(client, attr) == HUGE
+        assert (await cluster.worker_status()).counters.under_store_bytes == before == len(HUGE)
+
+
+async def test_empty_contents(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (_, client):
+        attr = await client.metadata.resolve("/empty")
+        reader = client.open_content(attr)
+        assert await reader.read(0, 100) == b"" == reader.read_nowait(0, 100)
+        reader.close()
+
+
+async def test_a_held_descriptor_is_not_sent_again_and_reads_on(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (_, client):
+        attr = await client.metadata.resolve("/large")
+        first = await client.worker.call(Fetch(attr.ino, 0, 0, 100, 0))
+        serial = first.message.serial
+        assert serial > 0 and len(first.fds) == 1 and first.message.present[0][0] == 0
+        again = await client.worker.call(Fetch(attr.ino, 0, 9 * PAGE, 100, serial))
+        assert again.message.serial == serial and again.fds == ()
+        await client.promote(attr.ino)
+        assert os.pread(first.fds[0], len(LARGE), 0) == LARGE
+        os.close(first.fds[0])
+        with pytest.raises(BlockCorruptError):
+            await client.worker.call(Fetch(attr.ino, 0, len(LARGE) - 5, 100, 0))
+
+
+@pytest.mark.parametrize("name", ["small", "large", "huge"])
+async def test_what_is_not_admitted_is_read_through(data: Path, tmp_path: Path, name: str) -> None:
+    async with cluster_of(data, tmp_path, promote=Promote.NEVER) as (cluster, client):
+        attr = await client.metadata.resolve(f"/{name}")
+        content = (data / name).read_bytes()
+        assert await client.promote(attr.ino) is False
+        assert await read_all(client, attr, 30_000) == content
+        status = await cluster.worker_status()
+        assert status.tiers[0].blocks == status.tiers[0].partials == 0 and status.counters.not_admitted > 0
+        # Sequential reads share pages: far fewer requests than reads.
+        assert status.counters.under_store_reads < 2 * len(content) // PAGE + 5
+        reader = client.open_content(attr)
+        offset = len(content) // 2
+        assert bytes(await reader.read(offset, 100)) == content[offset : offset + 100]
+        reader.close()
+
+
+async def test_if_space_keeps_what_is_there_and_always_evicts(data: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        (data / f"{number}").write_bytes(random.Random(number).randbytes(3 * PAGE))
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 20 * PAGE)
+    async with cluster_of(data, tmp_path, tier=tier) as (cluster, client):
+        kept = [await client.promote((await client.metadata.resolve(f"/{number}")).ino) for number in range(12)]
+        assert kept == [True] * 6 + [False] * 6
+        assert (await cluster.worker_status()).tiers[0].evictions == 0
+    async with cluster_of(data, tmp_path, tier=tier, promote=Promote.ALWAYS) as (cluster, client):
+        for number in range(12):
+            attr = await client.metadata.resolve(f"/{number}")
+            assert await client.promote(attr.ino) is True
+            assert sealed_bytes(client, attr) == (data / f"{number}").read_bytes()
+        tier_status = (await cluster.worker_status()).tiers[0]
+        assert tier_status.evictions >= 6 and tier_status.used_bytes <= tier.capacity_bytes
+
+
+async def test_a_changed_file_is_stale_and_its_name_moves_on(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        old = await client.metadata.resolve("/large")
+        reader = client.open_content(old)
+        assert bytes(await reader.read(0, 100)) == LARGE[:100]
+        changed = random.Random(9).randbytes(4 * PAGE)
+        (data / "large").write_bytes(changed)
+        with pytest.raises(StaleError):
+            await reader.read(9 * PAGE, 100)
+        # What was cached of the old version still reads, and never mixes with the new one.
+        assert bytes(await reader.read(0, 100)) == LARGE[:100]
+        reader.close()
+        with pytest.raises(StaleError):
+            await client.promote(old.ino)
+        with trio.fail_after(10):
+            while (new := await client.metadata.resolve("/large")).ino == old.ino:
+                await trio.sleep(0.01)
+        assert await read_all(client, new) == changed
+        assert (await cluster.worker_status()).counters.changed >= 1
+
+
+@pytest.mark.expect_warnings("damage is told")
+async def test_a_page_damaged_before_the_seal_is_fetched_again(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        reader = client.open_content(attr)
+        await reader.read(0, 1)
+        reader.close()
+        (path,) = [path for path in (tmp_path / "tier/partial").rglob("*-0") if path.is_file()]
+        with path.open("r+b") as file:
+            file.write(b"bit rot on the way to the medium")
+        assert await client.promote(attr.ino) is True
+        assert sealed_bytes(client, attr) == LARGE
+        assert (await cluster.worker_status()).counters.corrupt == 1
+
+
+async def test_a_restarted_worker_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        small, large = [await client.metadata.resolve(f"/{name}") for name in ("small", "large")]
+        await client.promote(small.ino)
+        reader = client.open_content(large)
+        await reader.read(4 * PAGE, 1)
+        await cluster.stop("worker")
+        assert sealed_bytes(client, small) == SMALL
+        # The page that was confirmed reads on, without a worker.
+        assert bytes(await reader.read(4 * PAGE, 100)) == LARGE[4 * PAGE :][:100]
+        await cluster.start_worker()
+        assert await client.promote(large.ino) is True
+        assert sealed_bytes(client, large) == LARGE
+        fetched = (await cluster.worker_status()).counters.under_store_bytes
+        assert fetched <= len(LARGE) - PAGE
+        reader.close()
+
+
+async def test_a_request_waits_for_a_worker_that_restarts(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        await cluster.stop("worker")
+        async with trio.open_nursery() as nursery:
+            done: list[bytes] = []
+
+            async def read() -> None:
+                done.append(await read_all(client, attr))
+
+            nursery.start_soon(read)
+            await cluster.start_worker()
+        assert done == [LARGE]
+
+
+async def test_cached_reads_need_no_master(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        await client.promote(attr.ino)
+        await cluster.stop("master")
+        assert sealed_bytes(client, attr) == LARGE
+        assert await read_all(client, attr) == LARGE
+        await cluster.start_master()
+        assert (await client.metadata.resolve("/large")).ino == attr.ino
+
+
+async def test_the_master_learns_what_workers_hold(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (_, client):
+        attr = await client.metadata.resolve("/large")
+        await client.promote(attr.ino)
+        with trio.fail_after(20):
+            while await client.holders(attr, 0) != ["worker"]:
+                await trio.sleep(0.02)
+
+
+async def test_cancelled_readers_leave_the_fetch_to_others(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (_, client):
+        attr = await client.metadata.resolve("/large")
+        readers = [client.open_content(attr) for _ in range(5)]
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope() for _ in readers]
+
+            async def read(reader: ContentReader, scope: trio.CancelScope) -> None:
+                with scope:
+                    assert bytes(await reader.read(0, len(LARGE))) == LARGE
+
+            for reader, scope in zip(readers, scopes, strict=True):
+                nursery.start_soon(read, reader, scope)
+            for scope in scopes[:-1]:
+                scope.cancel()
+        for reader in readers:
+            reader.close()
