@@ -233,6 +233,8 @@ class KernelSession:
     # ---- the connection --------------------------------------------------------------------------------------------
 
     def _init(self, unique: int, node: int, request: bytes) -> None:
+        if self.agreed is not None:
+            raise RemoteProtocolError("a second INIT")
         try:
             offer = parse_init(request)
             if offer.major > KERNEL_MAJOR:
@@ -314,7 +316,7 @@ class KernelSession:
     def _open(self, unique: int, node: int, request: bytes) -> None:
         assert self.agreed is not None
         flags = parse_open(request).flags
-        if flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
             self._reply(error_reply(unique, errno.EROFS))
             return
         if self.agreed.no_open:
@@ -375,7 +377,7 @@ class KernelSession:
             raise LocalProtocolError(f"{length} bytes instead of the {read.size} asked for")
         try:
             size_bytes = self._operations.getattr_nowait(node).attr.size_bytes
-        except (trio.WouldBlock, CachefsError):
+        except (trio.WouldBlock, CachefsError, OSError):
             return
         expected = min(read.size, max(0, size_bytes - read.offset))
         if length != expected:

@@ -55,6 +55,8 @@ class MountOptions:
     """For cached mode; the kernel's own 128 KiB halves sequential throughput. None leaves it alone."""
     allow_nonempty: bool = False
     """Mount over a directory that has entries, hiding them."""
+    replace_dead: bool = False
+    """Take away a FUSE mount whose server is gone ("Transport endpoint is not connected") before mounting."""
 
     def __post_init__(self) -> None:
         if not 4096 <= self.max_read <= 2**31:

@@ -59,7 +59,7 @@ class WaitingRequests:
     def add(self, unique: int, work: Work, fail: Fail) -> None:
         """Never blocks. `fail` gets what `work` raised, or an InterruptedError."""
         key = unique & ~UNIQUE_RESEND
-        self._requests[key] = WaitingRequest(work, fail)
+        self._requests[key] = WaitingRequest(work, fail)  # one sent again takes the place of its first copy
         if self._tasks < self._max_tasks:
             self._tasks += 1
             self._nursery.start_soon(partial(self._run_from, key), name="fuse request")
@@ -100,7 +100,8 @@ class WaitingRequests:
         except Exception as error:
             request.fail(error)
         finally:
-            del self._requests[key]
+            if self._requests.get(key) is request:
+                del self._requests[key]
 
 
 def interrupted() -> InterruptedError:
