@@ -150,6 +150,27 @@ def _wait_until(condition: Any, timeout_s: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+def test_overlapping_opens_stay_in_one_mode_and_the_next_one_upgrades(bucket: Bucket, tmp_path: Path) -> None:
+    """The kernel refuses (EIO) to mix modes on one inode; whoever holds it open decides, and nobody notices."""
+    key = "shards/0.tar"
+    with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
+        script = 'exec 3<"$1"; head -c 70000 <&3 >/dev/null; head -c 70000 <&3 >/dev/null; echo open; read go; cat <&3'
+        with subprocess.Popen(
+            ["sh", "-c", script, "sh", mountpoint / key], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdin is not None and holder.stdout is not None
+            assert holder.stdout.readline() == b"open\n"
+            _wait_until(lambda: report(process)["tiers"][0]["blocks"] == 1)
+            # Sealed by now, but open in cached mode.
+            read_by_processes(mountpoint, [key], 2)
+            _wait_until(lambda: report(process)["opens"] == {"passthrough": 0, "cached": 3})
+            holder.stdin.write(b"\n")
+            holder.stdin.close()
+            assert holder.stdout.read() == DATA[key][140_000:]
+        read_by_processes(mountpoint, [key], 1)
+        _wait_until(lambda: report(process)["opens"] == {"passthrough": 1, "cached": 3})
+
+
 def test_the_cache_is_kept_for_the_next_time(bucket: Bucket, tmp_path: Path) -> None:
     with up(bucket, tmp_path) as (mountpoint, process):
         read_by_processes(mountpoint, list(DATA), 1)
