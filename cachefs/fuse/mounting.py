@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.fuse.mountinfo import FS_TYPE, find_mount
+from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
 from cachefs.model import CachefsError, ConfigError, MiB
+
+logger = logging.getLogger(__name__)
 
 DEVICE = Path("/dev/fuse")
 
@@ -26,6 +30,8 @@ _CAP_SYS_ADMIN = 21
 # The new mount API; the numbers are the same on every architecture, and glibc wraps them only since 2.36.
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
+_DEAD_ANSWER_LIMIT_S = 1.0
+"""A dead mount answers at once; a living one may never."""
 _CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,7 +62,7 @@ class MountOptions:
     allow_nonempty: bool = False
     """Mount over a directory that has entries, hiding them."""
     replace_dead: bool = False
-    """Take away a FUSE mount whose server is gone ("Transport endpoint is not connected") before mounting."""
+    """Take away a cachefs mount whose server is gone ("Transport endpoint is not connected") before mounting."""
 
     def __post_init__(self) -> None:
         if not 4096 <= self.max_read <= 2**31:
@@ -172,6 +178,26 @@ def set_read_ahead(mounted: Mount, read_ahead_kb: int) -> None:
     (_BDI / mounted.device / "read_ahead_kb").write_text(str(read_ahead_kb))
 
 
+def is_dead(info: MountInfo) -> bool:
+    """Whether the server of this FUSE mount is gone for good. One that answers late or never is not: see `abort`.
+
+    Takes up to a second, asked about a mount that the calling thread serves.
+    """
+    found: list[bool] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(info.mountpoint)  # unlike stat(2), never answered from the kernel's memory
+        except OSError as exc:
+            found.append(exc.errno in (errno.ENOTCONN, errno.ECONNABORTED))
+
+    # A daemon: what waits for a server that hangs must not keep this process from ending.
+    thread = threading.Thread(target=ask, name="is the mount dead", daemon=True)
+    thread.start()
+    thread.join(_DEAD_ANSWER_LIMIT_S)
+    return found == [True]
+
+
 def abort(connection: int) -> bool:
     """End a connection at once, mounted or not: whoever waits for an answer gets ECONNABORTED, later calls ENOTCONN,
     and the server's read ENODEV. The way out when a server is dead or stuck. False if there is no such connection.
@@ -220,9 +246,15 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
     """The resolved path of a directory that can be mounted on. Raises ConfigError."""
     given = os.fspath(mountpoint)
     info = find_mount(given)
-    if info is not None and info.fs_type == FS_TYPE:
+    while info is not None and info.fs_type == FS_TYPE:
         # Asked before the directory is looked at: a living mount's server may be this very thread.
-        raise ConfigError("mountpoint", given, "a directory that no cachefs is mounted on; unmount it first")
+        if not is_dead(info):
+            raise ConfigError("mountpoint", given, "a directory that no cachefs is mounted on; unmount it first")
+        if not options.replace_dead:
+            raise ConfigError("mountpoint", given, "a directory without a dead cachefs mount; `umount -l` it first")
+        unmount(given, lazy=True)
+        logger.info("dead mount taken away mountpoint=%s source=%s", info.mountpoint, info.source)
+        info = find_mount(given)
     try:
         with os.scandir(given) as entries:
             occupied = next(entries, None) is not None
@@ -232,9 +264,8 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
         raise ConfigError("mountpoint", given, "a directory") from exc
     except OSError as exc:
         if exc.errno == errno.ENOTCONN:
-            accepted = (
-                f"a directory without the dead {info.fs_type if info else 'FUSE'} mount on it; `umount -l` it first"
-            )
+            dead = info.fs_type if info is not None else "FUSE"
+            accepted = f"a directory without the dead {dead} mount on it; `umount -l` it first"
         else:
             accepted = f"a directory that can be read ({exc.strerror})"
         raise ConfigError("mountpoint", given, accepted) from exc

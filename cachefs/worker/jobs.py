@@ -11,7 +11,7 @@ has asked for it for a while; what a partial has on disk survives that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
@@ -70,7 +70,7 @@ class Filler:
         *,
         demand_slots: int,
         background_slots: int,
-        on_changed: Callable[[Source], None],
+        on_changed: Callable[[Source], Awaitable[None]],
         on_sealed: Callable[[BlockId, int], None],
         nursery: trio.Nursery,
     ) -> None:
@@ -160,7 +160,8 @@ class Filler:
             data = await self._sources.read(source, offset, length)
         except (ContentChangedError, NotFoundError) as error:
             self._counters.changed += 1
-            self._on_changed(source)
+            # Before the reader hears of it: when it looks the name up again, it must find what there is now.
+            await self._on_changed(source)
             raise ContentChangedError(f"{source.info.path}: changed or removed in the under-store") from error
         self._counters.under_store_reads += 1
         self._counters.under_store_bytes += length

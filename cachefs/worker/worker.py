@@ -22,6 +22,8 @@ from cachefs.worker.sources import Source, Sources
 
 logger = logging.getLogger(__name__)
 
+_REPORT_TIMEOUT_S = 5.0
+
 
 class Worker:
     """Handlers of requests."""
@@ -116,8 +118,8 @@ async def run_worker(
             def on_evicted(block: BlockId) -> None:
                 token.run_sync_soon(link.lost, block)
 
-            def on_changed(source: Source) -> None:
-                nursery.start_soon(_report_changed, link, source)
+            async def on_changed(source: Source) -> None:
+                await _report_changed(link, source)
 
             store.on_evicted = on_evicted
             blocks: Blocks | None = None
@@ -156,8 +158,10 @@ async def _serve(
 
 
 async def _report_changed(link: MasterLink, source: Source) -> None:
+    """Returns when the master has looked at the object again; without it, after a while."""
     try:
-        await link.call(m.ReportChanged(source.attr.ino))
+        with trio.move_on_after(_REPORT_TIMEOUT_S):
+            await link.call(m.ReportChanged(source.attr.ino))
     except CachefsError as error:
         logger.info("change not reported path=%s error=%s", source.info.path, error)
 

@@ -221,6 +221,15 @@ def test_a_changed_object_is_read_anew_and_never_mixed(bucket: Bucket, tmp_path:
         assert "No such file" in run('cat "$1"', shard)
 
 
+def test_a_change_that_nobody_was_told_of_is_found_at_the_open(bucket: Bucket, tmp_path: Path) -> None:
+    """The name is still believed, by the kernel too; the object is not what it was. The application never notices."""
+    with up(bucket, tmp_path, "--sync-interval", "1h") as (mountpoint, _):
+        assert "007.jpg" in run('ls -l "$1/train"', mountpoint)
+        changed = content("changed", 30_000)
+        bucket.put({"train/007.jpg": changed})
+        assert run('sha256sum < "$1"', mountpoint / "train/007.jpg").split()[0] == hashlib.sha256(changed).hexdigest()
+
+
 def test_sigterm_during_a_cold_read_leaves_nothing(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put({"large": content("large", 512 * PAGE)})
     with up(bucket, tmp_path, "--page-size", "64K", "--open-wait", "0") as (mountpoint, process):
