@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import xxhash
@@ -39,49 +40,82 @@ def read_files(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": spent, "bytes": int(total), "files": len(job["files"]), "wrong": wrong}
 
 
-def read_sequentially(job: dict[str, Any]) -> dict[str, Any]:
-    """`path`, from its beginning to its end, `block` bytes at a time."""
-    buffer = bytearray(job["block"])
-    total = 0
-    fd = os.open(job["path"], os.O_RDONLY)
-    begin = time.perf_counter()
-    while count := os.readv(fd, [buffer]):
-        total += count
-    spent = time.perf_counter() - begin
-    os.close(fd)
-    return {"seconds": spent, "bytes": total, "operations": total // job["block"]}
+def compare(job: dict[str, Any]) -> dict[str, Any]:
+    """Read the same from several `places`, in turns of a few milliseconds, so that whatever else the machine does meets
+    all of them alike. `kind` says what: sequential, random or small. Per place: operations and the seconds they took.
+    """
+    spent = dict.fromkeys(job["places"], 0.0)
+    operations = dict.fromkeys(job["places"], 0)
+    turns = {place: TURNS[job["kind"]](root, job) for place, root in job["places"].items()}
+    order = list(turns)
+    for prepare in turns.values():
+        # Opening files and choosing offsets is not timed: each generator first comes to a yield of 0.
+        next(prepare)
+    while True:
+        order.reverse()
+        for place in order:
+            begin = time.perf_counter()
+            count = next(turns[place], 0)
+            spent[place] += time.perf_counter() - begin
+            operations[place] += count
+        if count == 0:
+            return {place: {"seconds": spent[place], "operations": operations[place]} for place in turns}
 
 
-def read_randomly(job: dict[str, Any]) -> dict[str, Any]:
-    """`count` reads of `block` bytes of `path`, at aligned offsets that `seed` determines."""
-    buffers = [bytearray(job["block"])]
-    fd = os.open(job["path"], os.O_RDONLY)
-    blocks = os.fstat(fd).st_size // job["block"]
-    random_ = random.Random(job["seed"])
-    offsets = [random_.randrange(blocks) * job["block"] for _ in range(job["count"])]
+def sequential_turns(root: str, job: dict[str, Any]) -> Iterator[int]:
+    """The file `large` from its beginning to its end, 1 MiB at a time, 16 of them in a turn."""
+    buffer = [bytearray(CHUNK)]
+    fd = os.open(os.path.join(root, "large"), os.O_RDONLY)
+    try:
+        yield 0
+        count = 16
+        while count == 16:
+            count = 0
+            while count < 16 and os.readv(fd, buffer) == CHUNK:
+                count += 1
+            if count:
+                yield count
+    finally:
+        os.close(fd)
+
+
+def random_turns(root: str, job: dict[str, Any]) -> Iterator[int]:
+    """The file `large`, 4 KiB at a time at aligned offsets that `seed` determines, 5,000 in a turn."""
+    buffers = [bytearray(4096)]
+    fd = os.open(os.path.join(root, "large"), os.O_RDONLY)
+    try:
+        blocks = os.fstat(fd).st_size // 4096
+        random_ = random.Random(job["seed"])
+        turns = [[random_.randrange(blocks) * 4096 for _ in range(5000)] for _ in range(40)]
+        yield 0
+        for offsets in turns:
+            yield _read_at(fd, buffers, offsets)
+    finally:
+        os.close(fd)
+
+
+def _read_at(fd: int, buffers: list[bytearray], offsets: list[int]) -> int:
     preadv = os.preadv
-    begin = time.perf_counter()
     for offset in offsets:
         preadv(fd, buffers, offset)
-    spent = time.perf_counter() - begin
-    os.close(fd)
-    return {"seconds": spent, "bytes": len(offsets) * job["block"], "operations": len(offsets)}
+    return len(offsets)
 
 
-def open_read_close(job: dict[str, Any]) -> dict[str, Any]:
-    """`files`: paths of small files; each is opened, read by one call, and closed."""
+def small_turns(root: str, job: dict[str, Any]) -> Iterator[int]:
+    """The files in `small`: each is opened, read by one call, and closed; 50 in a turn."""
     buffer = [bytearray(CHUNK)]
-    total = 0
-    begin = time.perf_counter()
-    for path in job["files"]:
-        fd = os.open(path, os.O_RDONLY)
-        total += os.readv(fd, buffer)
-        os.close(fd)
-    spent = time.perf_counter() - begin
-    return {"seconds": spent, "bytes": total, "operations": len(job["files"])}
+    paths = [os.path.join(root, "small", f"{number:04}") for number in range(job["files"])]
+    yield 0
+    for start in range(0, len(paths), 50):
+        for path in paths[start : start + 50]:
+            fd = os.open(path, os.O_RDONLY)
+            os.readv(fd, buffer)
+            os.close(fd)
+        yield len(paths[start : start + 50])
 
 
-JOBS = {each.__name__: each for each in (read_files, read_sequentially, read_randomly, open_read_close)}
+TURNS = {"sequential": sequential_turns, "random": random_turns, "small": small_turns}
+JOBS = {each.__name__: each for each in (read_files, compare)}
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)

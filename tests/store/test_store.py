@@ -396,6 +396,15 @@ def test_right_tiers() -> None:
     assert (tier.kind, tier.path, tier.capacity_bytes) == ("mem", "/dev/shm/a:b", 3 << 29)
 
 
+def test_cached_files_keep_no_access_times(config: TierConfig, store: Store) -> None:
+    seal(store, block(1), content(1, PAGE))
+    path = sealed_path(config, block(1))
+    os.utime(path, (1, path.stat().st_mtime))
+    path.read_bytes()
+    if path.stat().st_atime != 1:
+        pytest.skip("this file system cannot do without access times")
+
+
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 NUMBERS = st.integers(0, 5)
