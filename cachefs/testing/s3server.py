@@ -34,6 +34,7 @@ _PORTS = (
     "volume.port.grpc",
     "filer.port",
     "filer.port.grpc",
+    "s3.port.grpc",
     "s3.port",
 )
 
@@ -100,6 +101,9 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
         "-volume.max=100",
         "-master.volumeSizeLimitMB=64",
         "-master.telemetry=false",
+        # Two services nobody here asks for, on fixed ports that a second server would find taken.
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in zip(_PORTS, ports, strict=True)),
     ]
     with log.open("wb") as output:
@@ -112,6 +116,10 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
         yield S3Server(endpoint, key, secret, process.pid)
     finally:
         _end(process)
+        for port in ports:
+            # Killed, it leaves the unix sockets that it keeps beside each port.
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def _find_program() -> str:
