@@ -60,6 +60,7 @@ from cachefs.fusewire import (
     statfs_reply,
 )
 from cachefs.model import CachefsError, ConfigError, LocalProtocolError, RemoteProtocolError
+from cachefs.net import open_background
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,14 @@ _DRAIN_LIMIT = 64
 """Requests answered in a row before other tasks get a turn: some 2 ms."""
 _INIT_BUFFER = 1 << 17
 """For read(2) before INIT has settled the size of requests."""
+
+# As plain numbers: operators of enum flags take a microsecond each, which an open has not got to spare.
+_OPEN_PASSTHROUGH = int(OpenFlag.NOFLUSH | OpenFlag.PASSTHROUGH)
+"""Without KEEP_CACHE: with it, the kernel refuses the answer."""
+_OPEN_CACHED = int(OpenFlag.NOFLUSH)
+_OPEN_CACHED_KEEP = int(OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE)
+_OPENDIR_KEEP = int(OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE)
+_REFUSED_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC
 
 _Handler = Callable[[int, int, bytes], None]
 _Data = bytes | bytearray | memoryview
@@ -105,6 +114,7 @@ class KernelSession:
         self.requests: Counter[int] = Counter()
         """How often each `Opcode` was asked. Tests look here to see what the kernel no longer asks."""
         self._buffer_size = agreed.buffer_size if agreed is not None else _INIT_BUFFER
+        self._no_open = agreed is not None and agreed.no_open
         self._waiting: WaitingRequests | None = None
         self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
         self._bugs_seen: set[tuple[int, type[BaseException]]] = set()
@@ -119,12 +129,11 @@ class KernelSession:
         if self._waiting is not None:
             raise LocalProtocolError("a session serves once")
         self._task_status = task_status
-        async with trio.open_nursery() as nursery:
+        async with open_background() as nursery:
             self._waiting = WaitingRequests(nursery, self._options.max_tasks)
             if self.agreed is not None:
                 self._resume(self.agreed)
             await self._read_device()
-            nursery.cancel_scope.cancel()
         logger.info("session ended requests=%d", self.requests.total())
 
     # ---- the device ------------------------------------------------------------------------------------------------
@@ -245,6 +254,7 @@ class KernelSession:
             self._reply(error_reply(unique, errno.EPROTO))
             raise _InitFailed(error) from error
         self._buffer_size = agreed.buffer_size
+        self._no_open = agreed.no_open
         self._reply(init_reply(unique, agreed))
         logger.info(
             "session started fuse=%d.%d offered=%#x granted=%#x passthrough=%s max_read=%d",
@@ -314,12 +324,11 @@ class KernelSession:
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _open(self, unique: int, node: int, request: bytes) -> None:
-        assert self.agreed is not None
         flags = parse_open(request).flags
-        if flags & (os.O_ACCMODE | os.O_TRUNC):
+        if flags & _REFUSED_OPEN_FLAGS:
             self._reply(error_reply(unique, errno.EROFS))
             return
-        if self.agreed.no_open:
+        if self._no_open:
             self._reply(error_reply(unique, errno.ENOSYS))  # once: the kernel does not ask again
             return
         try:
@@ -335,10 +344,9 @@ class KernelSession:
     def _answer_open(self, unique: int, node: int, reply: OpenReply) -> None:
         fh, backing_id, keep_cache = reply
         if backing_id is not None:
-            # With KEEP_CACHE beside it the kernel refuses the answer.
-            answer = open_reply(unique, fh, OpenFlag.NOFLUSH | OpenFlag.PASSTHROUGH, backing_id)
+            answer = open_reply(unique, fh, _OPEN_PASSTHROUGH, backing_id)
         else:
-            answer = open_reply(unique, fh, OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE if keep_cache else OpenFlag.NOFLUSH)
+            answer = open_reply(unique, fh, _OPEN_CACHED_KEEP if keep_cache else _OPEN_CACHED)
         try:
             delivered = self._reply(answer)
         except BaseException:
@@ -348,9 +356,8 @@ class KernelSession:
             self._operations.release(node, fh)
 
     def _read(self, unique: int, node: int, request: bytes) -> None:
-        assert self.agreed is not None
         read = parse_read(request)
-        if self.agreed.no_open:
+        if self._no_open:
             read = read._replace(fh=node)
         try:
             data = self._operations.read_nowait(read.fh, read.offset, read.size)
@@ -401,8 +408,7 @@ class KernelSession:
         self._answer_opendir(unique, await self._operations.opendir(node))
 
     def _answer_opendir(self, unique: int, reply: OpenDirReply) -> None:
-        flags = OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE if reply.keep_cache else 0
-        if not self._reply(open_reply(unique, reply.fh, flags)):
+        if not self._reply(open_reply(unique, reply.fh, _OPENDIR_KEEP if reply.keep_cache else 0)):
             self._operations.releasedir(reply.fh)
 
     def _readdir(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:

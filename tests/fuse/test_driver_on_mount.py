@@ -1,0 +1,373 @@
+"""What only a real kernel shows: who gets interrupted, what is asked again of a successor, what is not asked at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefs.fuse import (
+    ROOT_NODE,
+    AttrReply,
+    BackingRegistry,
+    DirEntry,
+    EntryReply,
+    KernelSession,
+    MountOptions,
+    OpenDirReply,
+    OpenReply,
+    SessionOptions,
+    StatfsReply,
+    abort,
+    find_mount,
+    mount,
+    open_device,
+    probe,
+    unmount,
+)
+from cachefs.fusewire import InitOptions, Negotiated, Opcode
+from cachefs.model import Attr, ContentKey, Ino, Kind, MiB
+from cachefs.net import open_background
+
+pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+
+LIMIT_S = 20.0
+
+
+class Directory:
+    """A flat local directory: node n is the (n-2)th name. A test can make opens and reads wait for `go`."""
+
+    def __init__(self, path: Path, backings: BackingRegistry | None = None) -> None:
+        self.path = path
+        self.names = sorted(os.listdir(path))
+        self.nodes = {name.encode(): number + 2 for number, name in enumerate(self.names)}
+        self.backings = backings
+        self.backing_ids: dict[int, int] = {}
+        self.opens: dict[int, int] = {}
+        self.holds_opens = False
+        self.holds_reads = False
+        self.keeps_listings = False
+        self.go = trio.Event()
+        self.waiting = 0
+        self.cancelled = 0
+
+    def attr(self, node: int) -> Attr:
+        if node == ROOT_NODE:
+            return Attr(Ino(1), Kind.DIRECTORY, 0, 0, 0o755, 0, 0, ContentKey(b""))
+        size_bytes = (self.path / self.names[node - 2]).stat().st_size
+        return Attr(Ino(node), Kind.FILE, size_bytes, 0, 0o644, 0, 0, ContentKey(b""))
+
+    async def wait(self) -> None:
+        self.waiting += 1
+        try:
+            await self.go.wait()
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        finally:
+            self.waiting -= 1
+
+    def lookup_nowait(self, parent: int, name: bytes) -> EntryReply:
+        node = self.nodes.get(name)
+        return EntryReply(0, None, 60, 60) if node is None else EntryReply(node, self.attr(node), 60, 60)
+
+    async def lookup(self, parent: int, name: bytes) -> EntryReply:
+        return self.lookup_nowait(parent, name)
+
+    def getattr_nowait(self, node: int) -> AttrReply:
+        return AttrReply(node, self.attr(node), 60)
+
+    async def getattr(self, node: int) -> AttrReply:
+        return self.getattr_nowait(node)
+
+    def open_nowait(self, node: int, flags: int) -> OpenReply:
+        if self.holds_opens and not self.go.is_set():
+            raise trio.WouldBlock
+        self.opens[node] = self.opens.get(node, 0) + 1
+        if self.backings is None:
+            return OpenReply(node)
+        if node not in self.backing_ids:
+            fd = os.open(self.path / self.names[node - 2], os.O_RDONLY)
+            try:
+                self.backing_ids[node] = self.backings.register(fd)
+            finally:
+                os.close(fd)
+        return OpenReply(node, self.backing_ids[node])
+
+    async def open(self, node: int, flags: int) -> OpenReply:
+        await self.wait()
+        return self.open_nowait(node, flags)
+
+    def read_nowait(self, fh: int, offset: int, size: int) -> bytes:
+        if self.holds_reads and not self.go.is_set():
+            raise trio.WouldBlock
+        with open(self.path / self.names[fh - 2], "rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    async def read(self, fh: int, offset: int, size: int) -> bytes:
+        await self.wait()
+        return self.read_nowait(fh, offset, size)
+
+    def release(self, node: int, fh: int) -> None:
+        if not self.opens.get(node):
+            return
+        self.opens[node] -= 1
+        if not self.opens[node] and self.backings is not None:
+            backing_id = self.backing_ids.pop(node)
+            self.backings.release(backing_id)
+            self.backings.release(backing_id)  # idempotent
+
+    def opendir_nowait(self, node: int) -> OpenDirReply:
+        return OpenDirReply(1, keep_cache=self.keeps_listings)
+
+    async def opendir(self, node: int) -> OpenDirReply:
+        return self.opendir_nowait(node)
+
+    def readdir_nowait(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
+        return [
+            DirEntry(name.encode(), offset + at + 2, Kind.FILE, offset + at + 1, self.attr(offset + at + 2), 60, 60)
+            for at, name in enumerate(self.names[offset : offset + limit])
+        ]
+
+    async def readdir(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
+        return self.readdir_nowait(fh, offset, limit)
+
+    def releasedir(self, fh: int) -> None:
+        pass
+
+    def statfs(self) -> StatfsReply:
+        return StatfsReply(4096, 0, 0, 0)
+
+    def forget(self, node: int, lookups: int) -> None:
+        pass
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while not condition():
+            await trio.sleep(0.002)
+
+
+class Mounted:
+    """A mount whose server can be replaced."""
+
+    def __init__(self, fd: int, mountpoint: Path, nursery: trio.Nursery) -> None:
+        self.fd = fd
+        self.mountpoint = mountpoint
+        self.session: KernelSession
+        self._nursery = nursery
+        self._scope = trio.CancelScope()
+
+    async def serve(
+        self, files: Directory, init: InitOptions | None = None, agreed: Negotiated | None = None
+    ) -> Negotiated:
+        """The earlier server, if there is one, is gone first."""
+        self._scope.cancel()
+        self._scope = scope = trio.CancelScope()
+        session = self.session = KernelSession(self.fd, files, SessionOptions(init or InitOptions()), agreed=agreed)
+
+        async def run(task_status: trio.TaskStatus[Negotiated]) -> None:
+            with scope:
+                await session.serve(task_status=task_status)
+
+        with trio.fail_after(LIMIT_S):
+            negotiated: Negotiated = await self._nursery.start(run)
+        return negotiated
+
+    async def read(self, *arguments: str) -> bytes:
+        """Output of a program that runs in the mount."""
+        with trio.fail_after(LIMIT_S):
+            done = await trio.run_process(
+                ["env", "-C", self.mountpoint, *arguments], capture_stdout=True, stderr=subprocess.DEVNULL
+            )
+        return done.stdout
+
+    async def start(self, *arguments: str | Path) -> trio.Process:
+        return await trio.lowlevel.open_process(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        )
+
+
+OpenMount = Callable[[], AbstractAsyncContextManager[Mounted]]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+async def mounted(tmp_path: Path) -> AsyncIterator[OpenMount]:
+    """Call it for a mount; whatever happens in the test, nothing is left behind."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+
+    @asynccontextmanager
+    async def open_mount() -> AsyncIterator[Mounted]:
+        fd = open_device()
+        try:
+            async with open_background() as nursery:
+                on = mount(fd, mountpoint, "test", MountOptions())
+                try:
+                    yield Mounted(fd, mountpoint, nursery)
+                finally:
+                    abort(on.connection)
+        finally:
+            os.close(fd)
+
+    yield open_mount
+    while find_mount(mountpoint) is not None:
+        unmount(mountpoint, lazy=True)  # aborted, so that nobody has to answer
+
+
+async def test_ten_thousand_names(source: Path, mounted: OpenMount) -> None:
+    class Names(Directory):
+        def attr(self, node: int) -> Attr:
+            return super().attr(ROOT_NODE) if node == ROOT_NODE else one
+
+    (source / "one").touch()
+    files = Names(source)
+    one = Directory.attr(files, 2)
+    files.names = [f"{'n' * (number % 50)}-{number}" for number in range(10_000)]
+    files.nodes = {name.encode(): number + 2 for number, name in enumerate(files.names)}
+    async with mounted() as it:
+        await it.serve(files)
+        assert (await it.read("ls", "-U")).decode().split() == files.names
+        # All at once, at different speeds.
+        listings: list[list[str]] = []
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(list_into, it, listings)
+        assert listings == [sorted(files.names)] * 3
+
+
+async def list_into(it: Mounted, listings: list[list[str]]) -> None:
+    listings.append(sorted((await it.read("ls", "-l")).decode().split()[10::9]))
+
+
+async def test_a_listing_that_is_kept(source: Path, mounted: OpenMount) -> None:
+    for number in range(100):
+        (source / str(number)).touch()
+    async with mounted() as it:
+        files = Directory(source)
+        files.keeps_listings = True
+        await it.serve(files)
+        first = await it.read("ls", "-U")
+        asked = it.session.requests[Opcode.READDIR] + it.session.requests[Opcode.READDIRPLUS]
+        assert asked > 0
+        assert await it.read("ls", "-U") == first
+        assert it.session.requests[Opcode.READDIR] + it.session.requests[Opcode.READDIRPLUS] == asked
+
+
+async def test_large_reads(source: Path, mounted: OpenMount) -> None:
+    """READs of 1 MiB, a tail that is no multiple of a page, and the read-ahead that both need."""
+    content = os.urandom(5 * MiB + 12345)
+    (source / "file").write_bytes(content)
+    async with mounted() as it:
+        await it.serve(Directory(source))
+        assert await it.read("cat", "file") == content
+        assert it.session.requests[Opcode.READ] < 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_killed_while_an_open_waits(source: Path, mounted: OpenMount, number: int) -> None:
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_opens = True
+        await it.serve(files)
+        reader = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting == 1)
+        reader.send_signal(number)
+        await until(lambda: files.cancelled == 1)
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == -number
+        files.go.set()
+        assert await it.read("cat", "file") == b"data"
+
+
+async def test_killed_while_a_direct_read_waits(source: Path, mounted: OpenMount) -> None:
+    (source / "file").write_bytes(b"d" * 4096)
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_reads = True
+        await it.serve(files)
+        reader = await it.start("dd", f"if={it.mountpoint}/file", "iflag=direct", "bs=4096")
+        await until(lambda: files.waiting == 1)
+        reader.send_signal(signal.SIGKILL)
+        await until(lambda: files.cancelled == 1)
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == -signal.SIGKILL
+
+
+async def test_killed_while_a_cached_read_waits(source: Path, mounted: OpenMount) -> None:
+    """The kernel sends no INTERRUPT: the read is the page cache's. The reader dies at once all the same, and the read
+    that nobody waits for ends by itself, and then the handle."""
+    (source / "file").write_bytes(b"d" * 100_000)
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_reads = True
+        await it.serve(files)
+        reader = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting >= 1)
+        reader.send_signal(signal.SIGKILL)
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == -signal.SIGKILL
+        assert files.opens[2] == 1
+        files.go.set()
+        await until(lambda: files.opens[2] == 0)
+        assert await it.read("cat", "file") == b"d" * 100_000
+
+
+async def test_a_successor_answers_what_was_left(source: Path, mounted: OpenMount) -> None:
+    content = os.urandom(300_000)
+    (source / "file").write_bytes(content)
+    async with mounted() as it:
+        first = Directory(source)
+        first.holds_reads = True
+        agreed = await it.serve(first)
+        if not agreed.resend:
+            pytest.skip("this kernel cannot send requests again")
+        reader = await it.start("cmp", it.mountpoint / "file", source / "file")
+        await until(lambda: first.waiting >= 1)
+        await it.serve(Directory(source), agreed=Negotiated.load(agreed.save()))
+        await until(lambda: first.waiting == 0)
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == 0
+        assert it.session.requests[Opcode.INIT] == 0
+        assert await it.read("cat", "file") == content
+
+
+async def test_passthrough_again_and_again(source: Path, mounted: OpenMount) -> None:
+    """Each round a new backing id, given back by the release."""
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source, BackingRegistry(it.fd))
+        agreed = await it.serve(files)
+        if not agreed.passthrough:
+            pytest.skip("this kernel offers no passthrough")
+        for _ in range(3):
+            assert await it.read("cat", "file") == b"data"
+            await until(lambda: not files.backing_ids)
+        assert it.session.requests[Opcode.READ] == 0
+        assert it.session.requests[Opcode.FLUSH] == 0
+
+
+async def test_without_opens(source: Path, mounted: OpenMount) -> None:
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        agreed = await it.serve(Directory(source), InitOptions(passthrough=False, no_open=True))
+        assert agreed.no_open
+        for _ in range(3):
+            assert await it.read("cat", "file") == b"data"
+        assert it.session.requests[Opcode.OPEN] == 1
+        assert it.session.requests[Opcode.READ] == 1
+        assert it.session.requests[Opcode.RELEASE] == 0

@@ -1,0 +1,130 @@
+"""Mounts without a server, dead ones, and connections that are aborted. Nothing here is asked anything by the kernel
+that this process would have to answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachefs.fuse import (
+    BackingRegistry,
+    Mount,
+    MountError,
+    MountOptions,
+    PassthroughUnavailable,
+    abort,
+    find_mount,
+    is_mounted,
+    mount,
+    mounting,
+    open_device,
+    probe,
+    unmount,
+)
+from cachefs.fuse.mounting import is_dead
+from cachefs.model import ConfigError, MiB
+
+needs_mount = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    while (left := find_mount(path)) is not None:
+        abort(left.connection)
+        unmount(path, lazy=True)
+
+
+def mount_and_die(mountpoint: Path) -> Mount:
+    fd = open_device()
+    try:
+        return mount(fd, mountpoint, "dead")
+    finally:
+        os.close(fd)
+
+
+@needs_mount
+def test_what_the_kernel_shows_of_a_mount(mountpoint: Path) -> None:
+    fd = open_device()
+    try:
+        mounted = mount(fd, mountpoint, "s3://bucket, with commas")
+        info = find_mount(mountpoint)
+        assert info is not None
+        assert (info.fs_type, info.source) == ("fuse.cachefs", "s3://bucket, with commas")
+        assert {"ro", "nosuid", "nodev", "allow_other", "default_permissions"} <= info.options
+        assert (mounted.mountpoint, mounted.device) == (str(mountpoint), info.device)
+        assert mounted.connection == info.connection
+        read_ahead = Path(f"/sys/class/bdi/{mounted.device}/read_ahead_kb")
+        assert read_ahead.read_text().strip() == "1024"
+        assert is_mounted(mountpoint)
+        # It has a server as long as the device is open, even one that never answers.
+        with pytest.raises(ConfigError, match="no cachefs is mounted"):
+            mount(fd, mountpoint, "again", MountOptions(replace_dead=True))
+        assert abort(mounted.connection)
+        assert is_dead(info)
+        unmount(mountpoint, lazy=True)
+        assert not is_mounted(mountpoint)
+    finally:
+        os.close(fd)
+
+
+@needs_mount
+def test_a_dead_mount_is_replaced_if_that_is_wanted(mountpoint: Path) -> None:
+    mount_and_die(mountpoint)
+    mounted = find_mount(mountpoint)
+    assert mounted is not None
+    assert is_dead(mounted)
+    fd = open_device()
+    try:
+        with pytest.raises(ConfigError, match="dead cachefs mount"):
+            mount(fd, mountpoint, "new")
+        mount(fd, mountpoint, "new", MountOptions(replace_dead=True))
+        found = find_mount(mountpoint)
+        assert found is not None
+        assert found.source == "new"
+    finally:
+        os.close(fd)
+    unmount(mountpoint, lazy=True)
+    assert find_mount(mountpoint) is None
+
+
+@needs_mount
+def test_a_connection_that_does_not_exist(tmp_path: Path) -> None:
+    assert not abort(2**20 - 1)
+    with pytest.raises(MountError, match="nothing is mounted"):
+        unmount(tmp_path)
+
+
+@needs_mount
+def test_no_passthrough_before_it_was_negotiated(mountpoint: Path, tmp_path: Path) -> None:
+    fd = open_device()
+    try:
+        mount(fd, mountpoint, "test")
+        backings = BackingRegistry(fd)
+        with open(tmp_path / "file", "w+b") as file, pytest.raises(PassthroughUnavailable, match="passthrough"):
+            backings.register(file.fileno())
+    finally:
+        os.close(fd)
+
+
+def test_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounting, "DEVICE", tmp_path / "fuse")
+    with pytest.raises(MountError, match="no FUSE"):
+        open_device()
+    found = probe()
+    assert found.device_error is not None
+    assert not found.can_mount
+    assert not found.passthrough_possible
+
+
+def test_wrong_source_and_options(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="source"):
+        mount(-1, tmp_path, "")
+    with pytest.raises(ConfigError, match="read_ahead_kb"):
+        MountOptions(read_ahead_kb=-1)
+    assert MountOptions().max_read == MiB
