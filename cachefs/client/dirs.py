@@ -7,9 +7,10 @@ from collections import deque
 import trio
 
 from cachefs.client.metadata import Metadata
-from cachefs.model import NO_INO, CachefsError, Entry, Ino
+from cachefs.model import NO_INO, CachefsError, Entry, Ino, TransportError
 
 _BUFFER_CHUNKS = 2
+_PAUSE_S = 0.1
 
 
 class DirReader:
@@ -80,14 +81,31 @@ class DirReader:
         self._nursery.start_soon(self._stream, send, self._scope, self._position)
 
     async def _stream(self, send: trio.MemorySendChannel[list[Entry]], scope: trio.CancelScope, after: Ino) -> None:
+        patience_s = self._metadata.patience_s
+        give_up = trio.current_time() + patience_s
         with scope, send:
-            try:
-                async with self._metadata.list_dir(self.ino, after) as chunks:
-                    async for entries in chunks:
-                        await send.send(entries)
-            except CachefsError as error:
-                if self._scope is scope:
-                    self._error = error
+            while True:
+                try:
+                    async with self._metadata.list_dir(self.ino, after) as chunks:
+                        async for entries in chunks:
+                            await send.send(entries)
+                            after = entries[-1].attr.ino
+                            give_up = trio.current_time() + patience_s
+                    return
+                except TransportError as error:
+                    # The master restarts: what was read is a place to go on from.
+                    if trio.current_time() >= give_up:
+                        self._fail(scope, error)
+                        return
+                    await trio.sleep(_PAUSE_S)
+                except CachefsError as error:
+                    self._fail(scope, error)
+                    return
+
+    def _fail(self, scope: trio.CancelScope, error: CachefsError) -> None:
+        # Unless the reader has jumped meanwhile, and waits for another stream.
+        if self._scope is scope:
+            self._error = error
 
     def _stop(self) -> None:
         if self._scope is not None:

@@ -57,7 +57,7 @@ class Metadata:
         """Seconds for which an answer may be believed, by us and by the kernel."""
         self._master = master
         self._max_names = max_names
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._attrs: OrderedDict[Ino, _Known] = OrderedDict()
         self._names: OrderedDict[tuple[Ino, str], _Name] = OrderedDict()
         self._nursery = nursery
@@ -98,7 +98,7 @@ class Metadata:
             return known
         try:
             reply = await patiently(
-                lambda: self._master.call(GetAttr(ino)), 0 if known is not None else self._patience_s
+                lambda: self._master.call(GetAttr(ino)), 0 if known is not None else self.patience_s
             )
         except TransportError:
             if known is None:
@@ -133,7 +133,7 @@ class Metadata:
         known = self._attrs.get(found.ino) if found is not None else None
         usable = known is not None and not known.superseded
         try:
-            reply = await patiently(lambda: self._master.call(Lookup(parent, name)), 0 if usable else self._patience_s)
+            reply = await patiently(lambda: self._master.call(Lookup(parent, name)), 0 if usable else self.patience_s)
         except TransportError:
             if known is None or not usable:
                 raise
@@ -175,7 +175,7 @@ class Metadata:
 
     async def resolve(self, path: str) -> Attr:
         """The inode at an absolute path of the namespace. Raises as `lookup`."""
-        reply = await patiently(lambda: self._master.call(ResolvePath(path)), self._patience_s)
+        reply = await patiently(lambda: self._master.call(ResolvePath(path)), self.patience_s)
         return self._remember(reply.message.attr, superseded=reply.message.superseded).attr
 
     def expire(self, ino: Ino) -> None:

@@ -219,7 +219,15 @@ class Namespace:
         try:
             await self._list(directory, mounted, listing)
             mounted.failing = False
-        except (NotFoundError, UnderStoreError) as error:
+        except NotFoundError as error:
+            # The directory itself is gone; the root of a store stays, whatever becomes of the store.
+            listing.error = error
+            parent = self._store.get(directory.parent)
+            if parent is not None and parent.mount_id == directory.mount_id:
+                await self._writer.run(lambda: self._store.remove_child(directory.parent, directory.name))
+            elif directory.listed_ns:
+                self._note_failure(mounted, error)
+        except UnderStoreError as error:
             listing.error = error
             if directory.listed_ns:
                 self._note_failure(mounted, error)

@@ -165,6 +165,15 @@ async def test_entries_not_used_are_given_again_and_positions_can_be_returned_to
         assert len(await read_on(reader, first[-1].attr.ino, 20)) == 51 - 20
 
 
+async def test_a_listing_goes_on_after_the_master_restarted(tmp_path: Path) -> None:
+    async with scene(tmp_path, files=5000) as (cluster, client, _data), directory(client) as reader:
+        first = await reader.read(NO_INO, 100)
+        await cluster.stop("master")
+        await cluster.start_master()
+        names = [entry.name for entry in first] + await read_on(reader, first[-1].attr.ino, 512)
+        assert len(names) == len(set(names)) == 5001
+
+
 async def test_without_a_worker_there_are_no_contents(tmp_path: Path) -> None:
     async with scene(tmp_path, with_worker=False) as (_, client, _data):
         attr = await client.metadata.resolve("/00001")

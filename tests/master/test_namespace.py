@@ -206,6 +206,20 @@ async def test_what_is_old_is_served_and_looked_at_in_the_background(tmp_path: P
                 await trio.sleep(0.01)
 
 
+async def test_a_directory_that_is_gone_goes(tmp_path: Path) -> None:
+    async with scene(tmp_path, sync_interval_s=1e-6) as it:
+        (it.root / "dir").mkdir()
+        (it.root / "dir/file").touch()
+        directory = (await it.namespace.resolve_path("/dir")).attr.ino
+        assert await it.names(directory) == ["file"]
+        (it.root / "dir/file").unlink()
+        (it.root / "dir").rmdir()
+        with trio.fail_after(10), pytest.raises(StaleError):
+            while True:
+                await it.names(directory)
+                await trio.sleep(0.01)
+
+
 async def test_recheck_finds_what_there_is_now(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         (it.root / "a").write_bytes(b"x")
