@@ -150,6 +150,21 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = False
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._connections: list[socket.socket] = []
+
+    def get_request(self) -> Any:
+        connection, address = super().get_request()
+        self._connections.append(connection)
+        return connection, address
+
+    def hang_up(self) -> None:
+        """End every connection: a client may keep idle ones for longer than anybody wants to wait."""
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def shutdown_request(self, request: Any) -> None:
         with suppress(OSError):
             super().shutdown_request(request)
@@ -169,3 +184,4 @@ def running_faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
             faulty.release()
             server.shutdown()
             thread.join()
+            server.hang_up()

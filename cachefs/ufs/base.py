@@ -33,7 +33,7 @@ class UnderStore(Protocol):
         A name is given once as a directory, and may have been given before as an object that the directory shadows.
         """
 
-    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray:
+    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly `length` bytes, within the object, of exactly the version `info` describes.
 
         Raises ContentChangedError when the store has another version now, NotFoundError when it has none.

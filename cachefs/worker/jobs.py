@@ -154,7 +154,7 @@ class Filler:
             await trio.to_thread.run_sync(_write, job.partial, page, data, limiter=self._disk)
             self._counters.pages_fetched += 1
 
-    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray:
+    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """One range from the under-store, counted; a changed object is reported. Raises as `Sources.read`."""
         try:
             data = await self._sources.read(source, offset, length)
@@ -168,7 +168,7 @@ class Filler:
         return data
 
 
-def _write(partial: Partial, page: int, data: bytes | bytearray) -> None:
+def _write(partial: Partial, page: int, data: bytes | bytearray | memoryview) -> None:
     # The checksum is made here, where the bytes enter, and nowhere else.
     partial.write_page(page, data, page_checksum(data))
 

@@ -22,8 +22,8 @@ class ReadThrough:
         self._filler = filler
         self._page_size = geometry.page_size
         self._max_pages = max_pages
-        self._pages: OrderedDict[tuple[Ino, int], bytes | bytearray] = OrderedDict()
-        self._flights: Flights[tuple[Ino, int], bytes | bytearray] = Flights(nursery)
+        self._pages: OrderedDict[tuple[Ino, int], bytes | bytearray | memoryview] = OrderedDict()
+        self._flights: Flights[tuple[Ino, int], bytes | bytearray | memoryview] = Flights(nursery)
         self._readers: OrderedDict[tuple[Ino, int], Readahead] = OrderedDict()
 
     async def read(self, source: Source, offset: int, length: int, reader: int) -> bytes | bytearray | memoryview:
@@ -49,7 +49,7 @@ class ReadThrough:
         readahead.access(first, end)
         return readahead.window > 0
 
-    async def _page(self, source: Source, number: int) -> bytes | bytearray:
+    async def _page(self, source: Source, number: int) -> bytes | bytearray | memoryview:
         key = (source.attr.ino, number)
         page = self._pages.get(key)
         if page is None:
@@ -59,6 +59,6 @@ class ReadThrough:
                 self._pages.popitem(last=False)
         return page
 
-    async def _fetch(self, source: Source, number: int) -> bytes | bytearray:
+    async def _fetch(self, source: Source, number: int) -> bytes | bytearray | memoryview:
         start = number * self._page_size
         return await self._filler.read(source, start, min(self._page_size, source.attr.size_bytes - start))

@@ -63,7 +63,7 @@ class Sources:
             self._known.popitem(last=False)
         return source
 
-    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray:
+    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""
         ufs = self._open.get(source.store_id)
         if ufs is None:

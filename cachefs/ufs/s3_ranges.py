@@ -1,0 +1,128 @@
+"""Range reads of S3 by obstore: the same requests as those of `s3.py`, at a fifth of the processor's time.
+
+obstore normalises paths, so it cannot address every key: `can_read` says which; the others are left to s3fs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.store import S3Store as ObjectStore
+
+from cachefs.model import (
+    CachefsError,
+    ContentChangedError,
+    DeniedError,
+    NotFoundError,
+    ObjectInfo,
+    ThrottledError,
+    UnavailableError,
+)
+
+_ASK_AGAIN = timedelta(minutes=5)
+"""Credentials of the session are asked for so often; the session itself knows when to refresh them."""
+_THROTTLED = (" 429 ", " 503 ", "SlowDown")
+
+
+class RangeReader:
+    """Made by `open_ranges`. Its coroutines run on an asyncio loop."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def can_read(self, key: str) -> bool:
+        """Whether obstore addresses exactly this key."""
+        return all(part not in ("", ".", "..") for part in key.split("/"))
+
+    async def read(self, key: str, info: ObjectInfo, offset: int, length: int) -> memoryview:
+        """Exactly those bytes of exactly that version; cancelling ends the request.
+
+        Raises ContentChangedError, NotFoundError, DeniedError, ThrottledError, UnavailableError.
+        """
+        options: dict[str, Any] = {"range": (offset, offset + length)}
+        if info.tag:
+            options["if_match"] = f'"{info.tag}"'
+        try:
+            result = await obstore.get_async(self._store, key, options=options)  # type: ignore[arg-type]
+            # Some servers ignore If-Match: what came is believed, not what was asked for.
+            etag = (result.meta["e_tag"] or "").strip('"')
+            if info.tag and etag != info.tag:
+                raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
+            if tuple(result.range) != (offset, offset + length) or result.meta["size"] != info.size_bytes:
+                raise ContentChangedError(
+                    f"{info.path}: got {result.range} of {result.meta['size']} for"
+                    f" {offset}-{offset + length} of {info.size_bytes}"
+                )
+            data = memoryview(await result.bytes_async())
+        except CachefsError:
+            raise
+        except (BaseError, OSError, ValueError) as error:
+            raise _translate(info.path, error) from error
+        if len(data) != length:
+            raise UnavailableError(f"{info.path}: the answer broke off after {len(data)} of {length} bytes")
+        return data
+
+
+def _translate(path: str, error: Exception) -> CachefsError:
+    text = str(error).partition("\n")[0]
+    if isinstance(error, PreconditionError):
+        return ContentChangedError(f"{path}: the object changed")
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"{path}: no such object")
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        return DeniedError(f"{path}: access denied")
+    if "416" in text:
+        return ContentChangedError(f"{path}: the object is shorter than it was")
+    if any(sign in text for sign in _THROTTLED):
+        return ThrottledError(f"{path}: the store asks for fewer requests")
+    return UnavailableError(f"{path}: {text}")
+
+
+async def open_ranges(
+    bucket: str, session: Mapping[str, Any], client: Any, botocore_session: Any
+) -> RangeReader | None:
+    """A reader with the endpoint, region and credentials that `client` was set up with; None if there are none.
+
+    `session` are the arguments of s3fs. Runs in asyncio.
+    """
+    config = session["config_kwargs"]
+    arguments: dict[str, Any] = {
+        "region": client.meta.region_name or "us-east-1",
+        # The only retries are ours, so that one deadline bounds them all.
+        "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
+        "client_options": {
+            "allow_http": True,
+            "connect_timeout": timedelta(seconds=config["connect_timeout"]),
+            "read_timeout": timedelta(seconds=config["read_timeout"]),
+            "timeout": timedelta(hours=1),
+        },
+    }
+    endpoint = str(client.meta.endpoint_url)
+    if not endpoint.endswith(".amazonaws.com"):
+        arguments["endpoint"] = endpoint
+    if session["anon"]:
+        arguments["skip_signature"] = True
+    elif await botocore_session.get_credentials() is None and "key" not in session:
+        return None
+    elif "key" in session:
+        arguments |= {"access_key_id": session["key"], "secret_access_key": session["secret"]}
+        if "token" in session:
+            arguments["token"] = session["token"]
+    else:
+
+        async def credentials() -> Any:
+            found = await botocore_session.get_credentials()
+            frozen = await found.get_frozen_credentials()
+            return {
+                "access_key_id": frozen.access_key,
+                "secret_access_key": frozen.secret_key,
+                "token": frozen.token,
+                "expires_at": datetime.now(UTC) + _ASK_AGAIN,
+            }
+
+        arguments["credential_provider"] = credentials
+    return RangeReader(ObjectStore(bucket, **arguments))
