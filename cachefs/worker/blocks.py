@@ -14,7 +14,7 @@ import os
 import trio
 
 from cachefs.model import BlockCorruptError, BlockId, CapacityError, Geometry, Ino
-from cachefs.net import Answer
+from cachefs.net import Answer, Flights
 from cachefs.policy import admits
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
@@ -53,6 +53,7 @@ class Blocks:
         self._nursery = nursery
         self._sealed_files = SealedReader([store.config.path])
         self._jobs: dict[BlockId, Job] = {}
+        self._whole: Flights[BlockId, None] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
         self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
 
@@ -68,6 +69,18 @@ class Blocks:
         for attempt in range(_ATTEMPTS):
             if await self._is_sealed(block):
                 return PromoteReply(True)
+            if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
+                if not self._admits(attr.size_bytes):
+                    return PromoteReply(False)
+                try:
+                    await self._whole.join(block, lambda: self._filler.keep_whole(block, source, attr.size_bytes))
+                except BlockCorruptError as error:
+                    logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
+                except CapacityError as error:
+                    self._counters.not_admitted += 1
+                    logger.info("not kept block=%s error=%s", block.filename, error)
+                    return PromoteReply(False)
+                continue
             job = await self._job(block, source)
             if job is None:
                 if self._store.is_sealed(block):
@@ -87,6 +100,8 @@ class Blocks:
             finally:
                 job.users -= 1
                 self._end_if_done(job)
+        if self._store.is_sealed(block):
+            return PromoteReply(True)
         raise BlockCorruptError(f"{block.filename}: the tier damages what is written to it")
 
     async def fetch(self, request: Fetch, reader: int) -> Answer[FetchReply]:
@@ -139,13 +154,7 @@ class Blocks:
         if job is not None and not job.ended:
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        if not admits(
-            self._config.promote,
-            block_length=length,
-            capacity_bytes=self._config.tier.capacity_bytes,
-            free_bytes=self._store.room_bytes(),
-        ):
-            self._counters.not_admitted += 1
+        if not self._admits(length):
             return None
         try:
             partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, limiter=self._disk)
@@ -162,6 +171,16 @@ class Blocks:
             return other
         job = self._jobs[block] = Job(partial, source, block.block_index * self._geometry.block_size)
         return job
+
+    def _admits(self, length: int) -> bool:
+        admitted = admits(
+            self._config.promote,
+            block_length=length,
+            capacity_bytes=self._config.tier.capacity_bytes,
+            free_bytes=self._store.room_bytes(),
+        )
+        self._counters.not_admitted += not admitted
+        return admitted
 
     async def _fetch_into(self, job: Job, pages: range, held: int, reader: int) -> Answer[FetchReply]:
         job.users += 1

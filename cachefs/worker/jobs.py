@@ -128,6 +128,33 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
+    async def keep_whole(self, block: BlockId, source: Source, length: int) -> None:
+        """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
+
+        Most of what a small file costs are wake-ups of threads: one is enough. Raises as `fetch` and `seal`.
+        """
+        async with self._demand:
+            data = await self.read(source, 0, length)
+        try:
+            await trio.to_thread.run_sync(self._keep, block, data, limiter=self._disk)
+        except BlockCorruptError:
+            self._counters.corrupt += 1
+            raise
+        self._counters.pages_fetched += 1
+        self._counters.blocks_sealed += 1
+        self._on_sealed(block, length)
+
+    def _keep(self, block: BlockId, data: bytes | bytearray | memoryview) -> None:
+        partial = self._store.open_partial(block, len(data))
+        if partial is None:
+            return
+        try:
+            if partial.page_count:
+                _write(partial, 0, data)
+            self._store.seal(partial)
+        finally:
+            self._store.close(partial)
+
     async def _seal(self, job: Job) -> None:
         try:
             await trio.to_thread.run_sync(self._store.seal, job.partial, limiter=self._disk)
