@@ -80,9 +80,10 @@ def random_bytes(seed: str, size: int) -> bytes:
 
 
 def terminate_as_interrupt() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s."""
+    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s. (SIGINT is ignored in a background job.)"""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from cachefs.model import CachefsError
 
 START_TIMEOUT_S = 60.0
 _UPLOADS = 16
+# The server lives as long as the pipe from us is open: it goes with us, also when we are killed. The group is its own.
+_SCRIPT = '{ "$@" </dev/null; kill -s KILL $$; } & read -r _; kill -s KILL -- -$$'
 _ACTIONS = ["Admin", "Read", "Write", "List", "Tagging"]
 # Every port is given: the defaults, and the gRPC ports derived from them, may be taken.
 _PORTS = (
@@ -91,6 +94,10 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
     )
     log = data_dir / "server.log"
     command = [
+        "sh",
+        "-c",
+        _SCRIPT,
+        "sh",
         program,
         "server",
         "-ip=127.0.0.1",
@@ -108,7 +115,7 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         endpoint = f"http://127.0.0.1:{ports[-1]}"
@@ -160,5 +167,8 @@ def _wait_until_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     # Not asked politely: that takes seconds, and its data is a test's.
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
