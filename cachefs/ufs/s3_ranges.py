@@ -5,6 +5,7 @@ obstore normalises paths, so it cannot address every key: `can_read` says which;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,7 +26,7 @@ from cachefs.model import (
 
 _ASK_AGAIN = timedelta(minutes=5)
 """Credentials of the session are asked for so often; the session itself knows when to refresh them."""
-_THROTTLED = (" 429 ", " 503 ", "SlowDown")
+_STATUS = re.compile(r"status code: (\d{3})")
 
 
 class RangeReader:
@@ -75,9 +76,12 @@ def _translate(path: str, error: Exception) -> CachefsError:
         return NotFoundError(f"{path}: no such object")
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
         return DeniedError(f"{path}: access denied")
-    if "416" in text:
+    # Only the message has the status; it has times and addresses too, so that nothing else in it may be looked for.
+    match = _STATUS.search(text)
+    status = int(match[1]) if match else 0
+    if status == 416:
         return ContentChangedError(f"{path}: the object is shorter than it was")
-    if any(sign in text for sign in _THROTTLED):
+    if status in (429, 503):
         return ThrottledError(f"{path}: the store asks for fewer requests")
     return UnavailableError(f"{path}: {text}")
 

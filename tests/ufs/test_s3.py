@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 import trio
+from obstore.exceptions import GenericError
 
 from cachefs.model import (
     ConfigError,
@@ -19,7 +20,7 @@ from cachefs.model import (
 from cachefs.testing.faulty_s3 import Fault, FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.understore_contract import UnderStoreContract, list_all, names
-from cachefs.ufs import UnderStore, open_under_store
+from cachefs.ufs import UnderStore, open_under_store, s3_ranges
 from cachefs.ufs.s3 import open_s3
 
 
@@ -51,6 +52,20 @@ async def test_credentials_of_the_environment(behind: Bucket, monkeypatch: pytes
     monkeypatch.setenv("AWS_ENDPOINT_URL", behind.options["endpoint_url"])
     async with open_under_store(behind.url, {"reader": reader}) as ufs:
         assert bytes(await ufs.read_range(await ufs.stat("file"), 1, 3)) == b"ont"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Error performing GET http://h:4168/x in 1.00416s, 503 tries - error sending request", UnavailableError),
+        ("Error performing GET http://h/416 in 1s - Server returned non-2xx status code: 500 Oops", UnavailableError),
+        ("Error performing GET http://h/x in 1s - Server returned non-2xx status code: 503 Busy", ThrottledError),
+        ("Error performing GET http://h/x in 1s - Server returned non-2xx status code: 416 No", ContentChangedError),
+    ],
+)
+def test_only_the_status_of_an_error_says_what_it_is(text: str, expected: type[Exception]) -> None:
+    """A time of 1.00416 s was once taken for status 416, and a stalled read for a changed object."""
+    assert type(s3_ranges._translate("x", GenericError(text))) is expected
 
 
 async def test_keys_that_obstore_would_change_are_left_to_s3fs(behind: Bucket) -> None:
