@@ -6,6 +6,13 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a change is judged by itself, and no deadline: machines are slow at times.
+# New examples: pytest --hypothesis-profile=explore.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=1000, deadline=None)
+settings.load_profile("steady")
 
 pytest_plugins = ["cachefs.testing.fixtures"]
 

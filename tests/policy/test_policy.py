@@ -37,6 +37,9 @@ class ListSieve:
         self.visited.discard(key)
         if at < self.hand:
             self.hand -= 1
+        if self.hand >= len(self.queue):
+            # Past the newest it starts again at the oldest, also if something newer comes meanwhile.
+            self.hand = 0
 
     def evict(self) -> int | None:
         if not self.queue:
