@@ -23,6 +23,7 @@ ERRNO: dict[type[model.CachefsError], int] = {
     # From OPEN, ESTALE makes the kernel look the name up again and open what it finds.
     model.StaleError: errno.ESTALE,
     model.ContentChangedError: errno.ESTALE,
+    model.NamespaceChangedError: errno.ESTALE,
     model.BlockError: errno.EIO,
     model.BlockMissingError: errno.EIO,
     model.BlockCorruptError: errno.EIO,

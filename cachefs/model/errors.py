@@ -69,6 +69,10 @@ class ContentChangedError(StaleError):
     """The object in the under-store is no longer the version that was asked for."""
 
 
+class NamespaceChangedError(StaleError):
+    """The master has another namespace than the asker knows: its inode numbers mean nothing there."""
+
+
 class BlockError(CachefsError):
     """A cached block cannot be used; readers treat it as a miss."""
 

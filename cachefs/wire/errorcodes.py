@@ -22,6 +22,7 @@ CODES: dict[str, type[errors.CachefsError]] = {
     "read-only": errors.ReadOnlyError,
     "stale": errors.StaleError,
     "content-changed": errors.ContentChangedError,
+    "namespace-changed": errors.NamespaceChangedError,
     "block": errors.BlockError,
     "block-missing": errors.BlockMissingError,
     "block-corrupt": errors.BlockCorruptError,

@@ -79,6 +79,59 @@ class ListDir(StreamRequest[ListChunk], frozen=True):
     after: Ino = NO_INO
 
 
+class Changes(msgspec.Struct, frozen=True, array_like=True):
+    """Names that may point at something else than before, or at nothing, or that are new."""
+
+    names: list[tuple[Ino, list[str]]]
+    """(directory, names in it)."""
+    everything: bool = False
+    """More changed than could be remembered for this reader: nothing it knows may be believed without asking."""
+
+
+class Watch(StreamRequest[Changes], frozen=True):
+    """What changes from now on, until the asker leaves. The first answer is empty: from then on nothing is missed."""
+
+
+class RefreshReply(msgspec.Struct, frozen=True):
+    directories: int
+    """Listed again."""
+    changed: int
+    """Names that point at something else now, are new or gone."""
+
+
+class Refresh(Request[RefreshReply], frozen=True):
+    """Look at the under-store now: a directory is listed, a file is asked for. Watchers have been told when it is
+    answered.
+
+    Raises NotFoundError, NotADirectory, UnderStoreError and its kinds; what was known before is kept then.
+    """
+
+    path: str
+    recursive: bool = False
+    """Also every directory below that was listed before."""
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """Totals so far; the last one of a stream is the result."""
+
+    directories_found: int
+    directories_done: int
+    files: int
+    bytes: int
+    """Of all files found."""
+    failed: list[tuple[str, str]]
+    """(path, reason) of the directories that failed since the last message."""
+
+
+class LoadMetadata(StreamRequest[LoadProgress], frozen=True):
+    """List a directory and everything below it, many directories at a time. What is fresh is not listed again.
+
+    Raises NotFoundError, NotADirectory; a directory that cannot be listed is told in `failed` and the rest goes on.
+    """
+
+    path: str
+
+
 class MountInfo(msgspec.Struct, frozen=True):
     """An under-store attached at a path of the namespace."""
 
