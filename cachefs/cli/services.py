@@ -81,7 +81,12 @@ def master(
 @click.option("--listen", type=params.ADDRESS, required=True, help="Where to listen; port 0 takes a free one.")
 @click.option("--socket", required=True, metavar="PATH", help="Unix socket for the mounts of this node.")
 @click.option(
-    "tiers", "--tier", type=params.TIER, multiple=True, required=True, help="Where blocks are kept: mem: or ssd:."
+    "tiers",
+    "--tier",
+    type=params.TIER,
+    multiple=True,
+    required=True,
+    help="Where blocks are kept, mem: or ssd:; repeatable, the fastest first.",
 )
 @click.option(
     "--promote",
@@ -107,14 +112,12 @@ def worker(
     """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict."""
     set_up_logging("worker", log_level)
     params.check_insecure(insecure, listen=listen, master=master_address)
-    if len(tiers) > 1:
-        raise ConfigError("--tier", f"{len(tiers)} of them", "one; several tiers are not built yet")
     config = WorkerConfig(
         name=name,
         master=master_address,
         listen=_tcp("--listen", listen),
         socket=os.path.abspath(socket),
-        tier=tiers[0],
+        tiers=tiers,
         promote=Promote(promote),
     )
     run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)

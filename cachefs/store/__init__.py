@@ -4,13 +4,15 @@ from cachefs.store.config import TierConfig, parse_tier
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
 from cachefs.store.reader import SealedReader
-from cachefs.store.store import Store, TierStatus, open_store
+from cachefs.store.store import Store, open_store
 from cachefs.store.sums import page_checksum
+from cachefs.store.tier import Tier, TierStatus
 
 __all__ = [
     "Partial",
     "SealedReader",
     "Store",
+    "Tier",
     "TierConfig",
     "TierStatus",
     "open_store",

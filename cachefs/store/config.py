@@ -27,6 +27,8 @@ class TierConfig:
     """Allocated bytes the tier may hold, checksums included."""
     free_floor_bytes: int = 0
     """Bytes of the file system that stay free for others, whoever filled it. 0 switches the floor off."""
+    idle_after_s: float = 1800.0
+    """A block unread for so long counts as free: today's job is not starved by yesterday's."""
 
 
 def default_free_floor(capacity_bytes: int) -> int:

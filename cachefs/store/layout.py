@@ -4,7 +4,6 @@
     partial/<2 hex>/<key>-<block>[.sums]           sparse, being filled
     suspect/<2 hex>/<key>-<block>[.sums]           sealed in an earlier boot, not verified since
     staging/                                       files being written
-    unsynced                                       names sealed but not known to be on the disk (`writeback`)
     tier.json                                      {"format", "cluster_id", "boot_id"}
 
 All names are resolved below descriptors of the directories, so that the tree in use is the one that is locked, whatever
@@ -26,7 +25,6 @@ from cachefs.model import BlockId, TierError
 
 FORMAT_VERSION = 1
 TIER_FILE = "tier.json"
-UNSYNCED_FILE = "unsynced"
 SUMS_SUFFIX = ".sums"
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600

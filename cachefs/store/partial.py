@@ -15,13 +15,15 @@ its `.sums` when it is sealed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError, div_up
 from cachefs.store import sums
 from cachefs.store.diskfull import capacity_errors
 from cachefs.store.layout import Layout, data_name, sums_name, unlink_if_exists
@@ -287,14 +289,37 @@ def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
     )
 
 
+@contextmanager
+def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
+    """A descriptor that reads from the medium itself where the file system can do that.
+
+    What is in the page cache may be right while the medium is not, and looking at a whole tier must not push out of
+    the page cache what readers use. Reads must be aligned, as those of `verify_pages` are. Raises OSError.
+    """
+    try:
+        fd = os.open(name, _READ | os.O_DIRECT, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(name, _READ, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
-    """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError."""
+    """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError, OSError."""
     geometry = expected.geometry
-    buffer = memoryview(bytearray(min(expected.page_size, max(1, expected.length))))
-    for page, checksum in enumerate(expected.checksums):
-        offset, span = geometry.page_span(expected.length, page)
-        if checksum is None or page_checksum(_read_into(fd, buffer[:span], offset)) != checksum:
-            raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
+    # Memory of whole pages of the machine, aligned to them, for descriptors of `open_uncached`.
+    size = div_up(min(expected.page_size, max(1, expected.length)), mmap.PAGESIZE) * mmap.PAGESIZE
+    with mmap.mmap(-1, size) as memory, memoryview(memory) as buffer:
+        for page, checksum in enumerate(expected.checksums):
+            offset, span = geometry.page_span(expected.length, page)
+            with _read_into(fd, buffer, offset, span) as found:
+                good = checksum is not None and page_checksum(found) == checksum
+            if not good:
+                raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
 
 
 def write_all(fd: int, data: Buffer, offset: int) -> None:
@@ -307,15 +332,18 @@ def write_all(fd: int, data: Buffer, offset: int) -> None:
         written += os.pwrite(fd, view[written:], offset + written)
 
 
-def _read_into(fd: int, buffer: memoryview, offset: int) -> memoryview:
-    """Fill the buffer from the file; what lies behind its end is left out of the result."""
+def _read_into(fd: int, buffer: memoryview, offset: int, span: int) -> memoryview:
+    """`span` bytes of the file, or what there is of them. Reads whole units of the medium, up to the buffer's end."""
     filled = 0
-    while filled < len(buffer):
-        count = os.preadv(fd, [buffer[filled:]], offset + filled)
+    while filled < span:
+        with buffer[filled:] as rest:
+            count = os.preadv(fd, [rest], offset + filled)
         if count == 0:
             break
         filled += count
-    return buffer[:filled]
+        if filled % mmap.PAGESIZE:
+            break  # the end of the file
+    return buffer[: min(filled, span)]
 
 
 def _open_shared(layout: Layout, name: str) -> int:

@@ -1,375 +1,254 @@
-"""The blocks a worker holds on one tier: opening, sealing, evicting.
+"""The blocks a worker holds, on all its tiers: which tier takes a new block, and what moves down from a full one.
 
-How the parts stay consistent:
+A block is found in the first tier that has it. A new one goes into the first tier that has room for it without
+evicting (what is idle counts as free), else, where evicting is allowed, into the last one. Upper tiers are kept from
+filling up by moving what would be evicted to a tier below, in the background, so that no reader waits for it. Nothing
+moves up: what is hot on a disk is in the kernel's page cache anyway.
 
-- `_lock` guards the index, the ledger and the sets of open partials. It is held for look-ups, renames and unlinks,
-  never while pages are written, read back or compared.
-- A block is in exactly one of: nowhere, dormant (a partial on disk that nobody has open), open, sealed, suspect.
-- Space is reserved for a partial's full length before its file exists, by evicting where needed. Only what nobody reads
-  is evicted: whoever reads holds a shared lock on the open file, and eviction wants the exclusive one.
+A tier whose disk fails is left alone for a while; what was to go there goes elsewhere, or is not kept.
 """
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import logging
-import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-from cachefs.model import BlockCorruptError, BlockId, CapacityError, Geometry
-from cachefs.policy import Sieve
-from cachefs.store import recovery, sums
-from cachefs.store.config import TierConfig, check_capacity, check_medium
-from cachefs.store.layout import (
-    FORMAT_VERSION,
-    Layout,
-    TierFile,
-    data_name,
-    open_layout,
-    running_boot_id,
-    sums_name,
-    tier_errors,
-    unlink_if_exists,
-)
-from cachefs.store.partial import Partial, create_partial, resume_partial, verify_pages
-from cachefs.store.space import Space, allocated_bytes, estimate
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, ConfigError, Geometry
+from cachefs.policy import Promote, admits
+from cachefs.store.config import TierConfig
+from cachefs.store.partial import Partial
+from cachefs.store.tier import Tier, open_tier
 
 logger = logging.getLogger(__name__)
 
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-class TierStatus(NamedTuple):
-    capacity_bytes: int
-    used_bytes: int
-    reserved_bytes: int
-    sealed: int
-    suspect: int
-    partials: int
-    evictions: int
+_LEFT_ALONE_S = 30.0
+_LOW_SHARE = 0.10
+_HIGH_SHARE = 0.15
+"""Upper tiers are emptied to this free share once they are below the low one: a burst finds room, little is moved."""
+_MOVED_AT_ONCE = 16
 
 
 class Store:
     """Made by `open_store`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
 
-    def __init__(self, config: TierConfig, layout: Layout, geometry: Geometry, cluster_id: str) -> None:
-        self.config = config
-        self._cluster_id = cluster_id
-        self._layout = layout
-        self._geometry = geometry
-        self._lock = threading.Lock()
-        self._space = Space(layout.tier_fd, config.capacity_bytes, config.free_floor_bytes)
-        self._sealed: dict[BlockId, int] = {}
-        """Allocated bytes."""
-        self._suspect: dict[BlockId, int] = {}
-        self._dormant: dict[BlockId, int] = {}
-        self._open: dict[BlockId, Partial] = {}
-        self._sieve: Sieve[BlockId] = Sieve()
-        # Unique across restarts: 2**31 starts, 2**32 partials each, and never 0.
-        self._serials = itertools.count((secrets.randbits(31) << 32) + 1)
-        self._evictions = 0
+    def __init__(self, tiers: Sequence[Tier]) -> None:
+        self.tiers = tiers
+        self._opening = threading.Lock()
+        self._homes: dict[Partial, Tier] = {}
+        """Of open partials."""
+        self._left_alone_until: dict[Tier, float] = {}
         self.on_evicted: Callable[[BlockId], None] = lambda block: None
-        """Called, from whatever thread, with each sealed block that goes; must not call back into the store."""
+        """Called, from whatever thread, with each sealed block that no tier has any more; must not call back."""
+        for tier in tiers:
+            tier.on_evicted = self._evicted
+
+    def _evicted(self, block: BlockId) -> None:
+        if not self.is_sealed(block):
+            self.on_evicted(block)
 
     # ---- what is here ----------------------------------------------------------------------------------------------
 
+    @property
+    def paths(self) -> list[str]:
+        return [tier.config.path for tier in self.tiers]
+
     def is_sealed(self, block: BlockId) -> bool:
-        return block in self._sealed
+        return any(tier.is_sealed(block) for tier in self.tiers)
 
     def blocks(self) -> list[tuple[BlockId, int]]:
         """The sealed blocks and the bytes they take."""
-        with self._lock:
-            return list(self._sealed.items())
+        return list({block: size for tier in reversed(self.tiers) for block, size in tier.blocks()}.items())
 
     def visited(self, block: BlockId) -> None:
         """Somebody read it: evict others first."""
-        with self._lock:
-            self._sieve.visit(block)
+        for tier in self.tiers:
+            tier.visited(block)
 
-    def room_bytes(self) -> int:
-        """What could be taken in without evicting anything."""
-        with self._lock:
-            return self._space.room(self._unwritten())
-
-    def status(self) -> TierStatus:
-        with self._lock:
-            return TierStatus(
-                self._space.capacity,
-                self._space.used,
-                self._space.reserved,
-                len(self._sealed),
-                len(self._suspect),
-                len(self._open) + len(self._dormant),
-                self._evictions,
-            )
-
-    def _unwritten(self) -> int:
-        return sum(partial.unwritten_bytes for partial in self._open.values())
+    def retire(self, block: BlockId) -> None:
+        """Nobody will ask for it again: its space counts as free."""
+        for tier in self.tiers:
+            tier.retire(block)
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    def open_partial(self, block: BlockId, length: int) -> Partial | None:
+    def admits(self, length: int, mode: Promote) -> bool:
+        """Whether some tier would take a block of that length."""
+        return any(self._tier_admits(tier, length, mode) for tier in self._usable())
+
+    def _tier_admits(self, tier: Tier, length: int, mode: Promote) -> bool:
+        free = tier.room_bytes()
+        return admits(
+            mode,
+            block_length=length,
+            capacity_bytes=tier.config.capacity_bytes,
+            free_bytes=free,
+            reclaimable_bytes=0 if free >= length else tier.idle_bytes(),
+        )
+
+    def open_partial(self, block: BlockId, length: int, mode: Promote = Promote.ALWAYS) -> Partial | None:
         """The partial of a block of `length` bytes, resumed or new, with room reserved for all of it.
 
-        Every call is paired with one `close`. None when the block is sealed already. Raises CapacityError when there is
-        no room, and nothing more may be evicted; OSError for other trouble with the disk.
+        Every call is paired with one `close`. None when the block is sealed already. Raises CapacityError when no tier
+        takes it.
         """
-        with self._lock:
-            if block in self._sealed:
+        with self._opening:
+            if self.is_sealed(block):
                 return None
-            partial = self._open.get(block)
-            if partial is None:
-                partial = self._make_partial(block, length)
-                self._open[block] = partial
-            partial.users += 1
-            return partial
+            for tier in self._usable():
+                if tier.holds(block):
+                    partial = self._open_in(tier, block, length, evict=mode is Promote.ALWAYS)
+                    if partial is not None:
+                        return partial
+            for tier in self._usable():
+                if self._tier_admits(tier, length, min_mode(mode)):
+                    partial = self._open_in(tier, block, length, evict=False)
+                    if partial is not None:
+                        return partial
+            if mode is Promote.ALWAYS:
+                for tier in reversed(self._usable()):
+                    if self._tier_admits(tier, length, mode):
+                        partial = self._open_in(tier, block, length, evict=True)
+                        if partial is not None:
+                            return partial
+            raise CapacityError(f"no tier has room for a block of {length} bytes")
 
-    def _make_partial(self, block: BlockId, length: int) -> Partial:
-        page_size = self._geometry.page_size
-        need = estimate(length, self._geometry.page_count(length))
-        dormant = self._dormant.pop(block, 0)
-        self._space.used -= dormant
+    def _open_in(self, tier: Tier, block: BlockId, length: int, *, evict: bool) -> Partial | None:
+        """None if that tier cannot take it."""
         try:
-            self._make_room(need)
-            partial = None
-            if dormant:
-                try:
-                    partial = resume_partial(self._layout, block, length, page_size, next(self._serials))
-                except BlockCorruptError as error:
-                    logger.info("partial dropped block=%s error=%s", block.filename, error)
-                    self._unlink(self._layout.partial_fd, block)
-                    dormant = 0
-            if partial is None:
-                partial = create_partial(self._layout, block, length, page_size, next(self._serials))
-        except BaseException:
-            if dormant:
-                self._dormant[block] = dormant
-                self._space.used += dormant
-            raise
-        self._space.reserved += need
+            partial = tier.open_partial(block, length, evict=evict)
+        except CapacityError:
+            return None
+        except OSError as error:
+            self.leave_alone(tier, error)
+            return None
+        if partial is not None:
+            self._homes[partial] = tier
         return partial
 
     def close(self, partial: Partial) -> None:
         """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed."""
-        with self._lock:
-            partial.users -= 1
-            if partial.users == 0:
-                if self._open.get(partial.block) is partial:
-                    self._put_to_sleep(partial)
-                partial.close()
-
-    def _put_to_sleep(self, partial: Partial) -> None:
-        block = partial.block
-        del self._open[block]
-        self._space.reserved -= estimate(partial.length, partial.page_count)
-        if not partial.resumable:
-            self._unlink(self._layout.partial_fd, block)
-            return
-        # What was written, not st_blocks: late allocation would make it too small.
-        held = partial.length - min(partial.length, partial.unwritten_bytes) + sums.file_size(partial.page_count)
-        self._dormant[block] = held
-        self._space.used += held
+        self._homes[partial].close(partial)
+        if partial.users == 0:
+            self._homes.pop(partial, None)
 
     def seal(self, partial: Partial) -> None:
-        """Make a complete partial a sealed block: every page is read back and compared first. Blocks on the disk.
+        """As `Tier.seal`. Blocks on the disk. Raises BlockCorruptError, CapacityError, OSError."""
+        self._homes[partial].seal(partial)
 
-        Does nothing to one that is sealed. Raises BlockCorruptError, having dropped the partial, when a page is not
-        what was written; BlockCorruptError too for one that is not complete or was dropped; CapacityError, OSError.
-        """
-        with partial.seal_lock:
-            if partial.sealed:
-                return
-            if partial.dropped or not partial.complete:
-                raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
-            try:
-                partial.verify()
-            except BlockCorruptError:
-                self._drop_partial(partial)
-                raise
-            partial.finish()
-            with self._lock:
-                self._publish(partial)
+    # ---- failing disks ---------------------------------------------------------------------------------------------
 
-    def _publish(self, partial: Partial) -> None:
-        block = partial.block
-        # The checksums first: a data file without them is a miss, checksums without data are nothing.
-        for name in (sums_name(block), data_name(block)):
-            os.rename(name, name, src_dir_fd=self._layout.partial_fd, dst_dir_fd=self._layout.sealed_fd)
-        partial.sealed = True
-        del self._open[block]
-        self._space.reserved -= estimate(partial.length, partial.page_count)
-        self._add_sealed(block, os.fstat(partial.read_fd), partial.page_count)
+    def _usable(self) -> list[Tier]:
+        now = time.monotonic()
+        return [tier for tier in self.tiers if self._left_alone_until.get(tier, 0.0) <= now]
 
-    def _add_sealed(self, block: BlockId, data: os.stat_result, page_count: int) -> None:
-        size = allocated_bytes(data) + estimate(0, page_count)
-        self._sealed[block] = size
-        self._space.used += size
-        self._sieve.add(block)
+    def leave_alone(self, tier: Tier, error: OSError) -> None:
+        """Its disk failed: nothing new goes there for a while."""
+        logger.warning("tier fails, left alone for %.0f s path=%s error=%s", _LEFT_ALONE_S, tier.config.path, error)
+        self._left_alone_until[tier] = time.monotonic() + _LEFT_ALONE_S
 
-    def _drop_partial(self, partial: Partial) -> None:
-        with self._lock:
-            if self._open.get(partial.block) is partial:
-                partial.dropped = True
-                del self._open[partial.block]
-                self._space.reserved -= estimate(partial.length, partial.page_count)
-                self._unlink(self._layout.partial_fd, partial.block)
+    def failed(self, partial: Partial, error: OSError) -> None:
+        """Writing a partial failed for another reason than a full disk."""
+        tier = self._homes.get(partial)
+        if tier is not None and tier in self._usable():
+            self.leave_alone(tier, error)
 
     # ---- going -----------------------------------------------------------------------------------------------------
 
     def drop(self, block: BlockId) -> None:
         """Give up a sealed block, read by somebody or not: open descriptors keep working, nobody gets new ones."""
-        with self._lock:
-            if block in self._sealed:
-                self._forget_sealed(block)
+        for tier in self.tiers:
+            tier.drop(block)
 
-    def _forget_sealed(self, block: BlockId) -> None:
-        # Data first: from that moment it is a miss.
-        self._unlink(self._layout.sealed_fd, block)
-        self._space.used -= self._sealed.pop(block)
-        self._sieve.remove(block)
-        self.on_evicted(block)
+    def move_down(self, mode: Promote) -> int:
+        """Make room in upper tiers that are filling up; returns how many blocks were moved. Blocks on the disks."""
+        return sum(self._empty_a_little(number, mode) for number in range(len(self.tiers) - 1))
 
-    def _make_room(self, need: int) -> None:
-        """Evict until `need` more bytes can be promised. Raises CapacityError, possibly having evicted."""
-        if need > self._space.capacity:
-            raise CapacityError(f"a block of {need} bytes is larger than the tier")
-        unwritten = self._unwritten()
-        if self._space.room(unwritten) >= need:
-            return
-        for block in list(self._dormant):
-            if self._evict(self._layout.partial_fd, block):
-                self._space.used -= self._dormant.pop(block)
-                if self._space.room(unwritten) >= need:
-                    return
-        for block in self._sieve.candidates():
-            if self._evict(self._layout.sealed_fd, block):
-                self._space.used -= self._sealed.pop(block)
-                self._sieve.remove(block)
-                self._evictions += 1
-                self.on_evicted(block)
-                if self._space.room(unwritten) >= need:
-                    return
-        raise CapacityError(f"no room for {need} bytes: the rest of the tier is being read or filled")
+    def _empty_a_little(self, number: int, mode: Promote) -> int:
+        upper, moved = self.tiers[number], 0
+        if upper.room_share() >= _LOW_SHARE:
+            return 0
+        while True:
+            before = moved
+            for block in upper.coldest(_MOVED_AT_ONCE):
+                if upper.room_share() >= _HIGH_SHARE:
+                    return moved
+                moved += self._move(block, upper, number, mode)
+            if moved == before:
+                return moved
 
-    def _evict(self, directory_fd: int, block: BlockId) -> bool:
-        """Unlink a block that nobody reads; False if somebody does."""
-        try:
-            fd = os.open(data_name(block), _READ, dir_fd=directory_fd)
-        except FileNotFoundError:
-            return True
-        try:
+    def _move(self, block: BlockId, upper: Tier, number: int, mode: Promote) -> bool:
+        for lower in self.tiers[number + 1 :]:
+            if lower not in self._usable():
+                continue
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
+            except BlockMissingError:
                 return False
-            # While we hold the lock nobody can take the file into use: a reader rechecks the name after locking.
-            self._unlink(directory_fd, block)
-            return True
-        finally:
-            os.close(fd)
-
-    def _unlink(self, directory_fd: int, block: BlockId) -> None:
-        unlink_if_exists(data_name(block), directory_fd)
-        unlink_if_exists(sums_name(block), directory_fd)
+            except BlockCorruptError as error:
+                logger.warning("block dropped, it is damaged block=%s error=%s", block.filename, error)
+                upper.drop(block)
+                return True
+            except CapacityError:
+                continue
+            except OSError as error:
+                self.leave_alone(lower, error)
+                continue
+            if upper.evict(block):
+                return True
+            # Somebody began to read it meanwhile: one copy is enough.
+            lower.drop(block)
+            return False
+        return False
 
     # ---- verifying -------------------------------------------------------------------------------------------------
 
     def is_suspect(self, block: BlockId) -> bool:
         """It was sealed in an earlier boot; `restore` tells what it is worth."""
-        return block in self._suspect
+        return any(tier.is_suspect(block) for tier in self.tiers)
+
+    def suspects(self) -> list[BlockId]:
+        return [block for tier in self.tiers for block in tier.suspects()]
 
     def restore(self, block: BlockId) -> bool:
         """Verify a suspect block and put it back, or drop it; whether it is sealed now. Blocks on the disk."""
-        with self._lock:
-            size = self._suspect.pop(block, None)
-        if size is None:
-            return self.is_sealed(block)
-        good = self._verify_in(self._layout.suspect_fd, block)
-        with self._lock:
-            self._space.used -= size
-            if not good or block in self._open or block in self._sealed:
-                self._unlink(self._layout.suspect_fd, block)
-                return block in self._sealed
-            for name in (sums_name(block), data_name(block)):
-                os.rename(name, name, src_dir_fd=self._layout.suspect_fd, dst_dir_fd=self._layout.sealed_fd)
-            self._sealed[block] = size
-            self._space.used += size
-            self._sieve.add(block)
-            return True
+        for tier in self.tiers:
+            if tier.is_suspect(block):
+                tier.restore(block)
+        return self.is_sealed(block)
 
-    def verify(self, block: BlockId) -> bool:
-        """Read a sealed block back and compare; one that is damaged is dropped. Blocks on the disk."""
-        if not self.is_sealed(block) or self._verify_in(self._layout.sealed_fd, block):
-            return self.is_sealed(block)
-        self.drop(block)
-        return False
+    def check(self, block: BlockId) -> bool:
+        """As `Tier.check`, of every copy. Blocks on the disk."""
+        return all(tier.check(block) for tier in self.tiers if tier.is_sealed(block))
 
-    def _verify_in(self, directory_fd: int, block: BlockId) -> bool:
-        try:
-            expected = sums.read(block, sums_name(block), directory_fd)
-            fd = os.open(data_name(block), _READ, dir_fd=directory_fd)
-        except (BlockCorruptError, OSError) as error:
-            logger.warning("block dropped block=%s error=%s", block.filename, error)
-            return False
-        try:
-            if os.fstat(fd).st_size != expected.length:
-                raise BlockCorruptError(f"{block.filename}: has another length than its checksums")
-            verify_pages(block, fd, expected)
-        except (BlockCorruptError, OSError) as error:
-            logger.warning("block dropped block=%s error=%s", block.filename, error)
-            return False
-        finally:
-            os.close(fd)
-        return True
+    def sync_sealed(self) -> list[BlockId]:
+        """As `Tier.sync_sealed`, of every tier."""
+        return [block for tier in self.tiers for block in tier.sync_sealed()]
 
-    # ---- start and end ---------------------------------------------------------------------------------------------
 
-    def recover(self) -> None:
-        """Find what an earlier worker left. What cannot be used is removed."""
-        boot_id = running_boot_id()
-        known = self._layout.read_tier_file()
-        if known is None or known.boot_id != boot_id:
-            recovery.empty(self._layout.partial_fd)
-            recovery.move_all(self._layout.sealed_fd, self._layout.suspect_fd)
-        for block, stat in recovery.scan(self._layout.partial_fd):
-            self._dormant[block] = size = stat.st_blocks * 512
-            self._space.used += size
-        for block, stat in recovery.scan(self._layout.suspect_fd):
-            self._suspect[block] = size = allocated_bytes(stat) + estimate(0, 1)
-            self._space.used += size
-        for block, stat in recovery.scan(self._layout.sealed_fd):
-            self._add_sealed(block, stat, self._geometry.page_count(stat.st_size))
-        if known is None or known.boot_id != boot_id:
-            # Last: a mount uses the tier directly as soon as it carries this boot's id.
-            self._layout.write_tier_file(TierFile(FORMAT_VERSION, self._cluster_id, boot_id))
-
-    def close_all(self) -> None:
-        """At the end: what is open is left as it is on disk."""
-        with self._lock:
-            for partial in list(self._open.values()):
-                self._put_to_sleep(partial)
-                partial.close()
+def min_mode(mode: Promote) -> Promote:
+    """What may be done for a block before evicting for it is thought of."""
+    return Promote.IF_SPACE if mode is Promote.ALWAYS else mode
 
 
 @contextmanager
-def open_store(config: TierConfig, geometry: Geometry, cluster_id: str) -> Iterator[Store]:
-    """Open or create a tier, alone, until the end of the block. Blocks on the disk while it looks at what is there.
+def open_store(configs: Sequence[TierConfig], geometry: Geometry, cluster_id: str) -> Iterator[Store]:
+    """Open or create all tiers, alone, until the end of the block, the fastest one first.
 
-    Raises ConfigError, and TierError as `layout.open_layout`.
+    Raises ConfigError and TierError as `open_tier`; ConfigError for two tiers in one directory.
     """
-    check_capacity(config, geometry.page_size)
-    with open_layout(config.path, cluster_id) as layout:
-        check_medium(config, layout.tier_fd)
-        store = Store(config, layout, geometry, cluster_id)
-        with tier_errors(f"tier {config.path}"):
-            store.recover()
-        try:
-            yield store
-        finally:
-            with suppress(OSError):
-                store.close_all()
+    paths = [config.path for config in configs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ConfigError("--tier", path, "a directory of its own for each tier")
+    with ExitStack() as stack:
+        tiers = [stack.enter_context(open_tier(config, geometry, cluster_id)) for config in configs]
+        store = Store(tiers)
+        for number, tier in enumerate(tiers):
+            # Cut off between the copy and the eviction: one copy is enough.
+            for block, _ in tier.blocks():
+                for lower in tiers[number + 1 :]:
+                    lower.drop(block)
+        yield store

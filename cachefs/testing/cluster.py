@@ -95,7 +95,7 @@ async def running_cluster(
         master=LOOPBACK,
         listen=LOOPBACK,
         socket=str(directory / "worker.sock"),
-        tier=TierConfig("ssd", str(directory / "tier"), 64 * MiB),
+        tiers=(TierConfig("ssd", str(directory / "tier"), 64 * MiB),),
     )
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(open_background())

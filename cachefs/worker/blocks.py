@@ -15,7 +15,6 @@ import trio
 
 from cachefs.model import BlockCorruptError, BlockId, CapacityError, Geometry, Ino
 from cachefs.net import Answer, Flights
-from cachefs.policy import admits
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
 from cachefs.worker.config import WorkerConfig
@@ -51,7 +50,7 @@ class Blocks:
         self._filler = filler
         self._counters = counters
         self._nursery = nursery
-        self._sealed_files = SealedReader([store.config.path])
+        self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
         self._whole: Flights[BlockId, None] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
@@ -124,7 +123,13 @@ class Blocks:
                     await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
                 job = await self._job(block, source)
                 if job is not None:
-                    return await self._fetch_into(job, pages, request.held, reader)
+                    try:
+                        return await self._fetch_into(job, pages, request.held, reader)
+                    except CapacityError as error:
+                        # The disk filled up under us, or fails: the reader gets its bytes all the same.
+                        self._counters.not_admitted += 1
+                        logger.info("not kept block=%s error=%s", block.filename, error)
+                        break
                 if not self._store.is_sealed(block):
                     break
         content_offset = request.block_index * self._geometry.block_size + request.offset
@@ -157,7 +162,9 @@ class Blocks:
         if not self._admits(length):
             return None
         try:
-            partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, limiter=self._disk)
+            partial = await trio.to_thread.run_sync(
+                self._store.open_partial, block, length, self._config.promote, limiter=self._disk
+            )
         except CapacityError as error:
             self._counters.not_admitted += 1
             logger.info("not admitted block=%s error=%s", block.filename, error)
@@ -173,12 +180,7 @@ class Blocks:
         return job
 
     def _admits(self, length: int) -> bool:
-        admitted = admits(
-            self._config.promote,
-            block_length=length,
-            capacity_bytes=self._config.tier.capacity_bytes,
-            free_bytes=self._store.room_bytes(),
-        )
+        admitted = self._store.admits(length, self._config.promote)
         self._counters.not_admitted += not admitted
         return admitted
 

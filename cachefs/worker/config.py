@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cachefs.model import MiB
 from cachefs.net import Address
 from cachefs.policy import Promote, ReadaheadConfig
 from cachefs.store import TierConfig
@@ -18,7 +19,8 @@ class WorkerConfig:
     """For other workers and for tools."""
     socket: str
     """Path of the unix socket for mounts on this node."""
-    tier: TierConfig
+    tiers: tuple[TierConfig, ...]
+    """The fastest first."""
     promote: Promote = Promote.IF_SPACE
     readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
     demand_slots: int = 16
@@ -27,5 +29,7 @@ class WorkerConfig:
     """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
     read_through_pages: int = 8
     """Pages kept in memory for content that is not admitted: enough for a few sequential readers."""
+    scrub_bytes_per_s: int = 8 * MiB
+    """At which all that is cached is read and compared again and again; 0 = never."""
     idle_partial_s: float = 60.0
     """A partial that nobody asked for so long is closed; what it has stays on disk."""

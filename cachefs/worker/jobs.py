@@ -11,13 +11,21 @@ has asked for it for a while; what a partial has on disk survives that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, CachefsError, ContentChangedError, NotFoundError
+from cachefs.model import (
+    BlockCorruptError,
+    BlockId,
+    CachefsError,
+    CapacityError,
+    ContentChangedError,
+    NotFoundError,
+)
 from cachefs.net.flights import Flights
-from cachefs.policy import Readahead, ReadaheadConfig
+from cachefs.policy import Promote, Readahead, ReadaheadConfig
 from cachefs.store import Partial, Store, page_checksum
 from cachefs.worker.counters import Counters
 from cachefs.worker.sources import Source, Sources
@@ -68,6 +76,7 @@ class Filler:
         sources: Sources,
         counters: Counters,
         *,
+        promote: Promote,
         demand_slots: int,
         background_slots: int,
         on_changed: Callable[[Source], Awaitable[None]],
@@ -78,6 +87,7 @@ class Filler:
         self._sources = sources
         self._counters = counters
         self._nursery = nursery
+        self._promote = promote
         self._demand = trio.CapacityLimiter(demand_slots)
         self._background = trio.CapacityLimiter(background_slots)
         self._disk = trio.CapacityLimiter(4)
@@ -128,36 +138,54 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
-    async def keep_whole(self, block: BlockId, source: Source, length: int) -> None:
+    async def keep_whole(self, block: BlockId, source: Source, length: int, *, background: bool = False) -> None:
         """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
 
         Most of what a small file costs are wake-ups of threads: one is enough. Raises as `fetch` and `seal`.
         """
-        async with self._demand:
+        async with self._background if background else self._demand:
             data = await self.read(source, 0, length)
-        try:
-            await trio.to_thread.run_sync(self._keep, block, data, limiter=self._disk)
-        except BlockCorruptError:
-            self._counters.corrupt += 1
-            raise
+            try:
+                await trio.to_thread.run_sync(self._keep, block, data, limiter=self._disk)
+            except BlockCorruptError:
+                self._counters.corrupt += 1
+                raise
         self._counters.pages_fetched += 1
         self._counters.blocks_sealed += 1
         self._on_sealed(block, length)
 
     def _keep(self, block: BlockId, data: bytes | bytearray | memoryview) -> None:
-        partial = self._store.open_partial(block, len(data))
+        partial = self._store.open_partial(block, len(data), self._promote)
         if partial is None:
             return
         try:
             if partial.page_count:
-                _write(partial, 0, data)
-            self._store.seal(partial)
+                self._write(partial, 0, data)
+            self._seal_now(partial)
         finally:
             self._store.close(partial)
 
+    def _write(self, partial: Partial, page: int, data: bytes | bytearray | memoryview) -> None:
+        # The checksum is made here, where the bytes enter, and nowhere else.
+        with self._failing(partial):
+            partial.write_page(page, data, page_checksum(data))
+
+    def _seal_now(self, partial: Partial) -> None:
+        with self._failing(partial):
+            self._store.seal(partial)
+
+    @contextmanager
+    def _failing(self, partial: Partial) -> Iterator[None]:
+        """A disk that fails is as good as a full one: what was to be kept is not."""
+        try:
+            yield
+        except OSError as error:
+            self._store.failed(partial, error)
+            raise CapacityError(f"{partial.block.filename}: the tier fails: {error}") from error
+
     async def _seal(self, job: Job) -> None:
         try:
-            await trio.to_thread.run_sync(self._store.seal, job.partial, limiter=self._disk)
+            await trio.to_thread.run_sync(self._seal_now, job.partial, limiter=self._disk)
         except BlockCorruptError:
             self._counters.corrupt += 1
             job.ended = True
@@ -178,8 +206,13 @@ class Filler:
                 return
             offset, length = job.partial.page_span(page)
             data = await self.read(job.source, job.content_offset + offset, length)
-            await trio.to_thread.run_sync(_write, job.partial, page, data, limiter=self._disk)
+            await trio.to_thread.run_sync(self._write, job.partial, page, data, limiter=self._disk)
             self._counters.pages_fetched += 1
+
+    async def read_for_reader(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """As `read`, in a slot of those that readers wait for: what is in memory at once stays bounded."""
+        async with self._demand:
+            return await self.read(source, offset, length)
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """One range from the under-store, counted; a changed object is reported. Raises as `Sources.read`."""
@@ -187,17 +220,14 @@ class Filler:
             data = await self._sources.read(source, offset, length)
         except (ContentChangedError, NotFoundError) as error:
             self._counters.changed += 1
+            if source.attr.key:
+                self._store.retire(BlockId(source.attr.key, 0))
             # Before the reader hears of it: when it looks the name up again, it must find what there is now.
             await self._on_changed(source)
             raise ContentChangedError(f"{source.info.path}: changed or removed in the under-store") from error
         self._counters.under_store_reads += 1
         self._counters.under_store_bytes += length
         return data
-
-
-def _write(partial: Partial, page: int, data: bytes | bytearray | memoryview) -> None:
-    # The checksum is made here, where the bytes enter, and nowhere else.
-    partial.write_page(page, data, page_checksum(data))
 
 
 def _first(group: BaseExceptionGroup[CachefsError]) -> CachefsError:

@@ -30,7 +30,7 @@ class ReadThrough:
         """[offset, offset+length) of the content. Raises as `Filler.read`."""
         first, end = offset // self._page_size, -(-(offset + length) // self._page_size)
         if not self._is_sequential(source, first, end, reader):
-            return await self._filler.read(source, offset, length)
+            return await self._filler.read_for_reader(source, offset, length)
         parts = []
         for number in range(first, end):
             page = await self._page(source, number)
@@ -61,4 +61,4 @@ class ReadThrough:
 
     async def _fetch(self, source: Source, number: int) -> bytes | bytearray | memoryview:
         start = number * self._page_size
-        return await self._filler.read(source, start, min(self._page_size, source.attr.size_bytes - start))
+        return await self._filler.read_for_reader(source, start, min(self._page_size, source.attr.size_bytes - start))

@@ -11,9 +11,10 @@ import trio
 
 from cachefs.model import BlockId, CachefsError
 from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, serve
-from cachefs.store import Store, open_store, running_boot_id
+from cachefs.store import Store, Tier, open_store, running_boot_id
 from cachefs.wire import messages as m
 from cachefs.worker.blocks import Blocks
+from cachefs.worker.care import Care
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
@@ -67,21 +68,25 @@ class Worker:
         return m.Done()
 
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
-        tier = self._store.status()
-        info = m.TierInfo(
-            kind=self._config.tier.kind,
-            path=self._config.tier.path,
-            capacity_bytes=tier.capacity_bytes,
-            used_bytes=tier.used_bytes,
-            reserved_bytes=tier.reserved_bytes,
-            blocks=tier.sealed,
-            partials=tier.partials,
-            evictions=tier.evictions,
-        )
+        tiers = [_tier_info(tier) for tier in self._store.tiers]
         uptime_s = trio.current_time() - self._started
         counters = m.FetchCounters(**asdict(self._counters))
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
-        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, [info], counters, opens)
+        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, tiers, counters, opens)
+
+
+def _tier_info(tier: Tier) -> m.TierInfo:
+    status = tier.status()
+    return m.TierInfo(
+        kind=tier.config.kind,
+        path=tier.config.path,
+        capacity_bytes=status.capacity_bytes,
+        used_bytes=status.used_bytes,
+        reserved_bytes=status.reserved_bytes,
+        blocks=status.sealed,
+        partials=status.partials,
+        evictions=status.evictions,
+    )
 
 
 async def run_worker(
@@ -111,7 +116,7 @@ async def run_worker(
 
         registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held())
         geometry, cluster = registered.cluster.geometry, registered.cluster
-        with open_store(config.tier, geometry, cluster.cluster_id) as store:
+        with open_store(config.tiers, geometry, cluster.cluster_id) as store:
             held = store.blocks
             token = trio.lowlevel.current_trio_token()
 
@@ -129,6 +134,7 @@ async def run_worker(
                         store,
                         sources,
                         counters,
+                        promote=config.promote,
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
                         on_changed=on_changed,
@@ -137,6 +143,7 @@ async def run_worker(
                     )
                     blocks = Blocks(config, geometry, store, sources, filler, counters, background)
                     background.start_soon(blocks.end_idle)
+                    background.start_soon(Care(store, counters, config).run)
                     worker = Worker(config, cluster, store, blocks, counters)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     local = await background.start(_serve, worker.service(), [UnixAddress(config.socket)], hello)

@@ -1,507 +1,321 @@
-"""A tier against a dict: pages in, seals, evictions, crashes, damage. What is handed out is right, or it is a miss."""
+"""Several tiers: where blocks go and what moves down; failing disks; and being killed at every step."""
 
 from __future__ import annotations
 
-import json
+import fcntl
+import itertools
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cachefs.model import (
-    BlockCorruptError,
-    BlockId,
-    BlockMissingError,
-    CapacityError,
-    ConfigError,
-    ContentKey,
-    Geometry,
-    LocalProtocolError,
-    TierError,
-)
-from cachefs.store import SealedReader, Store, TierConfig, open_store, page_checksum, parse_tier
-from cachefs.store.layout import data_name, sums_name
+from cachefs.model import BlockId, CapacityError, ConfigError, MiB
+from cachefs.policy import Promote
+from cachefs.store import Store, TierConfig, open_store, page_checksum
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, read, seal, sealed_path, some
+from cachefs.testing.disks import lying_disk, read_only, small_disk
 
-PAGE = 4096
-GEOMETRY = Geometry(1 << 20, PAGE)
-CLUSTER = "test"
-
-
-def block(number: int) -> BlockId:
-    return BlockId(ContentKey(number.to_bytes(16, "big")), 0)
-
-
-def content(number: int, length: int) -> bytes:
-    return bytes((number * 31 + at * 7 + (at >> 8)) % 251 for at in range(length))
-
-
-def pages(data: bytes) -> list[bytes]:
-    return [data[start : start + PAGE] for start in range(0, len(data), PAGE)]
-
-
-def seal(store: Store, which: BlockId, data: bytes) -> None:
-    partial = store.open_partial(which, len(data))
-    assert partial is not None
-    try:
-        for number, page in enumerate(pages(data)):
-            partial.write_page(number, page, page_checksum(page))
-        store.seal(partial)
-    finally:
-        store.close(partial)
-
-
-def read(config: TierConfig, which: BlockId, length: int) -> bytes | None:
-    """As a mount would: by itself, without the worker."""
-    fd = SealedReader([config.path]).open(which, length)
-    if fd is None:
-        return None
-    try:
-        return os.pread(fd, length + 1, 0)
-    finally:
-        os.close(fd)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting disks needs root")
 
 
 @contextmanager
-def opened(config: TierConfig) -> Iterator[Store]:
-    with open_store(config, GEOMETRY, CLUSTER) as store:
+def opened(*configs: TierConfig) -> Iterator[Store]:
+    with open_store(configs, GEOMETRY, CLUSTER) as store:
         yield store
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> TierConfig:
-    return TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+def two(tmp_path: Path) -> tuple[TierConfig, TierConfig]:
+    return (
+        TierConfig("ssd", str(tmp_path / "fast"), 64 * PAGE),
+        TierConfig("ssd", str(tmp_path / "large"), 256 * PAGE),
+    )
 
 
-@pytest.fixture
-def store(config: TierConfig) -> Iterator[Store]:
-    with opened(config) as store:
-        yield store
+def where(store: Store, which: BlockId) -> list[int]:
+    return [number for number, tier in enumerate(store.tiers) if tier.is_sealed(which)]
 
 
-def sealed_path(config: TierConfig, which: BlockId) -> Path:
-    return Path(config.path) / "sealed" / data_name(which)
+# ---- where blocks go -----------------------------------------------------------------------------------------------
 
 
-def another_boot(config: TierConfig) -> None:
-    path = Path(config.path) / "tier.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps({**facts, "boot_id": "an earlier one"}))
+def test_the_first_tier_fills_first_then_the_next_and_nothing_is_evicted(two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        for number in range(8):
+            assert store.admits(14 * PAGE, Promote.IF_SPACE)
+            seal(store, block(number), content(number, 14 * PAGE))
+        assert [where(store, block(number)) for number in range(8)] == [[0]] * 4 + [[1]] * 4
+        assert sorted(found for found, _ in store.blocks()) == [block(number) for number in range(8)]
+        for number in range(8):
+            assert read(store.paths, block(number), 14 * PAGE) == content(number, 14 * PAGE)
 
 
-# ---- filling and sealing -------------------------------------------------------------------------------------------
+def test_evicting_is_done_in_the_last_tier(two: tuple[TierConfig, ...]) -> None:
+    gone: list[BlockId] = []
+    with opened(*two) as store:
+        store.on_evicted = gone.append
+        for number in range(30):
+            seal(store, block(number), content(number, 14 * PAGE))
+        assert [where(store, block(number)) for number in range(4)] == [[0]] * 4
+        assert gone and set(gone).isdisjoint(found for found, _ in store.blocks())
+        assert not store.admits(14 * PAGE, Promote.IF_SPACE)
+        with pytest.raises(CapacityError):
+            store.open_partial(block(99), 14 * PAGE, Promote.IF_SPACE)
 
 
-@pytest.mark.parametrize("length", [0, 1, PAGE, PAGE + 1, 5 * PAGE - 3])
-def test_a_sealed_block_reads_as_it_was_written(config: TierConfig, store: Store, length: int) -> None:
-    data = content(1, length)
-    seal(store, block(1), data)
-    assert read(config, block(1), length) == data
-    assert store.is_sealed(block(1)) and store.open_partial(block(1), length) is None
-    assert sealed_path(config, block(1)).stat().st_mode & 0o777 == 0o600
-
-
-def test_nothing_unsealed_is_ever_found(config: TierConfig, store: Store) -> None:
-    data = content(1, 3 * PAGE)
-    partial = store.open_partial(block(1), len(data))
-    assert partial is not None
-    partial.write_page(1, pages(data)[1], page_checksum(pages(data)[1]))
-    assert read(config, block(1), len(data)) is None
-    with pytest.raises(BlockCorruptError, match="not complete"):
-        store.seal(partial)
-    assert partial.present() == [(1, 2)] and list(partial.missing()) == [0, 2]
-    assert os.pread(partial.read_fd, PAGE, PAGE) == pages(data)[1]
-    store.close(partial)
-
-
-def test_a_page_is_written_once_and_only_with_its_checksum(store: Store) -> None:
-    partial = store.open_partial(block(1), 2 * PAGE)
-    assert partial is not None
-    page = content(1, PAGE)
-    with pytest.raises(BlockCorruptError):
-        partial.write_page(0, page, page_checksum(page) ^ 1)
-    assert partial.empty
-    assert partial.write_page(0, page, page_checksum(page)) is True
-    assert partial.write_page(0, page, page_checksum(page)) is False
-    other = content(2, PAGE)
-    with pytest.raises(BlockCorruptError):
-        partial.write_page(0, other, page_checksum(other))
-    for number, data in ((2, page), (1, page[:-1]), (-1, page)):
-        with pytest.raises(LocalProtocolError):
-            partial.write_page(number, data, page_checksum(data))
-    store.close(partial)
-
-
-def test_a_page_damaged_on_disk_is_never_sealed(config: TierConfig, store: Store) -> None:
-    data = content(1, 3 * PAGE)
-    partial = store.open_partial(block(1), len(data))
-    assert partial is not None
-    for number, page in enumerate(pages(data)):
-        partial.write_page(number, page, page_checksum(page))
-    path = Path(config.path) / "partial" / data_name(block(1))
-    with path.open("r+b") as file:
-        file.seek(PAGE + 5)
-        file.write(b"\xff\xff")
-    with pytest.raises(BlockCorruptError):
-        store.seal(partial)
-    store.close(partial)
-    assert read(config, block(1), len(data)) is None and not path.exists()
-    assert store.status().reserved_bytes == store.status().used_bytes == 0
-    seal(store, block(1), data)
-    assert read(config, block(1), len(data)) == data
-
-
-def test_a_passed_descriptor_outlives_its_name(config: TierConfig, store: Store) -> None:
-    data = content(1, 2 * PAGE)
-    seal(store, block(1), data)
-    fd = SealedReader([config.path]).open(block(1), len(data))
-    assert fd is not None
-    store.drop(block(1))
-    assert read(config, block(1), len(data)) is None
-    assert os.pread(fd, len(data), 0) == data
-    os.close(fd)
-
-
-def test_readers_cannot_write(config: TierConfig, store: Store) -> None:
-    partial = store.open_partial(block(1), PAGE)
-    assert partial is not None
-    with pytest.raises(OSError):
-        os.pwrite(partial.read_fd, b"x", 0)
-    store.close(partial)
-
-
-def test_serials_differ_for_every_open_file(config: TierConfig) -> None:
-    serials = set()
-    for _ in range(2):
-        with opened(config) as store:
-            for _ in range(3):
-                partial = store.open_partial(block(1), 2 * PAGE)
-                assert partial is not None
-                serials.add(partial.serial)
-                store.close(partial)
-    assert len(serials) == 6 and min(serials) > 0
-
-
-# ---- misses --------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_without_checksums_or_of_another_length_is_a_miss(config: TierConfig, store: Store) -> None:
-    data = content(1, 2 * PAGE)
-    seal(store, block(1), data)
-    assert read(config, block(1), len(data) - 1) is None
-    os.unlink(Path(config.path) / "sealed" / sums_name(block(1)))
-    assert read(config, block(1), len(data)) is None
-
-
-def test_a_tier_of_another_boot_is_not_read(config: TierConfig) -> None:
-    data = content(1, PAGE)
-    with opened(config) as store:
-        seal(store, block(1), data)
-    reader = SealedReader([config.path, config.path + "-missing"])
-    another_boot(config)
-    assert reader.open(block(1), len(data)) is None
-
-
-def test_what_is_found_at_the_start(config: TierConfig) -> None:
-    data = content(1, 2 * PAGE)
-    with opened(config) as store:
+def test_what_is_coldest_moves_down_before_the_first_tier_is_full(two: tuple[TierConfig, ...]) -> None:
+    gone: list[BlockId] = []
+    with opened(*two) as store:
+        store.on_evicted = gone.append
         for number in range(4):
-            seal(store, block(number), content(number, 2 * PAGE))
-        used = store.status().used_bytes
-    sealed = Path(config.path) / "sealed"
-    os.unlink(sealed / sums_name(block(2)))
-    os.unlink(sealed / data_name(block(3)))
-    (sealed / "00" / "stranger").write_bytes(b"x")
-    with opened(config) as store:
-        assert {which for which, _ in store.blocks()} == {block(0), block(1)}
-        assert store.status().used_bytes == used // 2
-    assert not (sealed / data_name(block(2))).exists() and not (sealed / sums_name(block(3))).exists()
-    assert not (sealed / "00" / "stranger").exists()
-    assert read(config, block(1), len(data)) == data
+            seal(store, block(number), content(number, 14 * PAGE))
+        store.visited(block(0))
+        assert store.move_down(Promote.IF_SPACE) == 1
+        assert [where(store, block(number)) for number in range(4)] == [[0], [1], [0], [0]]
+        assert store.move_down(Promote.IF_SPACE) == 0
+        assert read(store.paths, block(1), 14 * PAGE) == content(1, 14 * PAGE)
+        assert not gone, "it only moved"
 
 
-def test_a_partial_is_resumed_in_the_same_boot_and_dropped_in_another(config: TierConfig) -> None:
-    data = content(1, 3 * PAGE)
-    for boots in (False, True):
-        with opened(config) as store:
-            partial = store.open_partial(block(1), len(data))
-            assert partial is not None
-            partial.write_page(1, pages(data)[1], page_checksum(pages(data)[1]))
-            store.close(partial)
-        if boots:
-            another_boot(config)
-        with opened(config) as store:
-            partial = store.open_partial(block(1), len(data))
-            assert partial is not None
-            assert partial.present() == ([] if boots else [(1, 2)])
-            store.close(partial)
-
-
-def test_after_a_reboot_blocks_are_suspect_until_verified(config: TierConfig) -> None:
-    with opened(config) as store:
-        for number in range(3):
-            seal(store, block(number), content(number, 2 * PAGE))
-    with sealed_path(config, block(1)).open("r+b") as file:
-        file.write(b"power cut")
-    another_boot(config)
-    with opened(config) as store:
-        assert store.blocks() == [] and store.is_suspect(block(0))
-        assert read(config, block(0), 2 * PAGE) is None
-        assert store.restore(block(0)) is True
-        assert read(config, block(0), 2 * PAGE) == content(0, 2 * PAGE)
-    with opened(config) as store:
-        # Again suspect, until somebody asks; the damaged one never comes back.
-        assert {which for which, _ in store.blocks()} == {block(0)} and store.is_suspect(block(2))
-
-
-@pytest.mark.expect_warnings("a damaged block is told once")
-def test_a_damaged_suspect_is_dropped(config: TierConfig) -> None:
-    with opened(config) as store:
-        seal(store, block(1), content(1, 2 * PAGE))
-    with sealed_path(config, block(1)).open("r+b") as file:
-        file.write(b"power cut")
-    another_boot(config)
-    with opened(config) as store:
-        assert store.restore(block(1)) is False
-        assert store.status().used_bytes == 0
-        assert read(config, block(1), 2 * PAGE) is None
-
-
-@pytest.mark.expect_warnings("a damaged block is told once")
-def test_verify_drops_what_is_damaged(config: TierConfig, store: Store) -> None:
-    seal(store, block(1), content(1, 2 * PAGE))
-    seal(store, block(2), content(2, 2 * PAGE))
-    with sealed_path(config, block(1)).open("r+b") as file:
-        file.write(b"rotten")
-    assert store.verify(block(1)) is False and store.verify(block(2)) is True
-    assert read(config, block(1), 2 * PAGE) is None
-
-
-@pytest.mark.expect_warnings("a damaged block is told once")
-@pytest.mark.parametrize("cut", [0, 10, 64, 70, 80, 95])
-def test_torn_checksums_are_a_miss(config: TierConfig, cut: int) -> None:
-    with opened(config) as store:
-        seal(store, block(1), content(1, 2 * PAGE))
-    os.truncate(Path(config.path) / "sealed" / sums_name(block(1)), cut)
-    another_boot(config)
-    with opened(config) as store:
-        assert store.restore(block(1)) is False
-
-
-# ---- space ---------------------------------------------------------------------------------------------------------
-
-
-def test_eviction_spares_what_is_read(config: TierConfig, store: Store) -> None:
-    evicted: list[BlockId] = []
-    store.on_evicted = evicted.append
-    seal(store, block(0), content(0, 8 * PAGE))
-    fd = SealedReader([config.path]).open(block(0), 8 * PAGE)
-    assert fd is not None
-    for number in range(1, 20):
-        seal(store, block(number), content(number, 8 * PAGE))
-        assert store.status().used_bytes <= config.capacity_bytes
-    assert store.is_sealed(block(0)) and block(0) not in evicted and store.status().evictions == len(evicted) > 0
-    os.close(fd)
-    # Nobody reads it any more: a block that wants all the room there is gets it.
-    seal(store, block(50), content(50, 60 * PAGE))
-    assert not store.is_sealed(block(0))
-
-
-def test_what_was_visited_stays_longer(config: TierConfig, store: Store) -> None:
-    for number in range(6):
-        seal(store, block(number), content(number, 8 * PAGE))
-    store.visited(block(0))
-    for number in range(6, 10):
-        seal(store, block(number), content(number, 8 * PAGE))
-    assert store.is_sealed(block(0)) and not store.is_sealed(block(1))
-
-
-def test_no_room_when_everything_is_in_use(config: TierConfig, store: Store) -> None:
-    partials = []
-    with pytest.raises(CapacityError):
-        for number in range(100):
-            partial = store.open_partial(block(number), 8 * PAGE)
-            assert partial is not None
-            partials.append(partial)
-    assert len(partials) == 7
-    for partial in partials:
-        store.close(partial)
-    assert store.status().reserved_bytes == 0
-    with pytest.raises(CapacityError, match="larger than the tier"):
-        store.open_partial(block(200), 65 * PAGE)
-
-
-def test_the_free_floor_is_kept(config: TierConfig, tmp_path: Path) -> None:
-    free = os.statvfs(tmp_path)
-    floor = free.f_bavail * free.f_frsize * 2
-    with opened(TierConfig("ssd", str(tmp_path / "floor"), 64 * PAGE, floor)) as store, pytest.raises(CapacityError):
-        store.open_partial(block(1), PAGE)
-
-
-def test_a_dropped_partial_refuses_pages(config: TierConfig, store: Store) -> None:
-    partial = store.open_partial(block(1), 2 * PAGE)
-    assert partial is not None
-    page = content(1, PAGE)
-    partial.write_page(0, page, page_checksum(page))
-    partial.dropped = True
-    with pytest.raises(BlockMissingError):
-        partial.write_page(1, page, page_checksum(page))
-    partial.dropped = False
-    store.close(partial)
-
-
-# ---- ownership and configuration -----------------------------------------------------------------------------------
-
-
-def test_one_owner(config: TierConfig, store: Store) -> None:
-    with pytest.raises(TierError, match="another worker"), opened(config):
-        pass
-
-
-def test_a_tier_of_another_cluster_is_refused_and_left_alone(config: TierConfig) -> None:
-    with opened(config) as store:
-        seal(store, block(1), content(1, PAGE))
-    with pytest.raises(TierError, match="belongs to cluster"), open_store(config, GEOMETRY, "other"):
-        pass
-    assert read(config, block(1), PAGE) == content(1, PAGE)
-
-
-def test_a_damaged_tier_file_is_an_error(config: TierConfig) -> None:
-    with opened(config):
-        pass
-    (Path(config.path) / "tier.json").write_text("{")
-    with pytest.raises(TierError, match="damaged"), opened(config):
-        pass
-
-
-def test_mem_must_be_tmpfs_and_tiers_must_hold_some_pages(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least"), opened(TierConfig("ssd", str(tmp_path), PAGE)):
-        pass
-
-
-@pytest.mark.parametrize("text", ["", "ssd:/x", "disk:/x:1G", "ssd:x:1G", "ssd:/x:lots", "ssd:/x:0"])
-def test_wrong_tiers(text: str) -> None:
-    with pytest.raises(ConfigError, match="--tier"):
-        parse_tier(text)
-
-
-def test_right_tiers() -> None:
-    tier = parse_tier("mem:/dev/shm/a:b:1.5G")
-    assert (tier.kind, tier.path, tier.capacity_bytes) == ("mem", "/dev/shm/a:b", 3 << 29)
-
-
-def test_cached_files_keep_no_access_times(config: TierConfig, store: Store) -> None:
-    seal(store, block(1), content(1, PAGE))
-    path = sealed_path(config, block(1))
-    os.utime(path, (1, path.stat().st_mtime))
-    path.read_bytes()
-    if path.stat().st_atime != 1:
-        pytest.skip("this file system cannot do without access times")
-
-
-# ---- the model -----------------------------------------------------------------------------------------------------
-
-NUMBERS = st.integers(0, 5)
-LENGTHS = [0, 1, PAGE, 3 * PAGE + 100, 8 * PAGE, 12 * PAGE]
-
-
-class StoreModel(RuleBasedStateMachine):
-    """Block number n has content(n, LENGTHS[n]). Readers keep descriptors open across everything."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.directory = tempfile.mkdtemp()
-        self.config = TierConfig("ssd", os.path.join(self.directory, "tier"), 24 * PAGE)
-        self.context = opened(self.config)
-        self.store = self.context.__enter__()
-        self.held: dict[int, int] = {}
-
-    def teardown(self) -> None:
-        for fd in self.held.values():
-            os.close(fd)
-        self.context.__exit__(None, None, None)
-        shutil.rmtree(self.directory)
-
-    @rule(number=NUMBERS, share=st.sets(st.integers(0, 12)), then_seal=st.booleans())
-    def fill(self, number: int, share: set[int], then_seal: bool) -> None:
-        data = content(number, LENGTHS[number])
+def test_what_is_read_stays_where_it_is(two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        for number in range(4):
+            seal(store, block(number), content(number, 14 * PAGE))
+        partials = [os.open(sealed_path(store.paths[0], block(number)), os.O_RDONLY) for number in range(4)]
         try:
-            partial = self.store.open_partial(block(number), len(data))
-        except CapacityError:
-            return
-        if partial is None:
-            assert self.store.is_sealed(block(number))
-            return
-        for index, page in enumerate(pages(data)):
-            if then_seal or index in share:
-                partial.write_page(index, page, page_checksum(page))
-                start, length = partial.page_span(index)
-                assert os.pread(partial.read_fd, length, start) == page
-        if then_seal:
-            self.store.seal(partial)
-        self.store.close(partial)
+            for fd in partials:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            assert store.move_down(Promote.ALWAYS) == 0
+        finally:
+            for fd in partials:
+                os.close(fd)
+        assert store.move_down(Promote.ALWAYS) == 1
 
-    @rule(number=NUMBERS)
-    def hold(self, number: int) -> None:
-        fd = SealedReader([self.config.path]).open(block(number), LENGTHS[number])
-        assert (fd is not None) == self.store.is_sealed(block(number))
-        if fd is not None:
-            os.close(self.held.pop(number, fd)) if number in self.held else None
-            self.held[number] = fd
 
-    @rule(number=NUMBERS)
-    def let_go(self, number: int) -> None:
-        if number in self.held:
-            os.close(self.held.pop(number))
+@pytest.mark.expect_warnings("a damaged block is told")
+def test_what_is_damaged_does_not_move(two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        for number in range(4):
+            seal(store, block(number), content(number, 14 * PAGE))
+        with sealed_path(store.paths[0], block(0)).open("r+b") as file:
+            file.write(b"rotten")
+        store.move_down(Promote.IF_SPACE)
+        assert where(store, block(0)) == [] and read(store.paths, block(0), 14 * PAGE) is None
 
-    @rule(number=NUMBERS)
-    def visit(self, number: int) -> None:
-        self.store.visited(block(number))
 
-    @rule(number=NUMBERS)
-    def drop(self, number: int) -> None:
-        self.store.drop(block(number))
+def test_a_block_in_two_tiers_is_one_after_a_restart(two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        seal(store, block(1), content(1, 3 * PAGE))
+        store.tiers[0].copy_to(block(1), store.tiers[1], evict=False)
+        assert where(store, block(1)) == [0, 1]
+    with opened(*two) as store:
+        assert where(store, block(1)) == [0]
 
-    @rule(reboot=st.booleans())
-    def restart(self, reboot: bool) -> None:
-        self.context.__exit__(None, None, None)
+
+def test_a_partial_is_resumed_where_it_is(two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        for number in range(4):
+            seal(store, block(number), content(number, 14 * PAGE))
+        data = content(9, 3 * PAGE + 20)
+        partial = some(store.open_partial(block(9), len(data), Promote.IF_SPACE))
+        partial.write_page(0, data[:PAGE], page_checksum(data[:PAGE]))
+        home = next(tier for tier in store.tiers if tier.holds(block(9)))
+        store.close(partial)
+        store.drop(block(0))
+        again = some(store.open_partial(block(9), len(data), Promote.IF_SPACE))
+        assert home.holds(block(9)) and again.has(0)
+        store.close(again)
+
+
+def test_each_tier_has_its_directory(tmp_path: Path) -> None:
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+    with pytest.raises(ConfigError, match="--tier"), opened(tier, tier):
+        pass
+
+
+# ---- failing disks -------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_full_disk_is_no_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path, 16 * MiB) as disk:
+        tier = TierConfig("ssd", str(disk / "tier"), 64 * MiB)
+        with opened(tier) as store:
+            kept = 0
+            with pytest.raises(CapacityError):
+                for number in itertools.count():
+                    seal(store, block(number), content(number, 40 * PAGE))
+                    kept += 1
+            assert kept > 1
+            for number in range(kept):
+                assert read(store.paths, block(number), 40 * PAGE) == content(number, 40 * PAGE)
+            store.drop(block(0))
+            seal(store, block(99), content(99, 20 * PAGE))
+
+
+@needs_root
+@pytest.mark.expect_warnings("a failing tier is told once")
+def test_a_tier_that_cannot_be_written_is_left_alone(tmp_path: Path, two: tuple[TierConfig, ...]) -> None:
+    with opened(*two) as store:
+        seal(store, block(1), content(1, PAGE))
+        with read_only(Path(store.paths[0])):
+            pass
+        # A directory that disappears under the worker is a disk that went away.
+        partial_directory = Path(store.paths[0], "partial")
+        for fan in partial_directory.iterdir():
+            fan.rmdir()
+        seal(store, block(2), content(2, 4 * PAGE))
+        assert where(store, block(2)) == [1]
+        assert read(store.paths, block(1), PAGE) == content(1, PAGE)
+
+
+@needs_root
+@pytest.mark.expect_warnings("what the disk did not write is told")
+def test_what_the_disk_failed_to_write_is_dropped(tmp_path: Path) -> None:
+    gone: list[BlockId] = []
+    with lying_disk(tmp_path, 4 * MiB) as disk:
+        tier = TierConfig("ssd", str(disk / "tier"), 40 * MiB)
+        with opened(tier) as store:
+            store.on_evicted = gone.append
+            count = 10
+            for number in range(count):
+                seal(store, block(number), content(number, 200 * PAGE))
+            lost = store.sync_sealed()
+            assert 0 < len(lost) < count and gone == lost
+            for number in range(count):
+                assert (read(store.paths, block(number), 200 * PAGE) is None) == (block(number) in lost)
+
+
+# ---- being killed --------------------------------------------------------------------------------------------------
+
+_STEPS = ("open", "pwrite", "rename", "unlink", "ftruncate", "fsync")
+
+
+def run_and_die(step: int, work: Callable[[Callable[[], None]], None]) -> bool:
+    """Do the work in a process killed right before its `step`th change of the file system; whether it got there.
+
+    Steps are counted from where the work calls what it is given. A write is cut in half, as a crash may do.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(lambda: _arm(step))
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def _arm(step: int) -> None:
+    left = itertools.count(step, -1)
+
+    def wrap(name: str) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (name != "open" or args[1] & os.O_CREAT) and next(left) == 0:
+                if name == "pwrite":
+                    original(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in _STEPS:
+        setattr(os, name, wrap(name))
+
+
+@pytest.mark.expect_warnings("a reboot that loses a page is told")
+@pytest.mark.parametrize("reboot", [False, True], ids=["same-boot", "reboot"])
+def test_killed_at_every_step_nothing_wrong_is_ever_read(tmp_path: Path, reboot: bool) -> None:
+    """Filling, sealing, evicting, moving down and syncing; then a successor goes on. A reboot loses a page too."""
+    lengths = {number: (number % 3 + 1) * 2 * PAGE + 100 for number in range(1, 11)}
+    tiers = (
+        TierConfig("ssd", str(tmp_path / "fast"), 32 * PAGE),
+        TierConfig("ssd", str(tmp_path / "large"), 32 * PAGE),
+    )
+
+    def work(arm: Callable[[], None]) -> None:
+        with opened(*tiers) as store:
+            for number in lengths:
+                store.restore(block(number))
+                store.drop(block(number))
+            arm()
+            for number, length in lengths.items():
+                seal(store, block(number), content(number, length))
+                store.move_down(Promote.ALWAYS)
+            store.sync_sealed()
+
+    def check(store: Store) -> None:
+        for number, length in lengths.items():
+            if store.is_suspect(block(number)):
+                store.restore(block(number))
+            found = read(store.paths, block(number), length)
+            assert found in (None, content(number, length))
+            assert (found is not None) == store.is_sealed(block(number))
+
+    # The first two blocks step by step; then the pattern repeats, with more and more evicted and moved.
+    for step in itertools.chain(range(40), itertools.count(40, 5)):
+        killed = run_and_die(step, work)
         if reboot:
-            another_boot(self.config)
-        self.context = opened(self.config)
-        self.store = self.context.__enter__()
-
-    @precondition(lambda self: any(self.store.is_suspect(block(number)) for number in range(6)))
-    @rule(number=NUMBERS)
-    def restore(self, number: int) -> None:
-        self.store.restore(block(number))
-
-    @invariant()
-    def what_is_read_is_right(self) -> None:
-        for number in range(6):
-            found = read(self.config, block(number), LENGTHS[number])
-            assert found == (content(number, LENGTHS[number]) if self.store.is_sealed(block(number)) else None)
-
-    @invariant()
-    def held_descriptors_read_on(self) -> None:
-        for number, fd in self.held.items():
-            assert os.pread(fd, LENGTHS[number] + 1, 0) == content(number, LENGTHS[number])
-
-    @invariant()
-    def the_ledger_is_right(self) -> None:
-        status = self.store.status()
-        assert status.used_bytes + status.reserved_bytes <= status.capacity_bytes
-        assert status.reserved_bytes == 0 and status.used_bytes >= 0
-        if not status.sealed and not status.suspect and not status.partials:
-            assert status.used_bytes == 0
+            for tier in tiers:
+                _another_boot(Path(tier.path))
+            _lose_a_page(Path(tiers[step % 2].path))
+        with opened(*tiers) as store:
+            check(store)
+            for number, length in lengths.items():
+                if not store.is_sealed(block(number)):
+                    seal(store, block(number), content(number, length))
+            check(store)
+            for tier in store.tiers:
+                status = tier.status()
+                assert status.reserved_bytes == 0 and 0 <= status.used_bytes <= status.capacity_bytes
+        if not killed:
+            assert step > 100
+            return
 
 
-TestStoreModel = StoreModel.TestCase
-TestStoreModel.settings = settings(
-    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+def test_killed_while_it_looks_at_an_earlier_boot_s_blocks(tmp_path: Path) -> None:
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+
+    def work(arm: Callable[[], None]) -> None:
+        arm()
+        with opened(tier) as store:
+            for which in store.suspects():
+                store.restore(which)
+
+    for step in itertools.count():
+        with opened(tier) as store:
+            for number in range(4):
+                if not store.restore(block(number)):
+                    seal(store, block(number), content(number, 2 * PAGE))
+        _another_boot(tmp_path / "tier")
+        killed = run_and_die(step, work)
+        with opened(tier) as store:
+            for number in range(4):
+                assert store.restore(block(number)), "nothing that was sealed is lost"
+                assert read(store.paths, block(number), 2 * PAGE) == content(number, 2 * PAGE)
+        if not killed:
+            assert step > 10
+            return
+
+
+def _another_boot(tier: Path) -> None:
+    path = tier / "tier.json"
+    if path.exists():
+        path.write_text(path.read_text().replace('"boot_id": "', '"boot_id": "another '))
+
+
+def _lose_a_page(tier: Path) -> None:
+    """What a power cut does to data that was not synced: zeros where a page was."""
+    for path in sorted(tier.glob("sealed/*/*")):
+        if path.suffix != ".sums":
+            with path.open("r+b") as file:
+                file.write(bytes(50))
+            return

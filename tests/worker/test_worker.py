@@ -165,11 +165,11 @@ async def test_if_space_keeps_what_is_there_and_always_evicts(data: Path, tmp_pa
     for number in range(12):
         (data / f"{number}").write_bytes(random.Random(number).randbytes(3 * PAGE))
     tier = TierConfig("ssd", str(tmp_path / "tier"), 20 * PAGE)
-    async with cluster_of(data, tmp_path, tier=tier) as (cluster, client):
+    async with cluster_of(data, tmp_path, tiers=(tier,)) as (cluster, client):
         kept = [await client.promote((await client.metadata.resolve(f"/{number}")).ino) for number in range(12)]
         assert kept == [True] * 6 + [False] * 6
         assert (await cluster.worker_status()).tiers[0].evictions == 0
-    async with cluster_of(data, tmp_path, tier=tier, promote=Promote.ALWAYS) as (cluster, client):
+    async with cluster_of(data, tmp_path, tiers=(tier,), promote=Promote.ALWAYS) as (cluster, client):
         for number in range(12):
             attr = await client.metadata.resolve(f"/{number}")
             assert await client.promote(attr.ino) is True

@@ -1,0 +1,529 @@
+"""The blocks a worker holds on one tier: opening, sealing, evicting, verifying, syncing.
+
+How the parts stay consistent:
+
+- `_lock` guards the index, the ledger and the sets of open partials. It is held for look-ups, renames and unlinks,
+  never while pages are written, read back or compared.
+- A block is in exactly one of: nowhere, dormant (a partial on disk that nobody has open), open, sealed, suspect.
+- Space is reserved for a partial's full length before its file exists, by evicting where needed. Only what nobody reads
+  is evicted: whoever reads holds a shared lock on the open file, and eviction wants the exclusive one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
+from cachefs.policy import Sieve
+from cachefs.store import recovery, sums
+from cachefs.store.config import TierConfig, check_capacity, check_medium
+from cachefs.store.layout import (
+    FORMAT_VERSION,
+    Layout,
+    TierFile,
+    data_name,
+    open_layout,
+    running_boot_id,
+    sums_name,
+    tier_errors,
+    unlink_if_exists,
+)
+from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
+from cachefs.store.space import Space, allocated_bytes, estimate
+
+logger = logging.getLogger(__name__)
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+_IDLE_EVERY_S = 5.0
+
+
+class TierStatus(NamedTuple):
+    capacity_bytes: int
+    used_bytes: int
+    reserved_bytes: int
+    sealed: int
+    suspect: int
+    partials: int
+    evictions: int
+
+
+class Tier:
+    """Made by `open_tier`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
+
+    def __init__(self, config: TierConfig, layout: Layout, geometry: Geometry, cluster_id: str) -> None:
+        self.config = config
+        self._cluster_id = cluster_id
+        self._layout = layout
+        self._geometry = geometry
+        self._lock = threading.Lock()
+        self._space = Space(layout.tier_fd, config.capacity_bytes, config.free_floor_bytes)
+        self._sealed: dict[BlockId, int] = {}
+        """Allocated bytes."""
+        self._suspect: dict[BlockId, int] = {}
+        self._dormant: dict[BlockId, int] = {}
+        self._open: dict[BlockId, Partial] = {}
+        self._sieve: Sieve[BlockId] = Sieve()
+        self._used_at: dict[BlockId, float] = {}
+        """Of sealed blocks: when they were last read, by the monotonic clock; see `retire`."""
+        self._idle_queue: deque[BlockId] = deque()
+        self._idle_next = 0.0
+        self._unsynced: deque[BlockId] = deque()
+        # Unique across restarts: 2**31 starts, 2**32 partials each, and never 0.
+        self._serials = itertools.count((secrets.randbits(31) << 32) + 1)
+        self._evictions = 0
+        self.on_evicted: Callable[[BlockId], None] = lambda block: None
+        """Called, from whatever thread, with each sealed block that goes; must not call back into the tier."""
+
+    # ---- what is here ----------------------------------------------------------------------------------------------
+
+    def is_sealed(self, block: BlockId) -> bool:
+        return block in self._sealed
+
+    def blocks(self) -> list[tuple[BlockId, int]]:
+        """The sealed blocks and the bytes they take."""
+        with self._lock:
+            return list(self._sealed.items())
+
+    def visited(self, block: BlockId) -> None:
+        """Somebody read it: evict others first."""
+        with self._lock:
+            self._sieve.visit(block)
+            if self._used_at.get(block, -math.inf) != -math.inf:
+                self._used_at[block] = time.monotonic()
+
+    def retire(self, block: BlockId) -> None:
+        """Nobody will ask for it again: its object changed. Evicted first, and counts as free until then."""
+        with self._lock:
+            if block in self._used_at:
+                self._used_at[block] = -math.inf
+                self._idle_queue.appendleft(block)
+
+    def idle_bytes(self) -> int:
+        """What blocks take that nobody has read for `idle_after_s`, or that are retired; some seconds old."""
+        with self._lock:
+            return sum(self._sealed.get(block, 0) for block in self._idle())
+
+    def _idle(self) -> deque[BlockId]:
+        """Blocks that count as free, longest idle first; looked for now and then only, since that looks at every block.
+
+        Some may have been read or have gone since.
+        """
+        now = time.monotonic()
+        if now >= self._idle_next:
+            before = now - self.config.idle_after_s
+            idle = [block for block, used_at in self._used_at.items() if used_at <= before]
+            self._idle_queue = deque(sorted(idle, key=self._used_at.__getitem__))
+            self._idle_next = now + _IDLE_EVERY_S
+        return self._idle_queue
+
+    def room_bytes(self) -> int:
+        """What could be taken in without evicting anything."""
+        with self._lock:
+            return self._space.room(self._unwritten())
+
+    def status(self) -> TierStatus:
+        with self._lock:
+            return TierStatus(
+                self._space.capacity,
+                self._space.used,
+                self._space.reserved,
+                len(self._sealed),
+                len(self._suspect),
+                len(self._open) + len(self._dormant),
+                self._evictions,
+            )
+
+    def _unwritten(self) -> int:
+        return sum(partial.unwritten_bytes for partial in self._open.values())
+
+    # ---- filling ---------------------------------------------------------------------------------------------------
+
+    def open_partial(self, block: BlockId, length: int, *, evict: bool = True) -> Partial | None:
+        """The partial of a block of `length` bytes, resumed or new, with room reserved for all of it.
+
+        Every call is paired with one `close`. None when the block is sealed already. Raises CapacityError when there is
+        no room, and nothing more may be evicted: without `evict`, only what is idle or retired may. OSError for other
+        trouble with the disk.
+        """
+        with self._lock:
+            if block in self._sealed:
+                return None
+            partial = self._open.get(block)
+            if partial is None:
+                partial = self._make_partial(block, length, evict)
+                self._open[block] = partial
+            partial.users += 1
+            return partial
+
+    def _make_partial(self, block: BlockId, length: int, evict: bool) -> Partial:
+        page_size = self._geometry.page_size
+        need = estimate(length, self._geometry.page_count(length))
+        dormant = self._dormant.pop(block, 0)
+        self._space.used -= dormant
+        try:
+            self._make_room(need, evict)
+            partial = None
+            if dormant:
+                try:
+                    partial = resume_partial(self._layout, block, length, page_size, next(self._serials))
+                except BlockCorruptError as error:
+                    logger.info("partial dropped block=%s error=%s", block.filename, error)
+                    self._unlink(self._layout.partial_fd, block)
+                    dormant = 0
+            if partial is None:
+                partial = create_partial(self._layout, block, length, page_size, next(self._serials))
+        except BaseException:
+            if dormant:
+                self._dormant[block] = dormant
+                self._space.used += dormant
+            raise
+        self._space.reserved += need
+        return partial
+
+    def close(self, partial: Partial) -> None:
+        """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed."""
+        with self._lock:
+            partial.users -= 1
+            if partial.users == 0:
+                if self._open.get(partial.block) is partial:
+                    self._put_to_sleep(partial)
+                partial.close()
+
+    def _put_to_sleep(self, partial: Partial) -> None:
+        block = partial.block
+        del self._open[block]
+        self._space.reserved -= estimate(partial.length, partial.page_count)
+        if not partial.resumable:
+            self._unlink(self._layout.partial_fd, block)
+            return
+        # What was written, not st_blocks: late allocation would make it too small.
+        held = partial.length - min(partial.length, partial.unwritten_bytes) + sums.file_size(partial.page_count)
+        self._dormant[block] = held
+        self._space.used += held
+
+    def seal(self, partial: Partial) -> None:
+        """Make a complete partial a sealed block: every page is read back and compared first. Blocks on the disk.
+
+        Does nothing to one that is sealed. Raises BlockCorruptError, having dropped the partial, when a page is not
+        what was written; BlockCorruptError too for one that is not complete or was dropped; CapacityError, OSError.
+        """
+        with partial.seal_lock:
+            if partial.sealed:
+                return
+            if partial.dropped or not partial.complete:
+                raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
+            try:
+                partial.verify()
+            except BlockCorruptError:
+                self._drop_partial(partial)
+                raise
+            partial.finish()
+            with self._lock:
+                self._publish(partial)
+
+    def _publish(self, partial: Partial) -> None:
+        block = partial.block
+        # The checksums first: a data file without them is a miss, checksums without data are nothing.
+        for name in (sums_name(block), data_name(block)):
+            os.rename(name, name, src_dir_fd=self._layout.partial_fd, dst_dir_fd=self._layout.sealed_fd)
+        partial.sealed = True
+        del self._open[block]
+        self._space.reserved -= estimate(partial.length, partial.page_count)
+        self._add_sealed(block, os.fstat(partial.read_fd), partial.page_count)
+        if self.config.kind == "ssd":
+            self._unsynced.append(block)
+
+    def _add_sealed(self, block: BlockId, data: os.stat_result, page_count: int) -> None:
+        size = allocated_bytes(data) + estimate(0, page_count)
+        self._count_sealed(block, size)
+
+    def _count_sealed(self, block: BlockId, size: int) -> None:
+        self._sealed[block] = size
+        self._space.used += size
+        self._sieve.add(block)
+        self._used_at[block] = time.monotonic()
+
+    def _drop_partial(self, partial: Partial) -> None:
+        with self._lock:
+            if self._open.get(partial.block) is partial:
+                partial.dropped = True
+                del self._open[partial.block]
+                self._space.reserved -= estimate(partial.length, partial.page_count)
+                self._unlink(self._layout.partial_fd, partial.block)
+
+    # ---- going -----------------------------------------------------------------------------------------------------
+
+    def holds(self, block: BlockId) -> bool:
+        """Whether there is a partial of it, open or not."""
+        return block in self._open or block in self._dormant
+
+    def drop(self, block: BlockId) -> None:
+        """Give up a sealed block, read by somebody or not: open descriptors keep working, nobody gets new ones."""
+        with self._lock:
+            if block in self._sealed:
+                self._forget_sealed(block)
+
+    def _forget_sealed(self, block: BlockId) -> None:
+        # Data first: from that moment it is a miss.
+        self._unlink(self._layout.sealed_fd, block)
+        self._discount_sealed(block)
+
+    def _discount_sealed(self, block: BlockId) -> None:
+        self._space.used -= self._sealed.pop(block)
+        self._sieve.remove(block)
+        del self._used_at[block]
+        self.on_evicted(block)
+
+    def _make_room(self, need: int, evict: bool) -> None:
+        """Evict until `need` more bytes can be promised; without `evict`, only what counts as free.
+
+        Raises CapacityError, possibly having evicted.
+        """
+        if need > self._space.capacity:
+            raise CapacityError(f"a block of {need} bytes is larger than the tier")
+        unwritten = self._unwritten()
+        if self._space.room(unwritten) >= need:
+            return
+        for block in list(self._dormant):
+            if self._evict(self._layout.partial_fd, block):
+                self._space.used -= self._dormant.pop(block)
+                if self._space.room(unwritten) >= need:
+                    return
+        for block in self._to_evict(evict):
+            if self._evict(self._layout.sealed_fd, block):
+                self._discount_sealed(block)
+                self._evictions += 1
+                if self._space.room(unwritten) >= need:
+                    return
+        raise CapacityError(f"no room for {need} bytes: the rest of the tier is being read, filled, or kept")
+
+    def _to_evict(self, evict: bool) -> Iterator[BlockId]:
+        idle = self._idle()
+        before = time.monotonic() - self.config.idle_after_s
+        for _ in range(len(idle)):
+            block = idle.popleft()
+            if self._used_at.get(block, math.inf) <= before:
+                yield block
+                if block in self._sealed:
+                    idle.append(block)
+        if evict:
+            yield from self._sieve.candidates()
+
+    def _evict(self, directory_fd: int, block: BlockId) -> bool:
+        """Unlink a block that nobody reads; False if somebody does."""
+        try:
+            fd = os.open(data_name(block), _READ, dir_fd=directory_fd)
+        except FileNotFoundError:
+            return True
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            # While we hold the lock nobody can take the file into use: a reader rechecks the name after locking.
+            self._unlink(directory_fd, block)
+            return True
+        finally:
+            os.close(fd)
+
+    def _can_evict(self, block: BlockId) -> bool:
+        try:
+            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _unlink(self, directory_fd: int, block: BlockId) -> None:
+        unlink_if_exists(data_name(block), directory_fd)
+        unlink_if_exists(sums_name(block), directory_fd)
+
+    # ---- verifying -------------------------------------------------------------------------------------------------
+
+    def is_suspect(self, block: BlockId) -> bool:
+        """It was sealed in an earlier boot; `restore` tells what it is worth."""
+        return block in self._suspect
+
+    def restore(self, block: BlockId) -> bool:
+        """Verify a suspect block and put it back, or drop it; whether it is sealed now. Blocks on the disk."""
+        with self._lock:
+            size = self._suspect.pop(block, None)
+        if size is None:
+            return self.is_sealed(block)
+        good = self._verify_in(self._layout.suspect_fd, block)
+        with self._lock:
+            self._space.used -= size
+            if not good or block in self._open or block in self._sealed:
+                if not good:
+                    logger.warning("block dropped, it is damaged since the last boot block=%s", block.filename)
+                self._unlink(self._layout.suspect_fd, block)
+                return block in self._sealed
+            for name in (sums_name(block), data_name(block)):
+                os.rename(name, name, src_dir_fd=self._layout.suspect_fd, dst_dir_fd=self._layout.sealed_fd)
+            self._count_sealed(block, size)
+            return True
+
+    def suspects(self) -> list[BlockId]:
+        with self._lock:
+            return list(self._suspect)
+
+    def check(self, block: BlockId) -> bool:
+        """Read a sealed block from the medium and compare; False only if it is damaged. Blocks on the disk.
+
+        Nothing is changed: `drop` it then. A block that goes meanwhile is not damaged.
+        """
+        good = self._verify_in(self._layout.sealed_fd, block)
+        return good or not self.is_sealed(block)
+
+    def _verify_in(self, directory_fd: int, block: BlockId) -> bool:
+        try:
+            expected = sums.read(block, sums_name(block), directory_fd)
+            with open_uncached(data_name(block), directory_fd) as fd:
+                if os.fstat(fd).st_size != expected.length:
+                    raise BlockCorruptError(f"{block.filename}: has another length than its checksums")
+                verify_pages(block, fd, expected)
+        except (BlockCorruptError, OSError) as error:
+            logger.info("block is damaged block=%s error=%s", block.filename, error)
+            return False
+        return True
+
+    # ---- moving to another tier ------------------------------------------------------------------------------------
+
+    def room_share(self) -> float:
+        """The part of the capacity that is free."""
+        return self.room_bytes() / self._space.capacity
+
+    def coldest(self, limit: int) -> list[BlockId]:
+        """Up to `limit` sealed blocks that nobody reads, those to evict first in front."""
+        found = []
+        with self._lock:
+            for block in self._sieve.candidates():
+                if self._can_evict(block):
+                    found.append(block)
+                if len(found) == limit:
+                    break
+        return found
+
+    def copy_to(self, block: BlockId, other: Tier, *, evict: bool) -> None:
+        """Make a sealed copy in another tier. Blocks on both disks.
+
+        Every page is compared on the way. Raises BlockCorruptError, CapacityError, BlockMissingError, OSError.
+        """
+        try:
+            known = sums.read(block, sums_name(block), self._layout.sealed_fd)
+            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
+        except FileNotFoundError as error:
+            raise BlockMissingError(f"{block.filename}: went away") from error
+        try:
+            partial = other.open_partial(block, known.length, evict=evict)
+            if partial is None:
+                return
+            try:
+                for page, checksum in enumerate(known.checksums):
+                    if checksum is None:
+                        raise BlockCorruptError(f"{block.filename}: page {page} has no checksum")
+                    offset, span = partial.page_span(page)
+                    partial.write_page(page, os.pread(fd, span, offset), checksum)
+                other.seal(partial)
+            finally:
+                other.close(partial)
+        finally:
+            os.close(fd)
+
+    def evict(self, block: BlockId) -> bool:
+        """Give up a sealed block unless somebody reads it; whether it is gone."""
+        with self._lock:
+            if block not in self._sealed:
+                return True
+            gone = self._evict(self._layout.sealed_fd, block)
+            if gone:
+                self._discount_sealed(block)
+            return gone
+
+    # ---- reaching the medium ---------------------------------------------------------------------------------------
+
+    def sync_sealed(self) -> list[BlockId]:
+        """Write what was sealed since the last time to the medium; returns what could not be, and was dropped.
+
+        Blocks on the disk. A write-back error means that the file may hold other bytes than were written.
+        """
+        lost = []
+        while self._unsynced:
+            block = self._unsynced.popleft()
+            try:
+                for name in (data_name(block), sums_name(block)):
+                    fd = os.open(name, _READ, dir_fd=self._layout.sealed_fd)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                logger.warning("block dropped, the disk failed to write it block=%s error=%s", block.filename, error)
+                self.drop(block)
+                lost.append(block)
+        return lost
+
+    # ---- start and end ---------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Find what an earlier worker left. What cannot be used is removed."""
+        boot_id = running_boot_id()
+        known = self._layout.read_tier_file()
+        if known is None or known.boot_id != boot_id:
+            recovery.empty(self._layout.partial_fd)
+            recovery.move_all(self._layout.sealed_fd, self._layout.suspect_fd)
+        for block, stat in recovery.scan(self._layout.partial_fd):
+            self._dormant[block] = size = stat.st_blocks * 512
+            self._space.used += size
+        for block, stat in recovery.scan(self._layout.suspect_fd):
+            self._suspect[block] = size = allocated_bytes(stat) + estimate(0, 1)
+            self._space.used += size
+        for block, stat in recovery.scan(self._layout.sealed_fd):
+            self._add_sealed(block, stat, self._geometry.page_count(stat.st_size))
+        if known is None or known.boot_id != boot_id:
+            # Last: a mount uses the tier directly as soon as it carries this boot's id.
+            self._layout.write_tier_file(TierFile(FORMAT_VERSION, self._cluster_id, boot_id))
+
+    def close_all(self) -> None:
+        """At the end: what is open is left as it is on disk."""
+        with self._lock:
+            for partial in list(self._open.values()):
+                self._put_to_sleep(partial)
+                partial.close()
+
+
+@contextmanager
+def open_tier(config: TierConfig, geometry: Geometry, cluster_id: str) -> Iterator[Tier]:
+    """Open or create a tier, alone, until the end of the block. Blocks on the disk while it looks at what is there.
+
+    Raises ConfigError, and TierError as `layout.open_layout`.
+    """
+    check_capacity(config, geometry.page_size)
+    with open_layout(config.path, cluster_id) as layout:
+        check_medium(config, layout.tier_fd)
+        tier = Tier(config, layout, geometry, cluster_id)
+        with tier_errors(f"tier {config.path}"):
+            tier.recover()
+        try:
+            yield tier
+        finally:
+            with suppress(OSError):
+                tier.close_all()

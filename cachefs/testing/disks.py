@@ -1,0 +1,54 @@
+"""Small real disks, healthy and not: file systems in files. Root only."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cachefs.model import MiB
+
+
+@contextmanager
+def small_disk(directory: Path, size_bytes: int) -> Iterator[Path]:
+    """An ext4 file system of that size; its mount point. `directory` keeps what it is made of."""
+    image, mountpoint = directory / "disk.img", directory / "disk"
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    _run("mkfs.ext4", "-q", "-O", "^has_journal", str(image))
+    mountpoint.mkdir()
+    _run("mount", "-o", "loop", str(image), str(mountpoint))
+    try:
+        yield mountpoint
+    finally:
+        _run("umount", "-l", str(mountpoint))
+        image.unlink()
+
+
+@contextmanager
+def lying_disk(directory: Path, real_bytes: int) -> Iterator[Path]:
+    """A file system that takes 64 MiB, of which the medium below holds `real_bytes`: writes succeed, syncing fails."""
+    backing = directory / "backing"
+    backing.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", f"size={real_bytes}", "tmpfs", str(backing))
+    try:
+        with small_disk(backing, 64 * MiB) as mountpoint:
+            yield mountpoint
+    finally:
+        _run("umount", "-l", str(backing))
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """A directory on a file system of its own that cannot be written."""
+    _run("mount", "--bind", str(path), str(path))
+    try:
+        _run("mount", "-o", "remount,ro,bind", str(path))
+        yield
+    finally:
+        _run("umount", str(path))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)

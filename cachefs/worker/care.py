@@ -1,0 +1,53 @@
+"""What keeps the store in good order while nobody waits: syncing, making room in upper tiers, and the scrub."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from cachefs.store import Store
+from cachefs.worker.config import WorkerConfig
+from cachefs.worker.counters import Counters
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 1.0
+
+
+class Care:
+    """`run` does everything, one thing at a time: background work never has more than one thread."""
+
+    def __init__(self, store: Store, counters: Counters, config: WorkerConfig) -> None:
+        self._store = store
+        self._counters = counters
+        self._config = config
+        self._disk = trio.CapacityLimiter(1)
+
+    async def run(self) -> None:
+        """Until cancelled; what is under way then is finished first."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_room_and_sync)
+            if self._config.scrub_bytes_per_s:
+                nursery.start_soon(self._scrub)
+
+    async def _keep_room_and_sync(self) -> None:
+        while True:
+            await trio.sleep(_EVERY_S)
+            lost = await trio.to_thread.run_sync(self._store.sync_sealed, limiter=self._disk)
+            self._counters.corrupt += len(lost)
+            await trio.to_thread.run_sync(self._store.move_down, self._config.promote, limiter=self._disk)
+
+    async def _scrub(self) -> None:
+        """Blocks of an earlier boot first: until they are verified, nobody reads them without waiting."""
+        while True:
+            for block in self._store.suspects():
+                await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
+            for block, size in self._store.blocks():
+                # Slept before, so that what was sealed a moment ago is not read again at once.
+                await trio.sleep(max(size / self._config.scrub_bytes_per_s, 0.001))
+                if not await trio.to_thread.run_sync(self._store.check, block, limiter=self._disk):
+                    logger.warning("block dropped, it is damaged block=%s", block.filename)
+                    self._counters.corrupt += 1
+                    await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+            await trio.sleep(_EVERY_S)
