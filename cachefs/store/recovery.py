@@ -38,6 +38,16 @@ def move_all(source_fd: int, target_fd: int) -> None:
             os.rename(f"{fan}/{name}", f"{fan}/{name}", src_dir_fd=source_fd, dst_dir_fd=target_fd)
 
 
+def rejoin(sealed_fd: int, source_fd: int) -> None:
+    """Take back to partial/ or suspect/ the checksums of blocks whose move to sealed/ was cut off half way."""
+    for fan in FAN_OUT:
+        sealed, source = set(_names(sealed_fd, fan)), set(_names(source_fd, fan))
+        for name in source - sealed:
+            checksums = name + SUMS_SUFFIX
+            if checksums in sealed and checksums not in source:
+                os.rename(f"{fan}/{checksums}", f"{fan}/{checksums}", src_dir_fd=sealed_fd, dst_dir_fd=source_fd)
+
+
 def empty(directory_fd: int) -> None:
     for fan in FAN_OUT:
         for name in _names(directory_fd, fan):

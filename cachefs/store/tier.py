@@ -490,6 +490,8 @@ class Tier:
         if known is None or known.boot_id != boot_id:
             recovery.empty(self._layout.partial_fd)
             recovery.move_all(self._layout.sealed_fd, self._layout.suspect_fd)
+        for source_fd in (self._layout.partial_fd, self._layout.suspect_fd):
+            recovery.rejoin(self._layout.sealed_fd, source_fd)
         for block, stat in recovery.scan(self._layout.partial_fd):
             self._dormant[block] = size = stat.st_blocks * 512
             self._space.used += size

@@ -261,7 +261,7 @@ def test_killed_at_every_step_nothing_wrong_is_ever_read(tmp_path: Path, reboot:
             assert (found is not None) == store.is_sealed(block(number))
 
     # The first two blocks step by step; then the pattern repeats, with more and more evicted and moved.
-    for step in itertools.chain(range(40), itertools.count(40, 5)):
+    for step in itertools.chain(range(40), itertools.count(40, 11)):
         killed = run_and_die(step, work)
         if reboot:
             for tier in tiers:
