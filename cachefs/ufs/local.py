@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -29,30 +27,25 @@ from cachefs.model import (
     UnavailableError,
 )
 from cachefs.ufs import options as opts
+from cachefs.ufs import settle
 
 T = TypeVar("T")
 
 _CHUNK = 1000
 _THREADS = 32
-_REMEMBERED = 1000
-SETTLED_S = 2.0
-"""Age from which another change of a file also changes its ctime: the tick of the slowest clock, that of FAT."""
-OPTIONS = {"settle": "seconds, 0 to 2, that a change must be old before a file is read; default 2"}
+OPTIONS = {"settle": settle.MEANING}
 
 
 class LocalStore:
     """Implements `base.UnderStore`. Made by `open_local`."""
 
-    def __init__(self, root: str, settled_s: float = SETTLED_S, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, root: str, settling: settle.Settling) -> None:
         self._root = root
-        self._settled_s = settled_s
-        self._now_ns = now_ns
+        self._settling = settling
         self.origin = f"file://{root}"
         self.hidden_keys = 0
         # Its own: a file server that hangs must not take the threads of everything else with it.
         self._threads = trio.CapacityLimiter(_THREADS)
-        self._young: OrderedDict[tuple[str, str], float] = OrderedDict()
-        """(path, tag) -> when a version was met before it had settled, in trio's time."""
 
     async def stat(self, path: str) -> ObjectInfo:
         return await self._in_thread(path, lambda: self._stat(path))
@@ -105,23 +98,12 @@ class LocalStore:
         return found, True
 
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray:
-        """Waits until the version has settled: by our clock, or since it was first met here if the clocks differ."""
-        pause_s = self._until_settled_s(info)
+        """Waits until the version has settled, at most 2 s."""
+        pause_s = self._settling.pause_s(info.path, info.tag, _ctime_ns(info.tag))
         if pause_s > 0:
             await self._in_thread(info.path, lambda: _check(info, os.stat(self._full(info.path))))
             await trio.sleep(pause_s)
         return await self._in_thread(info.path, lambda: self._read(info, offset, length))
-
-    def _until_settled_s(self, info: ObjectInfo) -> float:
-        """Seconds, at most 2, until another change must change the ctime; 0 or less for what is old enough."""
-        by_clock_s = self._settled_s - (self._now_ns() - _ctime_ns(info.tag)) / 1e9
-        if by_clock_s <= 0:
-            return 0.0
-        now = trio.current_time()
-        met = self._young.setdefault((info.path, info.tag), now)
-        if len(self._young) > _REMEMBERED:
-            self._young.popitem(last=False)
-        return min(by_clock_s, met + self._settled_s - now)
 
     def _read(self, info: ObjectInfo, offset: int, length: int) -> bytearray:
         fd = os.open(self._full(info.path), os.O_RDONLY | os.O_CLOEXEC)
@@ -180,9 +162,9 @@ def _check(info: ObjectInfo, status: os.stat_result) -> None:
 async def open_local(url: str, options: Mapping[str, str]) -> AsyncGenerator[LocalStore, None]:
     """Raises ConfigError for a wrong URL or option."""
     opts.check_names("file", options, OPTIONS)
-    settled_s = opts.number(options, "settle", SETTLED_S, 0, SETTLED_S)
+    settled_s = settle.settled_s(options)
     parts = urlsplit(url)
     root = unquote(parts.path)
     if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
         raise ConfigError("URL", url, "file:// and an absolute path, such as file:///srv/data")
-    yield LocalStore(os.path.realpath(root), settled_s)
+    yield LocalStore(os.path.realpath(root), settle.Settling(settled_s))

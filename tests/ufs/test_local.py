@@ -16,6 +16,7 @@ from cachefs.model import ConfigError, ContentChangedError, DeniedError, NotFoun
 from cachefs.testing.understore_contract import UnderStoreContract, list_all, names
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.ufs.local import LocalStore
+from cachefs.ufs.settle import Settling
 
 
 class Directory:
@@ -67,11 +68,11 @@ class TestYoungFiles:
     def store(behind: Directory, age_s: float, **settings: float) -> LocalStore:
         """To which "file" is of that age now."""
         began, ctime_ns = trio.current_time(), os.stat(behind.root / "file").st_ctime_ns
-        return LocalStore(
-            str(behind.root),
-            now_ns=lambda: ctime_ns + round((age_s + trio.current_time() - began) * 1e9),
-            **settings,
-        )
+
+        def now_ns() -> int:
+            return ctime_ns + round((age_s + trio.current_time() - began) * 1e9)
+
+        return LocalStore(str(behind.root), Settling(now_ns=now_ns, **settings))
 
     @pytest.mark.parametrize(
         ("age_s", "waits_s"),
