@@ -14,7 +14,7 @@ import ftplib
 import inspect
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
@@ -41,7 +41,7 @@ from cachefs.ufs import settle
 from cachefs.ufs.base import is_file_name
 from cachefs.ufs.bridge import Bridge, open_bridge
 from cachefs.ufs.ftp import Ftp
-from cachefs.ufs.retry import retrying
+from cachefs.ufs.retry import Requests, retry_after_s
 
 T = TypeVar("T")
 
@@ -100,18 +100,16 @@ class _Calls(Protocol):
 class _LoopCalls:
     """Of an asynchronous file system."""
 
-    def __init__(self, bridge: Bridge, file_system: Any, slots: int) -> None:
+    def __init__(self, bridge: Bridge, file_system: Any) -> None:
         self._bridge = bridge
         self._file_system = file_system
-        self._slots = trio.CapacityLimiter(slots)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         async def make() -> Any:
             self._file_system.invalidate_cache()
             return await getattr(self._file_system, f"_{method}")(*arguments)
 
-        async with self._slots:
-            return await self._bridge.run(make)
+        return await self._bridge.run(make)
 
 
 class _ThreadCalls:
@@ -203,7 +201,7 @@ class FsspecStore:
         calls: _Calls,
         settling: settle.Settling,
         secrets: list[str],
-        deadline_s: float,
+        requests: Requests,
         timeout_s: float,
     ) -> None:
         self.origin = origin
@@ -212,11 +210,11 @@ class FsspecStore:
         self._calls = calls
         self._settling = settling
         self._secrets = secrets
-        self._deadline_s = deadline_s
+        self._requests = requests
         self._timeout_s = timeout_s
 
     async def stat(self, path: str) -> ObjectInfo:
-        return await self._retrying(f"stat {path!r}", lambda: self._look(path))
+        return await self._requests.run(f"stat {path!r}", lambda: self._look(path))
 
     async def _look(self, path: str) -> ObjectInfo:
         full = self._paths.full(path) if path else self._paths.directory(path)
@@ -244,7 +242,7 @@ class FsspecStore:
             await iterator.aclose()
 
     async def _chunks(self, path: str) -> AsyncGenerator[list[ObjectInfo], None]:
-        listed = await self._retrying(
+        listed = await self._requests.run(
             f"list {path!r}", lambda: self._call(path, "ls", self._paths.directory(path), True)
         )
         directories: dict[str, ObjectInfo] = {}
@@ -295,7 +293,7 @@ class FsspecStore:
         if info.tag.startswith(_BY_TIME):
             pause_s = self._settling.pause_s(info.path, info.tag, info.mtime_ns)
             if pause_s > 0:
-                await self._retrying(f"stat {info.path!r}", lambda: self._check(info))
+                await self._requests.run(f"stat {info.path!r}", lambda: self._check(info))
                 await trio.sleep(pause_s)
 
         async def read() -> bytes:
@@ -308,15 +306,12 @@ class FsspecStore:
                 raise UnderStoreError(f"{info.path}: got {len(data)} bytes for {length}; the server sends no ranges")
             return data
 
-        return await self._retrying(f"read {info.path!r}", read)
+        return await self._requests.run(f"read {info.path!r}", read)
 
     async def _check(self, info: ObjectInfo) -> None:
         now = await self._look(info.path)
         if (now.kind, now.size_bytes, now.tag) != (info.kind, info.size_bytes, info.tag):
             raise ContentChangedError(f"{info.path}: changed in the under-store")
-
-    async def _retrying(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
-        return await retrying(what, attempt, self._deadline_s)
 
     async def _call(self, path: str, method: str, *arguments: Any) -> Any:
         with trio.move_on_after(self._timeout_s):
@@ -399,7 +394,10 @@ def translate(where: str, error: Exception, secrets: list[str]) -> CachefsError:
     if isinstance(error, PermissionError) or status in (401, 403):
         return DeniedError(f"{where}: access denied ({text})")
     if status in (429, 503):
-        return ThrottledError(f"{where}: the store asks for fewer requests ({text})")
+        throttled = ThrottledError(f"{where}: the store asks for fewer requests ({text})")
+        headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
+        throttled.retry_after_s = retry_after_s(headers.get("Retry-After", ""))
+        return throttled
     if status == 416:
         return ContentChangedError(f"{where}: the file is shorter than it was")
     if status >= 500 or isinstance(error, _FAILURES):
@@ -480,7 +478,7 @@ async def open_fsspec(url: str, options: Mapping[str, str]) -> AsyncGenerator[Fs
     paths = _Urls(url) if scheme in ("http", "https") else _Paths(kind._strip_protocol(url))
 
     def store(calls: _Calls) -> FsspecStore:
-        return FsspecStore(origin, paths, calls, settling, secrets, deadline_s, timeout_s)
+        return FsspecStore(origin, paths, calls, settling, secrets, Requests(deadline_s, slots), timeout_s)
 
     if not kind.async_impl:
         yield store(_ThreadCalls(lambda: kind(**arguments), slots))
@@ -500,7 +498,7 @@ async def open_fsspec(url: str, options: Mapping[str, str]) -> AsyncGenerator[Fs
         except (TypeError, ValueError) as error:
             raise ConfigError(opts.KEY, ", ".join(sorted(options)) or "(none)", "usable settings") from error
         try:
-            yield store(_LoopCalls(bridge, file_system, slots))
+            yield store(_LoopCalls(bridge, file_system))
         finally:
             with trio.CancelScope(shield=True):
                 await bridge.run(lambda: close(file_system))

@@ -181,7 +181,9 @@ async def test_a_file_written_in_place_is_noticed(ufs: UnderStore, behind: Direc
         await ufs.read_range(info, 0, 6)
 
 
-@pytest.mark.parametrize("url", ["file://host/path", "file://relative", "file:///x?y", "ftp://host/x", "/path", "s3:x"])
+@pytest.mark.parametrize(
+    "url", ["file://host/path", "file://relative", "file:///x?y", "nosuch://host/x", "/path", "s3:x"]
+)
 async def test_wrong_urls(url: str) -> None:
     with pytest.raises(ConfigError, match="URL"):
         async with open_under_store(url, {}):
