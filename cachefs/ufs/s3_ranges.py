@@ -1,6 +1,7 @@
 """Range reads of S3 by obstore: the same requests as those of `s3.py`, at a fifth of the processor's time.
 
-obstore normalises paths, so it cannot address every key: `can_read` says which; the others are left to s3fs.
+obstore normalises paths and refuses control characters, so it cannot address every key: `can_read` says which; the
+others are left to s3fs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cachefs.model import (
 
 _ASK_AGAIN = timedelta(minutes=5)
 """Credentials of the session are asked for so often; the session itself knows when to refresh them."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -37,7 +39,7 @@ class RangeReader:
 
     def can_read(self, key: str) -> bool:
         """Whether obstore addresses exactly this key."""
-        return all(part not in ("", ".", "..") for part in key.split("/"))
+        return all(part not in ("", ".", "..") for part in key.split("/")) and _CONTROL.search(key) is None
 
     async def read(self, key: str, info: ObjectInfo, offset: int, length: int) -> memoryview:
         """Exactly those bytes of exactly that version; cancelling ends the request.
