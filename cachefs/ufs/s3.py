@@ -200,9 +200,11 @@ class S3Store:
                 if info.tag and etag != info.tag:
                     raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
                 content_range = response.get("ContentRange", "")
+                if not content_range:
+                    raise UnderStoreError(f"{info.path}: the server sends no ranges")
                 if content_range != f"bytes {offset}-{last}/{info.size_bytes}":
                     raise ContentChangedError(
-                        f"{info.path}: got {content_range or 'no range'} for bytes {offset}-{last} of {info.size_bytes}"
+                        f"{info.path}: got {content_range} for bytes {offset}-{last} of {info.size_bytes}"
                     )
                 data: bytes = await body.read()
             if len(data) != length:

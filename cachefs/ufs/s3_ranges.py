@@ -23,6 +23,7 @@ from cachefs.model import (
     ObjectInfo,
     ThrottledError,
     UnavailableError,
+    UnderStoreError,
 )
 
 _ASK_AGAIN = timedelta(minutes=5)
@@ -44,7 +45,7 @@ class RangeReader:
     async def read(self, key: str, info: ObjectInfo, offset: int, length: int) -> memoryview:
         """Exactly those bytes of exactly that version; cancelling ends the request.
 
-        Raises ContentChangedError, NotFoundError, DeniedError, ThrottledError, UnavailableError.
+        Raises ContentChangedError, NotFoundError, UnderStoreError and its kinds.
         """
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if info.tag:
@@ -78,6 +79,8 @@ def _translate(path: str, error: Exception) -> CachefsError:
         return NotFoundError(f"{path}: no such object")
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
         return DeniedError(f"{path}: access denied")
+    if text.endswith("Received non-partial response when range requested"):
+        return UnderStoreError(f"{path}: the server sends no ranges")
     # Only the message has the status; it has times and addresses too, so that nothing else in it may be looked for.
     match = _STATUS.search(text)
     status = int(match[1]) if match else 0

@@ -249,6 +249,7 @@ class TestHttp(UnderStoreContract):
 
 class _FtpHandler(FTPHandler):  # type: ignore[misc]
     use_sendfile = False
+    auth_failed_timeout = 0.01
 
 
 class FtpServer:

@@ -22,6 +22,7 @@ from cachefs.model import (
     ObjectInfo,
     ThrottledError,
     UnavailableError,
+    UnderStoreError,
 )
 from cachefs.testing.faulty_s3 import Fault, FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
@@ -48,7 +49,10 @@ async def ufs(behind: Bucket, reader: str) -> AsyncIterator[UnderStore]:
 
 
 class TestS3(UnderStoreContract):
-    pass
+    @pytest.mark.parametrize("reader", ["s3fs"], indirect=True)
+    async def test_a_long_listing_is_streamed(self, ufs: UnderStore, behind: Behind) -> None:
+        """Once, as no reader is in it."""
+        await super().test_a_long_listing_is_streamed(ufs, behind)
 
 
 class TestS3ByMoto(UnderStoreContract):
@@ -135,12 +139,21 @@ def faulty(behind: Bucket) -> Iterator[FaultyS3]:
 
 
 @pytest.fixture
-async def through(faulty: FaultyS3, behind: Bucket, reader: str) -> AsyncIterator[UnderStore]:
-    """The store through the proxy, patient for a few seconds."""
+def patience_s() -> float:
+    """A few seconds, for what is to be tried again; tests of what stays wrong have less."""
+    return 4
+
+
+FAILS_SOON = pytest.mark.parametrize("patience_s", [0.5])
+
+
+@pytest.fixture
+async def through(faulty: FaultyS3, behind: Bucket, reader: str, patience_s: float) -> AsyncIterator[UnderStore]:
+    """The store through the proxy."""
     options = {
         **behind.options,
         "endpoint_url": faulty.endpoint,
-        "deadline": "4",
+        "deadline": f"{patience_s}",
         "read_timeout": "1",
         "reader": reader,
     }
@@ -207,6 +220,7 @@ async def test_the_answer_is_believed_and_not_what_was_asked(
         await through.read_range(info, 0, 5)
 
 
+@FAILS_SOON
 async def test_another_range_than_was_asked_for_is_never_used(
     through: UnderStore, faulty: FaultyS3, behind: Bucket
 ) -> None:
@@ -228,7 +242,7 @@ class TestThroughMoto:
         behind.put({"file": b"x" * 50})
         info = await through.stat("file")
         faulty.inject("ignore-range", part="/file", times=1000)
-        with pytest.raises((ContentChangedError, UnavailableError)):
+        with pytest.raises(UnderStoreError, match="sends no ranges"):
             await through.read_range(info, 0, 5)
 
     @pytest.mark.parametrize("ignores", [False, True])
@@ -250,6 +264,7 @@ class TestThroughMoto:
             await through.read_range(info, 10, 9)
 
 
+@FAILS_SOON
 async def test_a_listing_that_fails_in_the_middle_raises(
     through: UnderStore, faulty: FaultyS3, behind: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
