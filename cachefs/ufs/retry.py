@@ -74,10 +74,14 @@ class Requests:
         def pause(state: tenacity.RetryCallState) -> float:
             return max(backoff(state), self._resume_at - trio.current_time())
 
+        def stop(state: tenacity.RetryCallState) -> bool:
+            return trio.current_time() + state.upcoming_sleep >= began + self._deadline_s
+
+        began = trio.current_time()
         async for one in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((ThrottledError, UnavailableError)),
             wait=pause,
-            stop=tenacity.stop_before_delay(self._deadline_s),
+            stop=stop,
             before_sleep=log,
             reraise=True,
         ):
