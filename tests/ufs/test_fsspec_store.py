@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import itertools
 import os
+import random
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -35,6 +36,7 @@ from cachefs.model import (
     UnavailableError,
     UnderStoreError,
 )
+from cachefs.testing.cluster import running_cluster
 from cachefs.testing.understore_contract import UnderStoreContract, list_all, names
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.ufs.fsspec_store import modified_ns, schemes, storage_options, tag_of, translate
@@ -315,6 +317,22 @@ async def test_a_blocked_thread_is_not_waited_for_and_ends_with_its_socket() -> 
             with trio.fail_after(20):
                 while calls._slots.borrowed_tokens:
                     await trio.sleep(0.05)
+
+
+@pytest.mark.parametrize("etags", [True, False])
+async def test_a_cluster_caches_what_a_web_server_has(
+    http_server: HttpServer, directory: Directory, tmp_path: Path, etags: bool
+) -> None:
+    http_server.etags = etags
+    content = random.Random(1).randbytes(300_000)
+    directory.put({"data/shard #1.tar": content})
+    async with running_cluster(tmp_path, http_server.url) as cluster, cluster.client() as client:
+        attr = await client.metadata.resolve("/data/shard #1.tar")
+        assert await client.promote(attr.ino) is True
+        fd = client.open_sealed(attr)
+        assert fd is not None
+        assert os.pread(fd, len(content) + 1, 0) == content
+        os.close(fd)
 
 
 async def test_nobody_listens() -> None:
