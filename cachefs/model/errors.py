@@ -104,6 +104,9 @@ class DeniedError(UnderStoreError):
 class ThrottledError(UnderStoreError):
     """The under-store asks for fewer requests (SlowDown, 429)."""
 
+    retry_after_s = 0.0
+    """For how long it asked to be left alone; 0 if it did not say."""
+
 
 class UnavailableError(UnderStoreError):
     """The under-store cannot be reached, or failed to answer properly within the deadline."""

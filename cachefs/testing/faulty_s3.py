@@ -6,6 +6,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,14 +14,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["slow-down", "internal-error", "reset", "cut-off", "other-etag", "stall"]
+Fault = Literal[
+    "slow-down",
+    "too-many",
+    "internal-error",
+    "reset",
+    "cut-off",
+    "short-body",
+    "wrong-range",
+    "other-etag",
+    "ignore-if-match",
+    "ignore-range",
+    "stall",
+]
 """
-slow-down, internal-error   503 SlowDown, 500 InternalError
-reset       the connection is reset after half of the body
-cut-off     the connection is closed after half of the body
-other-etag  the answer carries another ETag than was asked for: what a server that ignores If-Match sends
-stall       no answer until `release`
+slow-down, too-many, internal-error   503 SlowDown, 429 TooManyRequests, 500 InternalError
+reset            the connection is reset after half of the body
+cut-off          the connection is closed after half of the body
+short-body       an answer in order, with half of the body and its length
+wrong-range      the answer says that it is another range
+other-etag       the answer carries another ETag than was asked for
+ignore-if-match, ignore-range   the server behind does not see that header, and must not check signatures
+stall            no answer until `release`
 """
+_STATUS = {
+    "slow-down": (503, "SlowDown"),
+    "too-many": (429, "TooManyRequests"),
+    "internal-error": (500, "InternalError"),
+}
 
 
 @dataclass
@@ -29,46 +50,75 @@ class _Order:
     method: str
     part: str
     times: int
+    retry_after: str
 
 
 class FaultyS3:
     """Made by `running_faulty_s3`."""
 
-    def __init__(self, endpoint: str, port: int) -> None:
-        self.endpoint = f"http://127.0.0.1:{port}"
+    def __init__(self, endpoint: str, server: _Server) -> None:
+        self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        self._server = server
         self.upstream = urlsplit(endpoint)
         self.requests: list[tuple[str, str]] = []
         """(method, path with query) of everything that came."""
+        self.came_at: list[float] = []
+        """When, by time.monotonic()."""
+        self.most_at_once = 0
+        """Requests; may be set back to 0."""
+        self._at_once = 0
         self._orders: list[_Order] = []
         self._lock = threading.Lock()
         self._released = threading.Event()
-        self._stalled = threading.Event()
+        self._stalled = threading.Semaphore(0)
 
-    def inject(self, fault: Fault, *, method: str = "GET", part: str = "", times: int = 1) -> None:
-        """Meet the next `times` requests of that method, whose path and query contain `part`, with the fault."""
+    def inject(
+        self, fault: Fault, *, method: str = "GET", part: str = "", times: int = 1, retry_after: str = ""
+    ) -> None:
+        """Meet the next `times` requests of that method, whose path and query contain `part`, with the fault.
+
+        `retry_after` is sent as the header Retry-After.
+        """
         with self._lock:
-            self._orders.append(_Order(fault, method, part, times))
+            self._orders.append(_Order(fault, method, part, times, retry_after))
+
+    def open_connections(self) -> int:
+        """Those that the client has not closed."""
+        return self._server.open_connections()
+
+    def forget(self) -> None:
+        """Meet no more requests with faults."""
+        with self._lock:
+            self._orders.clear()
 
     def release(self) -> None:
         """End all stalls, now and later."""
         self._released.set()
 
-    def wait_stalled(self) -> None:
-        """Return when a request has met a stall."""
-        self._stalled.wait()
+    def wait_stalled(self, count: int = 1) -> None:
+        """Return when `count` more requests have met a stall."""
+        for _ in range(count):
+            self._stalled.acquire()
 
     def stall(self) -> None:
-        self._stalled.set()
+        self._stalled.release()
         self._released.wait()
 
-    def take(self, method: str, path: str) -> Fault | None:
+    def take(self, method: str, path: str) -> _Order | None:
         with self._lock:
             self.requests.append((method, path))
+            self.came_at.append(time.monotonic())
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
             for order in self._orders:
                 if order.times > 0 and order.method == method and order.part in path:
                     order.times -= 1
-                    return order.fault
+                    return order
         return None
+
+    def answered(self) -> None:
+        with self._lock:
+            self._at_once -= 1
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,20 +126,29 @@ class _Handler(BaseHTTPRequestHandler):
     faulty: FaultyS3
 
     def _serve(self) -> None:
-        fault = self.faulty.take(self.command, self.path)
+        order = self.faulty.take(self.command, self.path)
+        try:
+            self._meet(order.fault if order else None, order.retry_after if order else "")
+        finally:
+            self.faulty.answered()
+
+    def _meet(self, fault: Fault | None, retry_after: str) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fault == "stall":
             self.faulty.stall()
-        if fault in ("slow-down", "internal-error"):
-            code, status = ("SlowDown", 503) if fault == "slow-down" else ("InternalError", 500)
-            self._answer(status, {}, f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode())
+        if fault in _STATUS:
+            status, code = _STATUS[fault]
+            headers = {"Retry-After": retry_after} if retry_after else {}
+            self._answer(status, headers, f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode())
             return
+        hidden = {"ignore-if-match": "if-match", "ignore-range": "range"}.get(fault or "")
         upstream = http.client.HTTPConnection(self.faulty.upstream.hostname or "", self.faulty.upstream.port)
         try:
             # The Host header goes on as it came: it is part of the signature.
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                upstream.putheader(name, value)
+                if name.lower() != hidden:
+                    upstream.putheader(name, value)
             upstream.endheaders(body)
             response = upstream.getresponse()
             content = response.read()
@@ -99,9 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
                 if name.lower() not in ("content-length", "connection", "transfer-encoding", "date")
             }
             length = response.getheader("Content-Length") if self.command == "HEAD" else None
-            if fault == "other-etag":
-                answer = {name: value for name, value in answer.items() if name.lower() != "etag"}
-                answer["ETag"] = '"another"'
+            changed = {"other-etag": ("ETag", '"another"'), "wrong-range": ("Content-Range", "bytes 7-12/50")}
+            if fault in changed:
+                header, value = changed[fault]
+                answer = {name: old for name, old in answer.items() if name.lower() != header.lower()}
+                answer[header] = value
+            if fault == "short-body":
+                content = content[: len(content) // 2]
             self._answer(response.status, answer, content, fault, length)
         finally:
             upstream.close()
@@ -159,6 +222,9 @@ class _Server(ThreadingHTTPServer):
         self._connections.append(connection)
         return connection, address
 
+    def open_connections(self) -> int:
+        return sum(map(_is_open, list(self._connections)))
+
     def hang_up(self) -> None:
         """End every connection: a client may keep idle ones for longer than anybody wants to wait."""
         for connection in self._connections:
@@ -170,12 +236,21 @@ class _Server(ThreadingHTTPServer):
             super().shutdown_request(request)
 
 
+def _is_open(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def running_faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
     """A proxy to the server at `endpoint`, on a free port of loopback."""
     handler = type("_BoundHandler", (_Handler,), {})
     with _Server(("127.0.0.1", 0), handler) as server:
-        faulty = handler.faulty = FaultyS3(endpoint, server.server_address[1])  # type: ignore[attr-defined]
+        faulty = handler.faulty = FaultyS3(endpoint, server)  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

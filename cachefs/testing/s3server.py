@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class S3Server:
 
     def client(self) -> Any:
         """A plain S3 client, to put objects there behind the back of cachefs. Usable from several threads."""
-        return botocore.session.Session().create_client(
+        return _session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.key,
@@ -76,6 +77,12 @@ class S3Server:
             return len(puts)
         finally:
             client.close()
+
+
+@cache
+def _session() -> Any:
+    """One for all clients: each one for itself would read the models of the API again, for a third of a second."""
+    return botocore.session.Session()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """A directory of this machine, or of a file server mounted here, as an under-store (file://).
 
-There is no etag: a version is told by inode number, size and ctime, looked at before and after each read. Symbolic
-links are followed; what is neither a file nor a directory, and names that are not UTF-8, are left out and counted.
+There is no etag: a version is told by inode number, size and ctime, looked at before and after each read. A clock may
+tick so slowly that a second change leaves the ctime of the first, so a file is read only when its ctime is 2 s old.
+Symbolic links are followed; what is neither a file nor a directory, and names that are not UTF-8, are left out and
+counted.
 """
 
 from __future__ import annotations
@@ -25,18 +27,21 @@ from cachefs.model import (
     UnavailableError,
 )
 from cachefs.ufs import options as opts
+from cachefs.ufs import settle
 
 T = TypeVar("T")
 
 _CHUNK = 1000
 _THREADS = 32
+OPTIONS = {"settle": settle.MEANING}
 
 
 class LocalStore:
     """Implements `base.UnderStore`. Made by `open_local`."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, settling: settle.Settling) -> None:
         self._root = root
+        self._settling = settling
         self.origin = f"file://{root}"
         self.hidden_keys = 0
         # Its own: a file server that hangs must not take the threads of everything else with it.
@@ -93,6 +98,11 @@ class LocalStore:
         return found, True
 
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray:
+        """Waits until the version has settled, at most 2 s."""
+        pause_s = self._settling.pause_s(info.path, info.tag, _ctime_ns(info.tag))
+        if pause_s > 0:
+            await self._in_thread(info.path, lambda: _check(info, os.stat(self._full(info.path))))
+            await trio.sleep(pause_s)
         return await self._in_thread(info.path, lambda: self._read(info, offset, length))
 
     def _read(self, info: ObjectInfo, offset: int, length: int) -> bytearray:
@@ -139,6 +149,10 @@ def _tag(status: os.stat_result) -> str:
     return f"{status.st_ino:x}-{status.st_ctime_ns:x}"
 
 
+def _ctime_ns(tag: str) -> int:
+    return int(tag.rpartition("-")[2], 16)
+
+
 def _check(info: ObjectInfo, status: os.stat_result) -> None:
     if status.st_size != info.size_bytes or _tag(status) != info.tag:
         raise ContentChangedError(f"{info.path}: changed on disk")
@@ -146,10 +160,11 @@ def _check(info: ObjectInfo, status: os.stat_result) -> None:
 
 @asynccontextmanager
 async def open_local(url: str, options: Mapping[str, str]) -> AsyncGenerator[LocalStore, None]:
-    """Raises ConfigError for a wrong URL or any option."""
-    opts.check_names("file", options, {})
+    """Raises ConfigError for a wrong URL or option."""
+    opts.check_names("file", options, OPTIONS)
+    settled_s = settle.settled_s(options)
     parts = urlsplit(url)
     root = unquote(parts.path)
     if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
         raise ConfigError("URL", url, "file:// and an absolute path, such as file:///srv/data")
-    yield LocalStore(os.path.realpath(root))
+    yield LocalStore(os.path.realpath(root), settle.Settling(settled_s))

@@ -35,7 +35,7 @@ from cachefs.model import (
 from cachefs.ufs import options as opts
 from cachefs.ufs.base import is_file_name
 from cachefs.ufs.bridge import Bridge, Running, open_bridge
-from cachefs.ufs.retry import retrying
+from cachefs.ufs.retry import Requests, retry_after_s
 from cachefs.ufs.s3_ranges import RangeReader, open_ranges
 
 T = TypeVar("T")
@@ -77,6 +77,7 @@ class S3Config:
     prefix: str
     """"" or ending in "/"."""
     deadline_s: float
+    connections: int
     reader: str
     session: Mapping[str, Any]
     """Arguments of s3fs.S3FileSystem. Holds credentials."""
@@ -113,7 +114,7 @@ def parse_s3(url: str, options: Mapping[str, str]) -> S3Config:
     reader = options.get("reader", "obstore")
     if reader not in ("obstore", "s3fs"):
         raise ConfigError(f"{opts.KEY} reader", reader, "obstore or s3fs")
-    return S3Config(parts.netloc, f"{prefix}/" if prefix else "", deadline_s, reader, session)
+    return S3Config(parts.netloc, f"{prefix}/" if prefix else "", deadline_s, connections, reader, session)
 
 
 class S3Store:
@@ -122,7 +123,7 @@ class S3Store:
     def __init__(self, config: S3Config, client: Any, ranges: RangeReader | None, bridge: Bridge) -> None:
         self._bucket = config.bucket
         self._prefix = config.prefix
-        self._deadline_s = config.deadline_s
+        self._requests = Requests(config.deadline_s, config.connections)
         self._client = client
         self._ranges = ranges
         self._bridge = bridge
@@ -170,12 +171,22 @@ class S3Store:
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
         if length == 0:
             return b""
-        ranges, key = self._ranges, self._prefix + info.path
-        if ranges is not None and ranges.can_read(key):
-            part: memoryview = await self._request(
-                f"read {info.path!r}", lambda: ranges.read(key, info, offset, length)
-            )
-            return part
+        key = self._prefix + info.path
+        ranges = self._ranges if self._ranges is not None and self._ranges.can_read(key) else None
+        throttled = False
+
+        async def attempt() -> bytes | memoryview:
+            nonlocal throttled
+            # obstore does not tell the header Retry-After: after a throttled answer the client sees it.
+            if ranges is None or throttled:
+                return await self.translated(what, self._bridge.start(read))
+            try:
+                return await self.translated(what, self._bridge.start(lambda: ranges.read(key, info, offset, length)))
+            except ThrottledError:
+                throttled = True
+                raise
+
+        what = f"read {info.path!r}"
         last = offset + length - 1
         precondition = {"IfMatch": f'"{info.tag}"'} if info.tag else {}
 
@@ -189,21 +200,27 @@ class S3Store:
                 if info.tag and etag != info.tag:
                     raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
                 content_range = response.get("ContentRange", "")
+                if not content_range:
+                    raise UnderStoreError(f"{info.path}: the server sends no ranges")
                 if content_range != f"bytes {offset}-{last}/{info.size_bytes}":
                     raise ContentChangedError(
-                        f"{info.path}: got {content_range or 'no range'} for bytes {offset}-{last} of {info.size_bytes}"
+                        f"{info.path}: got {content_range} for bytes {offset}-{last} of {info.size_bytes}"
                     )
                 data: bytes = await body.read()
             if len(data) != length:
                 raise UnavailableError(f"{info.path}: the answer broke off after {len(data)} of {length} bytes")
             return data
 
-        data: bytes = await self._request(f"read {info.path!r}", read)
-        return data
+        return await self._requests.run(what, attempt)
 
     async def _request(self, what: str, make: Callable[[], Any]) -> Any:
         """Run asyncio code, with retries, and errors translated."""
-        return await retrying(what, lambda: self.translated(what, self._bridge.start(make)), self._deadline_s)
+        return await self._requests.run(what, lambda: self.translated(what, self._bridge.start(make)))
+
+    @property
+    def slowed(self) -> bool:
+        """As of `Requests`."""
+        return self._requests.slowed
 
     def start(self, make: Callable[[], Any]) -> Running[Any]:
         return self._bridge.start(make)
@@ -215,7 +232,7 @@ class S3Store:
         async def attempt() -> Any:
             return await self.translated(what, started.pop() if started else self._bridge.start(make))
 
-        return await retrying(what, attempt, self._deadline_s)
+        return await self._requests.run(what, attempt)
 
     async def translated(self, what: str, running: Running[T]) -> T:
         try:
@@ -239,7 +256,10 @@ class S3Store:
             if code in _DENIED or status in (401, 403):
                 return DeniedError(f"{where}: access denied ({code})")
             if code in _THROTTLED or status in (429, 503):
-                return ThrottledError(f"{where}: the store asks for fewer requests ({code})")
+                headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+                throttled = ThrottledError(f"{where}: the store asks for fewer requests ({code})")
+                throttled.retry_after_s = retry_after_s(headers.get("retry-after", ""))
+                return throttled
             if status >= 500 or status == 0:
                 return UnavailableError(f"{where}: the store fails ({code})")
             return UnderStoreError(f"{where}: {error}")
@@ -307,7 +327,8 @@ class _Pages:
             token = self._token
             page, self._token = await self._store.list_again(f"list {self._path!r}", running, self._page(token))
             self._at_end = self._token is None
-            if not self._at_end:
+            # What is fetched ahead takes no slot; it is left out when the store wants less.
+            if not self._at_end and not self._store.slowed:
                 self._next = self._store.start(self._page(self._token))
             found = self._store.parse_page(self._prefix, page)
             if found:

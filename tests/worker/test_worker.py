@@ -37,7 +37,12 @@ def data(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def cluster_of(data: Path, tmp_path: Path, **worker: object) -> AsyncIterator[tuple[TestCluster, Client]]:
-    async with running_cluster(tmp_path, data.as_uri(), worker=worker) as cluster, cluster.client() as client:
+    # The files were made just now; they are read at once, or each test would wait for two seconds.
+    at_once = {"settle": "0"}
+    async with (
+        running_cluster(tmp_path, data.as_uri(), ufs_options=at_once, worker=worker) as cluster,
+        cluster.client() as client,
+    ):
         yield cluster, client
 
 
