@@ -137,7 +137,8 @@ class _Unsent:
 
     async def wait_for_room(self) -> None:
         while self._bytes > MAX_UNSENT_BYTES:
-            self._room = trio.Event()
+            if self._room.is_set():
+                self._room = trio.Event()
             await self._room.wait()
 
 
