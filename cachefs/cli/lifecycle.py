@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -34,11 +35,15 @@ def set_up_logging(role: str, level: str = "INFO") -> None:
 def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervised_fd: int | None) -> None:
     """Run until SIGINT, SIGTERM, the supervisor's end or the service's own; then exit, with status 0 if that was clean.
 
-    Raises click.ClickException for an error of the service, in one line.
+    Raises click.ClickException for an error of the service, in one line. A supervisor that still waits for the service
+    to be ready is told instead, and tells it.
     """
+    ready = False
     supervisor = socket.socket(fileno=supervised_fd) if supervised_fd is not None else None
 
     def report(facts: dict[str, Any]) -> None:
+        nonlocal ready
+        ready = True
         if supervisor is not None:
             supervisor.sendall(json.dumps(facts).encode() + b"\n")
         else:
@@ -55,7 +60,12 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
     try:
         trio.run(main)
     except* CachefsError as group:
-        raise click.ClickException(" ".join(str(error) for error in leaves(group))) from group
+        message = " ".join(str(error) for error in leaves(group))
+        if supervisor is None or ready:
+            raise click.ClickException(message) from group
+        with suppress(OSError):
+            supervisor.sendall(json.dumps({"error": message}).encode() + b"\n")
+        raise SystemExit(1) from None
     finally:
         if supervisor is not None:
             supervisor.close()

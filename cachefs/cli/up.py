@@ -63,11 +63,16 @@ class Child:
             while not line.endswith(b"\n"):
                 data = await self._link.recv(4096)
                 if not data:
+                    # It has to have said why before it is told to end.
+                    await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
                     raise CachefsError(f"the {self.role} ended before it was ready; see its message above")
                 line += data
         if scope.cancelled_caught:
             raise CachefsError(f"the {self.role} was not ready within {READY_TIMEOUT_S:g} s")
-        self.facts = json.loads(line)
+        facts = json.loads(line)
+        if "error" in facts:
+            raise CachefsError(facts["error"])
+        self.facts = facts
 
     async def wait_end(self) -> int:
         """Its exit status. Notices the end by the link, which the process holds until then."""
@@ -212,7 +217,9 @@ def up(
     For example: cachefs up s3://bucket/prefix /mnt/data
     """
     set_up_logging("up", log_level)
-    _check_machine(mountpoint)
+    if "://" not in url:
+        raise ConfigError("URL", url, "s3://BUCKET/PREFIX or file:///DIRECTORY")
+    _check_machine(mountpoint, mount_flags["allow_nonempty"])
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
     _check_not_running(directory)
     if tier is None:
@@ -234,7 +241,7 @@ def up(
     run_service("up", lambda report: run_up(config, report), supervised_fd)
 
 
-def _check_machine(mountpoint: str) -> None:
+def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
     """What would fail only in the third process is told before the first."""
     found = probe()
     if found.device_error is not None:
@@ -246,6 +253,8 @@ def _check_machine(mountpoint: str) -> None:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; see cachefs umount")
     if not os.path.isdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an existing directory")
+    if not allow_nonempty and os.listdir(mountpoint):
+        raise ConfigError("MOUNTPOINT", mountpoint, "an empty directory, or --allow-nonempty to hide what is in it")
 
 
 def _check_not_running(directory: str) -> None:
@@ -258,7 +267,10 @@ def _check_not_running(directory: str) -> None:
 
 def _default_tier(path: str) -> TierConfig:
     """Half of what is free, counting what this tier holds already."""
-    os.makedirs(path, 0o700, exist_ok=True)
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--state-dir", path, f"a directory that can be written ({error.strerror})") from error
     held = sum(
         os.stat(os.path.join(directory, name), follow_symlinks=False).st_blocks * 512
         for directory, _, names in os.walk(path)

@@ -5,7 +5,8 @@ know from memory; only what has to wait gets a task (see `waiting`). Measured ag
 docs/decisions.md.
 
 Errors end requests, never the session: those of the model and OSErrors reach the caller as errno; anything else is a
-bug, logged with its traceback, and EIO. The session ends when the kernel says ENODEV (unmounted or aborted).
+bug, logged with its traceback, and EIO. What fails thousands of times a second is logged ten times, and counted. The
+session ends when the kernel says ENODEV (unmounted or aborted).
 
 An answer that the kernel no longer wants (ENOENT) is undone: the handle it would have opened is released, the node it
 would have referred to forgotten.
@@ -59,7 +60,7 @@ from cachefs.fusewire import (
     resend_notification,
     statfs_reply,
 )
-from cachefs.model import CachefsError, ConfigError, LocalProtocolError, RemoteProtocolError
+from cachefs.model import CachefsError, ConfigError, LocalProtocolError, LogLimiter, RemoteProtocolError
 from cachefs.net import open_background
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class KernelSession:
         self._no_open = agreed is not None and agreed.no_open
         self._waiting: WaitingRequests | None = None
         self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
+        self._log = LogLimiter(logger)
         self._bugs_seen: set[tuple[int, type[BaseException]]] = set()
         self._handlers = self._table()
 
@@ -162,7 +164,7 @@ class KernelSession:
             _, opcode, unique, node, *_ = parse_header(request)
         except RemoteProtocolError as error:
             # Nobody to answer to.
-            logger.error("request dropped error=%s", error)
+            self._log.log(logging.ERROR, "dropped", "request dropped error=%s", error)
             return
         self.requests[opcode] += 1
         try:
@@ -210,7 +212,10 @@ class KernelSession:
         except OSError as error:
             if error.errno == errno.EINVAL:
                 # The kernel has ended the request with an error of its own.
-                logger.error("answer refused by the kernel answer=%s bytes=%d", answer[:16].hex(), len(answer))
+                start, length = answer[:16].hex(), len(answer)
+                self._log.log(
+                    logging.ERROR, "refused", "answer refused by the kernel answer=%s bytes=%d", start, length
+                )
             elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED):
                 raise
             return False
@@ -223,17 +228,20 @@ class KernelSession:
         if code is None:
             # One traceback for each kind of bug: an application may run into it thousands of times a second.
             kind = (opcode, type(error))
-            logger.error("bug request=%s error=%r", name, error, exc_info=None if kind in self._bugs_seen else error)
+            trace = None if kind in self._bugs_seen else error
+            self._log.log(logging.ERROR, ("bug", *kind), "bug request=%s error=%r", name, error, exc_info=trace)
             self._bugs_seen.add(kind)
             code = errno.EIO
         elif code not in EXPECTED:
-            logger.warning("request failed request=%s errno=%s error=%s", name, errno.errorcode.get(code, code), error)
+            code_name = errno.errorcode.get(code, str(code))
+            message = "request failed request=%s errno=%s error=%s"
+            self._log.log(logging.WARNING, (name, code_name), message, name, code_name, error)
         if opcode in NO_REPLY:
             return
         try:
             self._reply(error_reply(unique, code))
         except OSError as reply_error:
-            logger.error("answer lost request=%s error=%s", name, reply_error)
+            self._log.log(logging.ERROR, "lost", "answer lost request=%s error=%s", name, reply_error)
 
     def _later(self, unique: int, opcode: int, work: Callable[[], Awaitable[None]]) -> None:
         assert self._waiting is not None

@@ -14,12 +14,15 @@ from cachefs.master.namespace import MountedStore, Namespace
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, open_meta_store
-from cachefs.model import BlockId, Geometry
+from cachefs.model import BlockId, Geometry, NotFoundError, UnderStoreError
 from cachefs.net import Address, Hello, Service, Session, serve
-from cachefs.ufs import open_under_store
+from cachefs.ufs import UnderStore, at_most, open_under_store
 from cachefs.wire import messages as m
 
 logger = logging.getLogger(__name__)
+
+FIRST_CONTACT_S = 8.0
+"""How long an under-store may take to answer at the start; later requests have their store's deadline."""
 
 
 class Master:
@@ -117,8 +120,7 @@ async def run_master(
                 await stack.enter_async_context(open_under_store(url, config.ufs_options)) for _, url in config.mounts
             ]
             for ufs in opened:
-                # A wrong name, endpoint or key is told now, to the person who typed it, and not to a reader later.
-                await ufs.stat("")
+                await _first_contact(ufs)
             mounts = store.attach([(path, ufs.origin) for (path, _), ufs in zip(config.mounts, opened, strict=True)])
             mounted = [
                 MountedStore(mount, url, config.ufs_options, ufs)
@@ -132,6 +134,18 @@ async def run_master(
                 master = Master(store, writer, namespace, cluster, Workers())
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
+
+
+async def _first_contact(ufs: UnderStore) -> None:
+    """A wrong name, endpoint or key is told now, to the person who typed it and waits, and not to a reader later.
+
+    Raises NotFoundError, UnderStoreError.
+    """
+    try:
+        with at_most(FIRST_CONTACT_S):
+            await ufs.stat("")
+    except (NotFoundError, UnderStoreError) as error:
+        raise type(error)(f"cannot mount {ufs.origin}: {error}") from error
 
 
 def _settle_geometry(store: MetaStore, config: MasterConfig) -> Geometry:

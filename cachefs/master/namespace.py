@@ -34,6 +34,7 @@ from cachefs.model import (
 )
 from cachefs.net.flights import Flights
 from cachefs.ufs import UnderStore
+from cachefs.ufs.base import is_file_name
 from cachefs.wire.messages import AttrReply, ObjectLocation
 
 logger = logging.getLogger(__name__)
@@ -121,13 +122,16 @@ class Namespace:
         Raises NotFoundError and NotADirectory about the parent, StaleError when it is gone, UnderStoreError.
         """
         directory = self._directory(parent)
+        if not is_file_name(name):
+            # "..", "a/b": below another directory, or outside of the store.
+            return None
         known = self._store.child(parent, name)
         mounted = self._mounted.get(directory.mount_id)
         if mounted is None or (known is not None and known.mount_id != directory.mount_id):
             # Above the mounts, or a mount point: nobody else knows these.
             return known.attr if known else None
         if known is not None:
-            if self._is_fresh(max(known.checked_ns, directory.listed_ns)):
+            if self._is_fresh(known.checked_ns) or self._is_fresh(directory.listed_ns):
                 return known.attr
             if self._sync_interval_s > 0:
                 if directory.listed_ns:
@@ -277,7 +281,10 @@ class Namespace:
     def _is_fresh(self, checked_ns: int) -> bool:
         if checked_ns == 0:
             return False
-        return self._sync_interval_s < 0 or time.time_ns() - checked_ns < self._sync_interval_s * NS_PER_S
+        if self._sync_interval_s < 0:
+            return True
+        # Checked in the future: the clock was set back since, and nobody knows how long ago that was.
+        return 0 <= time.time_ns() - checked_ns < self._sync_interval_s * NS_PER_S
 
     def _note_failure(self, mounted: MountedStore, error: Exception) -> None:
         mounted.serving_stale += 1

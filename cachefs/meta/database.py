@@ -84,27 +84,42 @@ def open_database(data_dir: str) -> Iterator[Database]:
         path = os.path.join(data_dir, "namespace.db")
         try:
             with closing(_connect(path)) as writer:
-                namespace_id = _prepare(writer, path)
+                _check(writer, path)
+                _set_up(writer)
+                namespace_id = _prepare(writer)
                 with closing(_connect(path)) as reader:
+                    _set_up(reader)
                     yield Database(writer, reader, namespace_id)
         except sqlite3.DatabaseError as error:
-            raise CachefsError(f"{path}: {error}") from error
+            raise CachefsError(f"the namespace in {path} cannot be used: {error}") from error
     finally:
         os.close(lock_fd)
 
 
 def _connect(path: str) -> sqlite3.Connection:
     # Autocommit: transactions are begun and ended by `store.transaction`, never by the module's guess.
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+
+
+def _check(connection: sqlite3.Connection, path: str) -> None:
+    """Raises CachefsError for what is not ours to write to, before anything is written."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if version == 0 and tables:
+        raise CachefsError(f"{path} is a database of something else; it was not changed")
+    if version not in (0, SCHEMA_VERSION):
+        raise CachefsError(f"{path} has schema {version}; this version reads schema {SCHEMA_VERSION}")
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     # FULL: an inode number that anyone was told must still be taken after a power cut.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA cache_size = -65536")
     connection.execute("PRAGMA temp_store = MEMORY")
-    return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: str) -> str:
+def _prepare(connection: sqlite3.Connection) -> str:
     """Make the schema where there is none; returns the namespace id."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
@@ -115,7 +130,5 @@ def _prepare(connection: sqlite3.Connection, path: str) -> str:
         connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0)")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
-    elif version != SCHEMA_VERSION:
-        raise CachefsError(f"{path} has schema {version}; this version reads schema {SCHEMA_VERSION}")
     (namespace_id,) = connection.execute("SELECT value FROM facts WHERE name = 'namespace_id'").fetchone()
     return str(namespace_id)

@@ -29,6 +29,7 @@ from cachefs.model.errors import (
     UnderStoreError,
 )
 from cachefs.model.ids import NO_INO, ROOT_INO, BlockId, ContentKey, Ino, content_key
+from cachefs.model.log_limit import LogLimiter
 from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, div_up
 from cachefs.model.units import GiB, KiB, MiB, TiB, format_size, parse_duration, parse_size
 
@@ -59,6 +60,7 @@ __all__ = [
     "KiB",
     "Kind",
     "LocalProtocolError",
+    "LogLimiter",
     "MiB",
     "NamespaceChangedError",
     "NamespaceError",

@@ -19,6 +19,8 @@ R = TypeVar("R")
 _FD_SIZE = array.array("i").itemsize
 _ROUNDS_WITHOUT_CHECKPOINT = 32
 _SENDFILE_CHUNK = 1 << 20
+STALL_TIMEOUT_S = 60.0
+"""A side that reads nothing of what is being sent to it for so long is given up."""
 
 
 class FileSlice(NamedTuple):
@@ -27,6 +29,10 @@ class FileSlice(NamedTuple):
     fd: int
     offset: int
     length: int
+
+
+class StalledError(TransportError):
+    """The connection is closed, because the other side does not read."""
 
 
 Body = bytes | bytearray | memoryview | FileSlice
@@ -108,7 +114,7 @@ class Channel:
         """Write one whole frame. Returns without a checkpoint when the socket takes it at once.
 
         Cancelled while it waits for its turn, nothing was sent; once begun, a frame is sent to its end, and only
-        closing the channel stops it. Raises TransportError.
+        closing the channel stops it, or that the other side reads nothing of it for a minute. Raises TransportError.
         """
         try:
             self._sending.acquire_nowait()
@@ -137,8 +143,7 @@ class Channel:
             try:
                 sent = self._sock.sendmsg(buffers, ancillary, flags)
             except BlockingIOError:
-                with trio.CancelScope(shield=True):
-                    await trio.lowlevel.wait_writable(self._sock)
+                await self._wait_writable()
                 continue
             ancillary = []
             while buffers and sent >= len(buffers[0]):
@@ -157,11 +162,18 @@ class Channel:
                     # In a thread: the file's pages may have to come from the disk.
                     sent = await trio.to_thread.run_sync(os.sendfile, self._sock.fileno(), part.fd, offset, count)
                 except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._sock)
+                    await self._wait_writable()
                     continue
                 if sent == 0:
                     raise OSError("a file to be sent is shorter than announced")
                 offset += sent
+
+    async def _wait_writable(self) -> None:
+        with trio.CancelScope(deadline=trio.current_time() + STALL_TIMEOUT_S, shield=True) as scope:
+            await trio.lowlevel.wait_writable(self._sock)
+        if scope.cancelled_caught:
+            self.close()
+            raise StalledError(f"the other side has read nothing for {STALL_TIMEOUT_S:g} s")
 
     # ---- end -------------------------------------------------------------------------------------------------------
 

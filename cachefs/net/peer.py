@@ -127,14 +127,14 @@ class Peer:
         self._turns = trio.CapacityLimiter(MAX_CALLS)
         self._error: CachefsError = TransportError(f"{address}: connection closed")
 
-    async def call(self, request: Request[R], payload: bytes | bytearray | memoryview = b"") -> Answer[R]:
+    async def call(self, request: Request[R]) -> Answer[R]:
         """Ask and wait for the answer; its descriptors are the caller's to close.
 
         Raises the error the service raised, and TransportError when the connection is lost before the answer: the
         request may have been carried out then. Cancelling tells the service that the answer is not wanted.
         """
         call = _Call(type(request))
-        async with self._turn(), self._asked(request, call, payload):
+        async with self._turn(), self._asked(request, call):
             await call.done.wait()
             # Taken before anything that could be cancelled, so that no descriptor is left behind.
             assert call.result is not None
@@ -149,7 +149,7 @@ class Peer:
         The iterator raises as `call`. Leaving the block before the end tells the service to stop.
         """
         stream = _Stream(type(request))
-        async with self._turn(), self._asked(request, stream, b"") as request_id:
+        async with self._turn(), self._asked(request, stream) as request_id:
 
             async def items() -> AsyncGenerator[R, None]:
                 async for item in stream.receive:
@@ -178,16 +178,16 @@ class Peer:
 
     @asynccontextmanager
     async def _asked(
-        self, request: Request[Any] | StreamRequest[Any], call: _Call | _Stream, payload: bytes | bytearray | memoryview
+        self, request: Request[Any] | StreamRequest[Any], call: _Call | _Stream
     ) -> AsyncGenerator[int, None]:
         """Sends the request; on leaving the block without an answer, sends CANCEL."""
         if self.closed.is_set():
             raise self._error
         request_id = next(self._ids)
-        head = self._channel.connection.head(Kind.REQUEST, request_id, request, len(payload))
+        head = self._channel.connection.head(Kind.REQUEST, request_id, request)
         self._waiting[request_id] = call
         try:
-            await self._channel.send(head, payload)
+            await self._channel.send(head)
             yield request_id
         finally:
             if self._waiting.pop(request_id, None) is not None and not self.closed.is_set():
@@ -331,9 +331,9 @@ class Pool:
         self._not_before = 0.0
         self._last_error = TransportError(f"{address}: not connected")
 
-    async def call(self, request: Request[R], payload: bytes | bytearray | memoryview = b"") -> Answer[R]:
+    async def call(self, request: Request[R]) -> Answer[R]:
         """As `Peer.call`; TransportError also when there is no connection to be had."""
-        return await (await self.peer()).call(request, payload)
+        return await (await self.peer()).call(request)
 
     @asynccontextmanager
     async def stream(self, request: StreamRequest[R]) -> AsyncGenerator[AsyncIterator[R], None]:

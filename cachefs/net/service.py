@@ -17,12 +17,13 @@ from cachefs.model import (
     CachefsError,
     CapacityError,
     ConfigError,
-    LocalProtocolError,
+    LogLimiter,
+    MiB,
     RemoteProtocolError,
     TransportError,
 )
 from cachefs.net.addresses import Address, TcpAddress, UnixAddress
-from cachefs.net.channel import Answer, Channel, FileSlice, close_all
+from cachefs.net.channel import Answer, Body, Channel, FileSlice, StalledError, close_all
 from cachefs.net.peer import set_tcp_options
 from cachefs.wire import (
     STREAM_WINDOW,
@@ -44,8 +45,16 @@ Q = TypeVar("Q", bound=Request[Any])
 S = TypeVar("S", bound=StreamRequest[Any])
 
 MAX_IN_PROGRESS = 1024
-"""Requests of one connection that are being carried out; further ones are refused."""
+"""Requests of one connection that are not answered yet; further ones are refused."""
+MAX_RUNNING = 256
+"""Of those, how many are carried out at once, answers that wait to be sent included; the others wait for their turn."""
+MAX_UNSENT_BYTES = 32 * MiB
+"""Answers of one connection that wait to be sent; above it, no further request is begun."""
+MAX_UNGREETED = 512
+"""Connections that have not said who they are; above it, the oldest one is closed."""
 HELLO_TIMEOUT_S = 10.0
+_DESCRIPTOR_COST = MiB
+"""What an open file in an unsent answer counts for."""
 _BACKLOG = 256
 _session_ids = itertools.count(1)
 
@@ -111,6 +120,28 @@ class _Credit:
         self._left -= 1
 
 
+class _Unsent:
+    """Answers that wait until the other side takes them."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._room = trio.Event()
+
+    def add(self, count: int) -> None:
+        self._bytes += count
+
+    def remove(self, count: int) -> None:
+        self._bytes -= count
+        if self._bytes <= MAX_UNSENT_BYTES:
+            self._room.set()
+
+    async def wait_for_room(self) -> None:
+        while self._bytes > MAX_UNSENT_BYTES:
+            if self._room.is_set():
+                self._room = trio.Event()
+            await self._room.wait()
+
+
 class _Running:
     """A request that is being carried out."""
 
@@ -120,17 +151,24 @@ class _Running:
 
 
 class _ServedConnection:
-    def __init__(self, channel: Channel, service: Service, session: Session, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, channel: Channel, service: Service, session: Session, log: LogLimiter, nursery: trio.Nursery
+    ) -> None:
         self._channel = channel
         self._service = service
         self._session = session
+        self._log = log
         self._nursery = nursery
         self._running: dict[int, _Running] = {}
+        self._turns = trio.CapacityLimiter(MAX_RUNNING)
+        self._unsent = _Unsent()
 
     async def run(self) -> None:
-        """Start a task per request until the asker goes away. CANCEL and CREDIT are never kept waiting behind them."""
+        """Start a task per request until the asker goes away. CANCEL and CREDIT are never kept waiting behind them.
+
+        A refusal is sent from here: while the asker does not read those, it is not read either.
+        """
         while (frame := await self._channel.receive()) is not None:
-            close_all(frame.descriptors)
             running = self._running.get(frame.request_id)
             if frame.kind is Kind.CANCEL:
                 if running is not None:
@@ -159,6 +197,11 @@ class _ServedConnection:
         try:
             with running.scope:
                 try:
+                    self._turns.acquire_on_behalf_of_nowait(running)
+                except trio.WouldBlock:
+                    await self._turns.acquire_on_behalf_of(running)
+                await self._unsent.wait_for_room()
+                try:
                     handler = self._service.handler(request)
                     if handler is None:
                         await self._answer_stream(request_id, request, running.credit)
@@ -173,76 +216,132 @@ class _ServedConnection:
         except CachefsError as error:
             await self._send_error(request_id, error)
         except Exception as error:
-            logger.exception("request failed request=%s", type(request).__name__)
+            name = type(request).__name__
+            kind = ("request failed", name, type(error).__name__)
+            self._log.log(logging.ERROR, kind, "request failed request=%s error=%r", name, error, exc_info=error)
             await self._send_error(request_id, error)
         finally:
+            with suppress(RuntimeError):  # cancelled before its turn came
+                self._turns.release_on_behalf_of(running)
             self._running.pop(request_id, None)
 
     async def _answer(self, request_id: int, answer: Any) -> None:
         if not isinstance(answer, Answer):
-            await self._channel.send(self._channel.connection.head(Kind.REPLY, request_id, answer))
+            await self._send(self._channel.connection.head(Kind.REPLY, request_id, answer))
             return
         try:
             payload = answer.payload
             length = payload.length if isinstance(payload, FileSlice) else len(payload)
             head = self._channel.connection.head(Kind.REPLY, request_id, answer.message, length, len(answer.fds))
-            await self._channel.send(head, payload, answer.fds)
+            await self._send(head, payload, answer.fds)
         finally:
             if answer.close_fds:
                 close_all(answer.fds)
+
+    async def _send(self, head: bytes, payload: Body = b"", fds: Sequence[int] = ()) -> None:
+        cost = len(head) + len(fds) * _DESCRIPTOR_COST
+        cost += _DESCRIPTOR_COST if isinstance(payload, FileSlice) else len(payload)
+        self._unsent.add(cost)
+        try:
+            await self._channel.send(head, payload, fds)
+        except StalledError as error:
+            role = self._session.hello.role
+            self._log.log(logging.WARNING, "stalled", "connection closed role=%s error=%s", role, error)
+            raise
+        finally:
+            self._unsent.remove(cost)
 
     async def _answer_stream(self, request_id: int, request: Any, credit: _Credit) -> None:
         async with aclosing(self._service.stream_handler(request)(request, self._session)) as items:
             async for item in items:
                 await credit.take()
-                await self._channel.send(self._channel.connection.head(Kind.ITEM, request_id, item))
-        await self._channel.send(self._channel.connection.head(Kind.REPLY, request_id))
+                await self._send(self._channel.connection.head(Kind.ITEM, request_id, item))
+        await self._send(self._channel.connection.head(Kind.REPLY, request_id))
 
     async def _send_error(self, request_id: int, error: Exception) -> None:
         try:
-            await self._channel.send(self._channel.connection.head(Kind.ERROR, request_id, to_wire(error)))
+            await self._send(self._channel.connection.head(Kind.ERROR, request_id, to_wire(error)))
         except TransportError:
             pass
-        except LocalProtocolError:
-            logger.exception("error too long to be sent")
-            self._channel.close()
 
 
-async def _serve_connection(sock: socket.socket, service: Service, hello: Hello, limits: Limits | None) -> None:
-    channel = Channel(sock, Connection(asking=False, limits=limits))
-    session: Session | None = None
-    try:
+class _Listening:
+    """What the connections of one `serve` share."""
+
+    def __init__(self, service: Service, hello: Hello, limits: Limits | None) -> None:
+        self._service = service
+        self._hello = hello
+        self._limits = limits
+        self._ungreeted: dict[Channel, None] = {}
+        self.log = LogLimiter(logger)
+
+    async def serve_connection(self, sock: socket.socket) -> None:
+        """Until it ends, which is never an error of ours."""
+        channel = Channel(sock, Connection(asking=False, limits=self._limits))
+        session: Session | None = None
+        try:
+            if sock.family != socket.AF_UNIX:
+                set_tcp_options(sock)
+            session = await self._greet(channel)
+            if session is not None:
+                await self._serve_session(channel, session)
+        except RemoteProtocolError as error:
+            role = session.hello.role if session is not None else "unknown"
+            self.log.log(logging.WARNING, "malformed", "connection closed role=%s error=%s", role, error)
+        except (TransportError, OSError) as error:
+            logger.debug("connection lost error=%s", error)
+        except Exception as error:
+            # A bug, of this connection alone.
+            self.log.log(logging.ERROR, "bug", "connection failed error=%r", error, exc_info=error)
+        finally:
+            channel.close()
+            if session is not None:
+                session.closed.set()
+
+    async def _greet(self, channel: Channel) -> Session | None:
+        """None when the other side may not connect, or does not say who it is in time."""
         credentials = channel.peer_credentials()
         if credentials is not None and credentials[1] not in (0, os.geteuid()):
-            logger.warning("connection refused uid=%d pid=%d", credentials[1], credentials[0])
-            return
-        with trio.move_on_after(HELLO_TIMEOUT_S):
-            await channel.send(channel.connection.hello(hello))
-            if await channel.receive() is None:
-                return
+            uid, pid = credentials[1], credentials[0]
+            self.log.log(logging.WARNING, "refused", "connection refused uid=%d pid=%d", uid, pid)
+            return None
+        if len(self._ungreeted) >= MAX_UNGREETED:
+            # Whoever means well says hello at once, so it is not the newest one that keeps silent.
+            oldest = next(iter(self._ungreeted))
+            del self._ungreeted[oldest]
+            oldest.close()
+        self._ungreeted[channel] = None
+        try:
+            with trio.move_on_after(HELLO_TIMEOUT_S):
+                await channel.send(channel.connection.hello(self._hello))
+                if await channel.receive() is None:
+                    return None
+        finally:
+            self._ungreeted.pop(channel, None)
         if channel.connection.peer_hello is None:
-            logger.info("connection closed reason=no-hello")
-            return
-        session = Session(channel.connection.peer_hello, credentials)
+            self.log.log(logging.INFO, "silent", "connection closed reason=no-hello")
+            return None
+        return Session(channel.connection.peer_hello, credentials)
+
+    async def _serve_session(self, channel: Channel, session: Session) -> None:
+        error: CachefsError | None = None
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(_close_at_end, channel)
             try:
-                await _ServedConnection(channel, service, session, nursery).run()
-            except RemoteProtocolError as error:
-                logger.warning("connection closed role=%s error=%s", session.hello.role, error)
-            except TransportError as error:
-                logger.debug("connection lost role=%s error=%s", session.hello.role, error)
-            finally:
-                # Closed first, so that a task in the middle of sending an answer to a peer that does not read ends.
-                channel.close()
-                nursery.cancel_scope.cancel()
-    except RemoteProtocolError as error:
-        logger.warning("connection closed error=%s", error)
-    except TransportError as error:
-        logger.debug("connection lost error=%s", error)
+                await _ServedConnection(channel, self._service, session, self.log, nursery).run()
+            except (RemoteProtocolError, TransportError) as raised:
+                error = raised
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+
+
+async def _close_at_end(channel: Channel) -> None:
+    """So that a task in the middle of sending something to a peer that does not read, which is shielded, ends too."""
+    try:
+        await trio.sleep_forever()
     finally:
         channel.close()
-        if session is not None:
-            session.closed.set()
 
 
 async def serve(
@@ -272,15 +371,14 @@ async def serve(
             else:
                 bound.append(address)
                 stack.callback(_unlink_own, address.path, os.stat(address.path).st_ino)
+        listening = _Listening(service, hello, limits)
         async with trio.open_nursery() as nursery:
             for listener in listeners:
-                nursery.start_soon(_accept, listener, service, hello, limits, nursery)
+                nursery.start_soon(_accept, listener, listening, nursery)
             task_status.started(bound)
 
 
-async def _accept(
-    listener: socket.socket, service: Service, hello: Hello, limits: Limits | None, nursery: trio.Nursery
-) -> None:
+async def _accept(listener: socket.socket, listening: _Listening, nursery: trio.Nursery) -> None:
     while True:
         try:
             sock, _ = listener.accept()
@@ -289,13 +387,13 @@ async def _accept(
             continue
         except OSError as error:
             # Out of descriptors, or the other side is gone already: neither ends the service.
-            logger.warning("connection not accepted error=%s", error)
+            listening.log.log(logging.WARNING, "not accepted", "connection not accepted error=%s", error)
             await trio.sleep(0.1)
             continue
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            set_tcp_options(sock)
-        nursery.start_soon(_serve_connection, sock, service, hello, limits)
+        nursery.start_soon(listening.serve_connection, sock)
+        # However many come, they do not keep everybody else from running.
+        await trio.lowlevel.checkpoint()
 
 
 async def _listen_tcp(address: TcpAddress) -> socket.socket:

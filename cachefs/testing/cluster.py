@@ -32,6 +32,8 @@ class TestCluster:
         self.directory = directory
         self.master_config = master
         self.worker_config = worker
+        self.worker_address: Address = worker.listen
+        """Its TCP address, once it runs."""
         self._nursery = nursery
         self._scopes: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
@@ -46,7 +48,7 @@ class TestCluster:
         self.worker_config = replace(self.worker_config, master=address)
 
     async def start_worker(self) -> None:
-        await self._nursery.start(self._run, "worker", run_worker, self.worker_config)
+        self.worker_address, _ = await self._nursery.start(self._run, "worker", run_worker, self.worker_config)
 
     async def stop(self, role: str) -> None:
         scope, ended = self._scopes.pop(role)

@@ -80,6 +80,8 @@ def _wait_ready(role: str, link: socket.socket) -> dict[str, Any]:
             raise CachefsError(f"cachefs {role} ended before it was ready")
         line += data
     facts: dict[str, Any] = json.loads(line)
+    if "error" in facts:
+        raise CachefsError(f"cachefs {role}: {facts['error']}")
     return facts
 
 

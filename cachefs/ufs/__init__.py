@@ -2,5 +2,6 @@
 
 from cachefs.ufs.base import UnderStore
 from cachefs.ufs.open import open_under_store
+from cachefs.ufs.retry import at_most
 
-__all__ = ["UnderStore", "open_under_store"]
+__all__ = ["UnderStore", "at_most", "open_under_store"]

@@ -7,7 +7,9 @@ import email.utils
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import tenacity
@@ -23,6 +25,18 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 FIRST_SLOW_DOWN_S = 0.5
 """Pause of all requests of a store after a throttled answer that says no time; doubled with each in a row."""
+
+_limit_s: ContextVar[float] = ContextVar("limit_s", default=math.inf)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Requests of the block's own task are given up after so long, whatever deadline and timeouts their store has."""
+    token = _limit_s.set(seconds)
+    try:
+        yield
+    finally:
+        _limit_s.reset(token)
 
 
 def retry_after_s(header: str) -> float:
@@ -63,10 +77,16 @@ class Requests:
 
         Raises the last ThrottledError or UnavailableError when no further attempt fits into the deadline, and every
         other error at once. Waiting for a slot behind requests that are answered does not count. `what` is for the log.
+        Within `at_most`, also an attempt under way is given up.
         """
 
+        limit_s = _limit_s.get()
+        trouble = "nothing came at all"
+
         def log(state: tenacity.RetryCallState) -> None:
+            nonlocal trouble
             error = state.outcome.exception() if state.outcome is not None else None
+            trouble = str(error)
             logger.info("trying again what=%s attempt=%d error=%s", what, state.attempt_number, error)
 
         backoff = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)
@@ -75,23 +95,24 @@ class Requests:
             return max(backoff(state), self._resume_at - trio.current_time())
 
         def stop(state: tenacity.RetryCallState) -> bool:
-            return trio.current_time() + state.upcoming_sleep >= began + self._deadline_s
+            return trio.current_time() + state.upcoming_sleep >= began + min(self._deadline_s, limit_s)
 
         began = trio.current_time()
-        async for one in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((ThrottledError, UnavailableError)),
-            wait=pause,
-            stop=stop,
-            before_sleep=log,
-            reraise=True,
-        ):
-            with one:
-                await self._take_slot(what)
-                try:
-                    return await self._attempt(attempt)
-                finally:
-                    self._slots.release()
-        raise AssertionError("unreachable: the last attempt raises")
+        with trio.move_on_after(limit_s):
+            async for one in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception_type((ThrottledError, UnavailableError)),
+                wait=pause,
+                stop=stop,
+                before_sleep=log,
+                reraise=True,
+            ):
+                with one:
+                    await self._take_slot(what)
+                    try:
+                        return await self._attempt(attempt)
+                    finally:
+                        self._slots.release()
+        raise UnavailableError(f"{what}: no answer within {limit_s:g} s ({trouble})")
 
     async def _take_slot(self, what: str) -> None:
         """Outside of pauses. Raises ThrottledError or UnavailableError when there is none for too long."""

@@ -1,7 +1,8 @@
 """One connection without a socket: bytes in, events out, and buffers to write.
 
 Reading costs no copy of payloads: `get_buffer` returns where the next bytes belong, the header's or the body's own
-buffer, and `buffer_updated` says how many arrived. A body is allocated only after its header passed the limits.
+buffer, and `buffer_updated` says how many arrived. A body is allocated only after its header passed the limits, and on
+the answering side, where anybody may connect, only as it arrives.
 
 States, per direction:   fresh --HELLO--> open --(malformed frame)--> broken
 """
@@ -16,7 +17,7 @@ import msgspec
 
 from cachefs.model import LocalProtocolError, RemoteProtocolError
 from cachefs.wire.errorcodes import ErrorMeta
-from cachefs.wire.frames import HEADER, MAGIC, VERSION, Kind, Limits
+from cachefs.wire.frames import DECODE_ERRORS, HEADER, MAGIC, VERSION, Kind, Limits
 from cachefs.wire.hello import Hello
 
 Buffer = bytes | bytearray | memoryview
@@ -34,6 +35,9 @@ class Frame(NamedTuple):
 
 
 _NO_META = {Kind.CANCEL}
+_MAX_CREDIT = 1024
+_FIRST_BYTES = 64 * 1024
+"""Of a body that an unknown side announces; the rest of the room is made as it fills."""
 _FROM_ASKER = {Kind.REQUEST, Kind.CANCEL, Kind.CREDIT}
 _FROM_ANSWERER = {Kind.REPLY, Kind.ITEM, Kind.ERROR}
 
@@ -43,12 +47,14 @@ class Connection:
 
     def __init__(self, *, asking: bool, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+        self._asking = asking
         self._accepted_kinds = _FROM_ANSWERER if asking else _FROM_ASKER
         self._sent_kinds = _FROM_ASKER if asking else _FROM_ANSWERER
         self.peer_hello: Hello | None = None
         self._hello_sent = False
         self._header = bytearray(HEADER.size)
         self._body: bytearray | None = None
+        self._body_length = 0
         self._filled = 0
         self._fields: tuple[Kind, int, int, int] = (Kind.HELLO, 0, 0, 0)  # kind, descriptors, request id, meta length
         self._descriptors: deque[int] = deque()
@@ -77,9 +83,12 @@ class Connection:
             if self._body is None:
                 if self._filled < HEADER.size:
                     return []
-                self._body = bytearray(self._parse_header())
+                self._body_length = self._parse_header()
+                self._body = bytearray(self._body_length if self._asking else min(self._body_length, _FIRST_BYTES))
                 self._filled = 0
-            if self._filled < len(self._body):
+            if self._filled < self._body_length:
+                if self._filled == len(self._body):
+                    self._body += bytes(min(self._filled, self._body_length - self._filled))
                 return []
             return self._complete()
         except RemoteProtocolError:
@@ -103,29 +112,38 @@ class Connection:
             raise RemoteProtocolError(f"{kind.name} is not for this side to receive")
         if (request_id == 0) != (kind is Kind.HELLO):
             raise RemoteProtocolError(f"{kind.name} with request id {request_id}")
-        if meta_length > self.limits.meta_bytes or payload_length > self.limits.payload_bytes:
+        most_meta, most_payload, most_descriptors = self._most(kind)
+        if meta_length > most_meta or payload_length > most_payload:
             raise RemoteProtocolError(f"{kind.name} of {meta_length} + {payload_length} bytes is over the limit")
-        if descriptors > self.limits.descriptors:
+        if descriptors > most_descriptors:
             raise RemoteProtocolError(f"{kind.name} with {descriptors} descriptors is over the limit")
         self._fields = (kind, descriptors, request_id, meta_length)
         return int(meta_length + payload_length)
 
+    def _most(self, kind: Kind) -> tuple[int, int, int]:
+        """(bytes of meta, bytes of payload, descriptors) a frame of this kind may have."""
+        if kind is Kind.REPLY:
+            return self.limits.meta_bytes, self.limits.payload_bytes, self.limits.descriptors
+        if kind is Kind.HELLO:
+            return self.limits.hello_bytes, 0, 0
+        return 0 if kind in _NO_META else self.limits.meta_bytes, 0, 0
+
     def _complete(self) -> list[Frame]:
         assert self._body is not None
         kind, count, request_id, meta_length = self._fields
-        if len(self._descriptors) < count:
+        # A frame's descriptors come with its first byte, and no read goes over its end: none can be the next one's.
+        if len(self._descriptors) != count:
             raise RemoteProtocolError(f"{kind.name} announced {count} descriptors, {len(self._descriptors)} came")
         body = memoryview(self._body)
-        descriptors = tuple(self._descriptors.popleft() for _ in range(count))
-        frame = Frame(kind, request_id, body[:meta_length], body[meta_length:], descriptors)
-        self._body, self._filled = None, 0
         if kind is Kind.HELLO:
-            self._descriptors.extend(descriptors)
             try:
-                self.peer_hello = msgspec.msgpack.decode(frame.meta, type=Hello)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self.peer_hello = msgspec.msgpack.decode(body, type=Hello)
+            except DECODE_ERRORS as error:
                 raise RemoteProtocolError(f"HELLO refused: {error}") from error
-        return [frame]
+        descriptors = tuple(self._descriptors)
+        self._descriptors.clear()
+        self._body, self._filled = None, 0
+        return [Frame(kind, request_id, body[:meta_length], body[meta_length:], descriptors)]
 
     def drain_descriptors(self) -> list[int]:
         """Descriptors that belong to no complete frame: to be closed when the connection ends."""
@@ -140,6 +158,8 @@ class Connection:
             raise LocalProtocolError("HELLO is sent once")
         self._hello_sent = True
         meta = msgspec.msgpack.encode(hello)
+        if len(meta) > self.limits.hello_bytes:
+            raise LocalProtocolError(f"HELLO of {len(meta)} bytes is over the limit")
         return HEADER.pack(MAGIC, VERSION, Kind.HELLO, 0, 0, len(meta), 0) + meta
 
     def head(
@@ -154,9 +174,10 @@ class Connection:
         if kind not in self._sent_kinds:
             raise LocalProtocolError(f"{kind.name} is not for this side to send")
         encoded = msgspec.msgpack.encode(meta) if kind not in _NO_META else b""
-        if len(encoded) > self.limits.meta_bytes or payload_length > self.limits.payload_bytes:
+        most_meta, most_payload, most_descriptors = self._most(kind)
+        if len(encoded) > most_meta or payload_length > most_payload:
             raise LocalProtocolError(f"{kind.name} of {len(encoded)} + {payload_length} bytes is over the limit")
-        if descriptors > self.limits.descriptors:
+        if descriptors > most_descriptors:
             raise LocalProtocolError(f"{kind.name} with {descriptors} descriptors is over the limit")
         return HEADER.pack(MAGIC, VERSION, kind, descriptors, request_id, len(encoded), payload_length) + encoded
 
@@ -165,7 +186,7 @@ def decode_error(meta: Buffer) -> ErrorMeta:
     """Raises RemoteProtocolError."""
     try:
         return msgspec.msgpack.decode(meta, type=ErrorMeta)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise RemoteProtocolError(f"ERROR refused: {error}") from error
 
 
@@ -173,8 +194,8 @@ def decode_credit(meta: Buffer) -> int:
     """Raises RemoteProtocolError."""
     try:
         credit = msgspec.msgpack.decode(meta, type=int)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise RemoteProtocolError(f"CREDIT refused: {error}") from error
-    if not 0 < credit <= 1024:
+    if not 0 < credit <= _MAX_CREDIT:
         raise RemoteProtocolError(f"CREDIT of {credit}")
     return credit

@@ -41,6 +41,8 @@ _AS_RECEIVED: dict[str, type[errors.CachefsError]] = {
     "protocol-local": errors.RemoteProtocolError,
     "protocol-remote": errors.LocalProtocolError,
 }
+_MAX_TEXT = 4000
+"""Characters of one text of an error."""
 
 
 class ErrorMeta(msgspec.Struct, frozen=True, array_like=True):
@@ -55,12 +57,17 @@ class ErrorMeta(msgspec.Struct, frozen=True, array_like=True):
 def to_wire(error: BaseException) -> ErrorMeta:
     """Anything that is not a CachefsError becomes "internal error": its text is for our log, not for the network."""
     if isinstance(error, errors.ConfigError):
-        return ErrorMeta("config", str(error), [error.key, str(error.value), error.accepted])
+        return ErrorMeta("config", _text(error), [_text(error.key), _text(error.value), _text(error.accepted)])
     for error_class in type(error).__mro__:
         code = _NAMES.get(error_class)
         if code is not None:
-            return ErrorMeta(code, str(error))
+            return ErrorMeta(code, _text(error))
     return ErrorMeta("error", "internal error; the log of the answering process has the details")
+
+
+def _text(value: object) -> str:
+    """What can always be sent: names of files may be too long, and not text (surrogates)."""
+    return str(value)[:_MAX_TEXT].encode(errors="replace").decode()
 
 
 def from_wire(meta: ErrorMeta) -> errors.CachefsError:

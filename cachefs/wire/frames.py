@@ -17,6 +17,8 @@ import enum
 import struct
 from dataclasses import dataclass
 
+import msgspec
+
 from cachefs.model import MiB
 
 MAGIC = b"cF"
@@ -46,8 +48,13 @@ class Limits:
 
     meta_bytes: int = MiB
     payload_bytes: int = 16 * MiB
+    """Of a REPLY. Nothing else has a payload: no request needs one, and whoever answers must not be filled up."""
+    hello_bytes: int = 4096
     descriptors: int = 8
 
+
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that somebody else encoded; the last for nesting, also in fields nobody asked for."""
 
 STREAM_WINDOW = 4
 """ITEMs a stream may send before the first CREDIT, and what a receiver keeps it at."""

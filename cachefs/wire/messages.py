@@ -6,12 +6,23 @@ are `str`: keys and names that are not valid UTF-8 are hidden where they enter, 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
-from cachefs.model import NO_INO, Attr, ContentKey, Entry, Geometry, Ino
+from cachefs.model import NO_INO, Attr, ContentKey, Entry, Geometry, Ino, MiB
 from cachefs.wire.requests import Request, StreamRequest
 
-BlockName = tuple[ContentKey, int]
+FETCH_LIMIT = 16 * MiB
+"""Bytes of one `Fetch`: the largest payload of an answer."""
+
+# What askers send is checked before anybody computes with it: numbers that a database can hold, keys that are keys.
+InoField = Annotated[Ino, msgspec.Meta(ge=0, le=2**63 - 1)]
+Key = Annotated[ContentKey, msgspec.Meta(min_length=16, max_length=16)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+BlockName = tuple[Key, Index]
 """A `BlockId` on the wire."""
 
 
@@ -46,7 +57,7 @@ class AttrReply(msgspec.Struct, frozen=True, array_like=True):
 class GetAttr(Request[AttrReply], frozen=True):
     """Raises NotFoundError for a number that was never given out."""
 
-    ino: Ino
+    ino: InoField
 
 
 class ResolvePath(Request[AttrReply], frozen=True):
@@ -61,7 +72,7 @@ class LookupReply(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lookup(Request[LookupReply], frozen=True):
-    parent: Ino
+    parent: InoField
     name: str
 
 
@@ -75,8 +86,8 @@ class ListDir(StreamRequest[ListChunk], frozen=True):
     Raises NotFoundError, NotADirectory, StaleError, UnderStoreError and its kinds.
     """
 
-    ino: Ino
-    after: Ino = NO_INO
+    ino: InoField
+    after: InoField = NO_INO
 
 
 class Changes(msgspec.Struct, frozen=True, array_like=True):
@@ -178,8 +189,8 @@ class Holders(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Locate(Request[Holders], frozen=True):
-    key: ContentKey
-    block_index: int
+    key: Key
+    block_index: Index
 
 
 # ---- to the master, from workers -----------------------------------------------------------------------------------
@@ -220,19 +231,19 @@ class ObjectLocation(msgspec.Struct, frozen=True):
 class Resolve(Request[ObjectLocation], frozen=True):
     """Raises NotFoundError, IsADirectory."""
 
-    ino: Ino
+    ino: InoField
 
 
 class ReportChanged(Request[Done], frozen=True):
     """The under-store no longer has the version this inode stands for: look again."""
 
-    ino: Ino
+    ino: InoField
 
 
 class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
-    key: ContentKey
-    block_index: int
-    length: int
+    key: Key
+    block_index: Index
+    length: Bytes
 
 
 class ReportBlocks(Request[Done], frozen=True):
@@ -303,7 +314,7 @@ class Promote(Request[PromoteReply], frozen=True):
     Raises StaleError (the object changed), UnderStoreError and its kinds.
     """
 
-    ino: Ino
+    ino: InoField
 
 
 class FetchReply(msgspec.Struct, frozen=True, array_like=True):
@@ -325,10 +336,10 @@ class Fetch(Request[FetchReply], frozen=True):
     kinds.
     """
 
-    ino: Ino
-    block_index: int
-    offset: int
-    length: int
+    ino: InoField
+    block_index: Index
+    offset: Bytes
+    length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
     held: int
 
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, get_args
 import msgspec
 
 from cachefs.model import RemoteProtocolError
+from cachefs.wire.frames import DECODE_ERRORS
 
 R = TypeVar("R")
 
@@ -54,7 +55,7 @@ class RequestDecoder:
         """Raises RemoteProtocolError for an unknown request or a field that is not what it must be."""
         try:
             return self._decoder.decode(meta)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise RemoteProtocolError(f"request refused: {error}") from error
 
 
@@ -71,5 +72,5 @@ class ReplyDecoders:
             decoder = self._decoders[request_class] = msgspec.msgpack.Decoder(reply_type(request_class))
         try:
             return decoder.decode(meta)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise RemoteProtocolError(f"answer to {request_class.__name__} refused: {error}") from error

@@ -7,9 +7,10 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import trio
@@ -25,6 +26,12 @@ from cachefs.fuse import (
     OpenReply,
     SessionOptions,
     StatfsReply,
+    abort,
+    is_mounted,
+    mount,
+    open_device,
+    probe,
+    unmount,
 )
 from cachefs.fusewire import (
     NO_REPLY,
@@ -52,6 +59,7 @@ from cachefs.model import (
 from cachefs.net import open_background
 
 AGREED = negotiate(InitRequest(7, 45, 1 << 20, InitFlag((1 << 43) - 1)), InitOptions())
+ROOT = Attr(Ino(1), Kind.DIRECTORY, 0, 0, 0o755, 0, 0, ContentKey(b""))
 FILE = Attr(Ino(5), Kind.FILE, 1000, 0, 0o644, 0, 0, ContentKey(b""))
 
 
@@ -368,6 +376,24 @@ async def test_a_bug_is_logged_with_one_traceback(caplog: pytest.LogCaptureFixtu
     assert all("GETATTR" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.expect_warnings("injected")
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("error", [UnavailableError("the store is away"), ZeroDivisionError("bug"), OSError(5, "disk")])
+async def test_a_storm_of_errors_is_a_few_lines(
+    error: Exception, waits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with kernel() as it:
+        it.operations.error = error
+        it.operations.waits = waits
+        it.operations.go.set()
+        for _ in range(300):
+            assert (await it.ask(Opcode.READ, read()))[0] == errno.EIO
+        assert len(caplog.records) == 10
+        # Another kind has its own lines.
+        assert (await it.ask(Opcode.GETATTR, bytes(16)))[0] == errno.EIO
+        assert len(caplog.records) == 11 and "GETATTR" in caplog.text
+
+
 # ---- waiting and interrupts ----------------------------------------------------------------------------------------
 
 
@@ -439,6 +465,133 @@ async def test_cancelled_requests_stay_unanswered_for_a_successor() -> None:
         await it.running(1)
     assert it.operations.running == 0
     assert it.left == b""
+
+
+# ---- short and strange requests ------------------------------------------------------------------------------------
+
+BODIES = {
+    Opcode.LOOKUP: b"file\0",
+    Opcode.OPEN: bytes(8),
+    Opcode.READ: read(),
+    Opcode.RELEASE: bytes(24),
+    Opcode.OPENDIR: bytes(8),
+    Opcode.READDIR: read(),
+    Opcode.READDIRPLUS: read(),
+    Opcode.RELEASEDIR: bytes(24),
+}
+# Bytes of them that are looked at; what follows may be missing.
+NEEDED = {Opcode.LOOKUP: 5, Opcode.OPEN: 8, Opcode.OPENDIR: 0, Opcode.RELEASE: 8, Opcode.RELEASEDIR: 8}
+
+
+@pytest.mark.parametrize("opcode", sorted(BODIES))
+@pytest.mark.expect_warnings("logged")
+async def test_a_request_cut_anywhere_is_answered_once(opcode: Opcode) -> None:
+    body, needed = BODIES[opcode], NEEDED.get(opcode, 24)
+    async with kernel() as it:
+        codes = [(await it.ask(opcode, body[:length]))[0] for length in range(len(body) + 1)]
+        assert codes == [errno.EIO if length < needed else 0 for length in range(len(body) + 1)]
+        await it.alive()
+
+
+@pytest.mark.parametrize("opcode", sorted(NO_REPLY))
+@pytest.mark.expect_warnings("logged")
+async def test_a_cut_request_that_nobody_waits_for_is_not_answered(opcode: Opcode) -> None:
+    async with kernel() as it:
+        for length in range(24):
+            await it.send(opcode, b"\xff" * length)
+        await it.alive()
+
+
+@pytest.mark.parametrize("name", [b"", b"\0", b"file", b"x" * 4000, b"\xff" * 300])
+@pytest.mark.expect_warnings("logged")
+async def test_a_name_without_an_end(name: bytes) -> None:
+    async with kernel() as it:
+        assert await it.ask(Opcode.LOOKUP, name) == (errno.EIO, b"")
+        await it.alive()
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"x" * 4000, b"a/b", b"..", b"\n"])
+async def test_a_name_of_anything(name: bytes) -> None:
+    async with kernel() as it:
+        code, body = await it.ask(Opcode.LOOKUP, name + b"\0")
+        assert (code, body[:8]) == (0, bytes(8))
+
+
+@pytest.mark.parametrize("data", [b"\0", bytes(39), struct.pack("<I", 48) + bytes(36), b"\xff" * 40])
+@pytest.mark.expect_warnings("logged")
+async def test_what_has_no_header_is_dropped(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with kernel() as it:
+        for _ in range(100):
+            await it.link.send(data)
+        await it.alive()
+        assert len(caplog.records) == 10
+
+
+class Leaving(Scripted):
+    """Operations during which the mount goes away."""
+
+    def __init__(self, during: str, leave: Callable[[], object]) -> None:
+        super().__init__()
+        self.during = during
+        self.leave = leave
+        self.left = False
+
+    def getattr_nowait(self, node: int) -> AttrReply:
+        return AttrReply(node, ROOT if node == 1 else FILE, 1)
+
+    def lookup_nowait(self, parent: int, name: bytes) -> EntryReply:
+        self._leave("lookup")
+        return super().lookup_nowait(parent, name)
+
+    def open_nowait(self, node: int, flags: int) -> OpenReply:
+        self._leave("open")
+        return super().open_nowait(node, flags)
+
+    def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
+        self._leave("read")
+        return super().read_nowait(fh, offset, size)
+
+    def _leave(self, during: str) -> None:
+        if during == self.during:
+            self.left = True
+            self.leave()
+
+
+@pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+@pytest.mark.parametrize("during", ["lookup", "open", "read"])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_answer_after_the_mount_is_gone(tmp_path: Path, during: str, fails: bool) -> None:
+    """By the real device: the kernel wants neither answer nor error any more, and what was given is taken back."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    fd = open_device()
+    try:
+        mounted = await trio.to_thread.run_sync(mount, fd, mountpoint, "test")
+
+        def leave() -> None:
+            unmount(mountpoint, lazy=True)
+            abort(mounted.connection)
+            if fails:
+                raise NotFoundError("gone")
+
+        operations = Leaving(during, leave)
+        try:
+            with trio.fail_after(20):
+                async with trio.open_nursery() as nursery:
+                    # Returns by itself: the connection is gone.
+                    nursery.start_soon(KernelSession(fd, operations).serve)
+                    command = ["cat", str(mountpoint / "file")]
+                    reader = await trio.run_process(command, check=False, capture_stdout=True, capture_stderr=True)
+            assert reader.returncode == 1 and operations.left
+            if not fails:
+                assert operations.forgotten == ([(5, 1)] if during == "lookup" else [])
+                assert operations.released == ([(5, 9)] if during == "open" else [])
+        finally:
+            if is_mounted(mountpoint):
+                unmount(mountpoint, lazy=True)
+            abort(mounted.connection)
+    finally:
+        os.close(fd)
 
 
 # ---- garbage -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cachefs import fusewire
 from cachefs.fusewire import (
     UNIQUE_RESEND,
     Forget,
@@ -146,3 +147,38 @@ def test_garbage_raises_nothing_else(data: bytes) -> None:
             parse(data)
         except RemoteProtocolError:
             pass
+
+
+def test_every_parser_has_its_golden_bytes() -> None:
+    parsers = {name.removeprefix("parse_") for name in fusewire.__all__ if name.startswith("parse_")}
+    assert parsers == {*PARSERS, "header", "init"}
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A legal request with bytes flipped, cut out, put in, or said twice."""
+    data = bytearray(request(draw(st.sampled_from([body for _, body, _ in PARSERS.values()]))))
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(data)))
+        end = draw(st.integers(at, len(data)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "repeat"])):
+            case "flip" if at < len(data):
+                data[at] ^= draw(st.integers(1, 255))
+            case "cut":
+                del data[at:end]
+            case "insert":
+                data[at:at] = draw(st.binary(max_size=40))
+            case "repeat":
+                data[at:at] = data[at:end]
+    return bytes(data)
+
+
+@given(damaged())
+def test_damage_is_a_protocol_error_or_a_request(data: bytes) -> None:
+    for parse in (parse_header, parse_init, *(parser for parser, _, _ in PARSERS.values())):
+        try:
+            parsed = parse(data)
+        except RemoteProtocolError:
+            continue
+        if isinstance(parsed, list):
+            assert len(parsed) * 16 <= len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -204,6 +205,47 @@ async def test_what_is_old_is_served_and_looked_at_in_the_background(tmp_path: P
         with trio.fail_after(10):
             while sorted(await it.names()) != ["a", "b"]:
                 await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("back_s", [10, 3600, 10 * 365 * 86_400])
+async def test_a_clock_that_was_set_back_makes_everything_old(
+    tmp_path: Path, back_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was looked at in what is now the future is not believed until then."""
+    async with scene(tmp_path, sync_interval_s=3600) as it:
+        (it.root / "dir").mkdir()
+        (it.root / "dir/a").write_bytes(b"x")
+        (it.root / "single").write_bytes(b"x")
+        directory = (await it.namespace.resolve_path("/dir")).attr.ino
+        assert await it.names(directory) == ["a"]
+        before = await it.namespace.lookup(ROOT_INO, "single")
+        assert await it.names(directory) == ["a"] and it.store.listings == 1 and it.store.stats == 2
+        real_ns = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: real_ns() - back_s * 1_000_000_000)
+        (it.root / "dir/b").write_bytes(b"x")
+        (it.root / "single").write_bytes(b"changed")
+        with trio.fail_after(10):
+            while sorted(await it.names(directory)) != ["a", "b"]:
+                await trio.sleep(0.01)
+            while await it.namespace.lookup(ROOT_INO, "single") == before:
+                await trio.sleep(0.01)
+        # By now everything has a time of the new clock, and is believed again.
+        listings, stats = it.store.listings, it.store.stats
+        assert sorted(await it.names(directory)) == ["a", "b"]
+        assert (await it.namespace.lookup(directory, "a")) and await it.namespace.lookup(ROOT_INO, "single")
+        assert (it.store.listings, it.store.stats) == (listings, stats)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "dir/file", "/", "../data/dir", "dir/../dir", "a\0b", "x" * 256])
+async def test_what_cannot_be_a_name_is_never_asked_for(tmp_path: Path, name: str) -> None:
+    """No way out of the store, and no second name for an inode."""
+    async with scene(tmp_path, sync_interval_s=0) as it:
+        (it.root / "dir").mkdir()
+        (it.root / "dir/file").touch()
+        assert await it.namespace.lookup(ROOT_INO, name) is None
+        assert it.store.stats == 0
+        with pytest.raises(NotFoundError):
+            await it.namespace.resolve_path("/dir/../dir")
 
 
 async def test_a_directory_that_is_gone_goes(tmp_path: Path) -> None:

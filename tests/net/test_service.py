@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from cachefs.model import CachefsError, ConfigError, MiB, NotFoundError, TransportError
+from cachefs.model import CachefsError, ConfigError, MiB, NotFoundError, RemoteProtocolError, TransportError
 from cachefs.net import (
     Address,
     Answer,
@@ -73,6 +73,7 @@ class Handlers:
         self.cancelled = trio.Event()
         self.release = trio.Event()
         self.sent = 0
+        self.large_answers = 0
         self.stream_closed = trio.Event()
         self.sessions: list[Session] = []
         self.service = Service()
@@ -106,6 +107,7 @@ class Handlers:
         return "released"
 
     async def large(self, request: Large, session: Session) -> Answer[int]:
+        self.large_answers += 1
         return Answer(request.size, bytes(request.size))
 
     async def slice(self, request: Slice, session: Session) -> Answer[str]:
@@ -344,6 +346,119 @@ async def test_a_client_that_never_reads_holds_nobody_up(handlers: Handlers, add
                 # Its socket is full; ours is another one.
                 assert (await peer.call(Echo("passes"))).message == "passes"
         assert (await peer.call(Echo("passes"))).message == "passes"
+
+
+async def test_answers_nobody_reads_are_few(handlers: Handlers, address: Address) -> None:
+    """Requests wait while answers do, and go on when those are read."""
+    async with serving(handlers, address) as bound:
+        with raw_connection(bound) as slow:
+            asking = Connection(asking=True)
+            slow.sendall(asking.hello(Hello("slow")))
+            slow.sendall(b"".join(asking.head(Kind.REQUEST, number, Large(8 * MiB)) for number in range(1, 101)))
+            async with open_peer(bound, Hello("client")) as peer:
+                for _ in range(20):
+                    await peer.call(Echo("passes"))
+            # 32 MiB, and those that had begun before the first of them could not be sent.
+            assert 1 <= handlers.large_answers <= 30
+            slow.setblocking(False)
+            left = 100
+            while left:
+                with trio.fail_after(20):
+                    await trio.lowlevel.wait_readable(slow)
+                with asking.get_buffer() as buffer:
+                    count = slow.recv_into(buffer)
+                left -= sum(frame.kind is Kind.REPLY for frame in asking.buffer_updated(count))
+            assert handlers.large_answers == 100
+
+
+@pytest.mark.expect_warnings("repeated failures")
+async def test_a_storm_of_failures_is_a_few_lines(
+    handlers: Handlers, unix: UnixAddress, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(handlers, unix) as bound, open_peer(bound, Hello("client")) as peer:
+        for _ in range(200):
+            with pytest.raises(CachefsError, match="internal error"):
+                await peer.call(Fail("unknown"))
+        for _ in range(50):
+            with raw_connection(bound) as sock:
+                sock.sendall(b"x" * 100)
+                sock.setblocking(False)
+                await trio.lowlevel.wait_readable(sock)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("request failed request=Fail" in message for message in messages) == 10
+    assert sum("not a cachefs peer" in message for message in messages) == 10
+
+
+async def second_frame(sock: socket.socket) -> None:
+    """Read HELLO and the first request."""
+    answering = Connection(asking=False)
+    frames = 0
+    while frames < 2:
+        await trio.lowlevel.wait_readable(sock)
+        with answering.get_buffer() as buffer:
+            count = sock.recv_into(buffer)
+        frames += len(answering.buffer_updated(count))
+
+
+@pytest.mark.expect_warnings("the server breaks the rules")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 100,
+        HEADER.pack(MAGIC, VERSION, Kind.REQUEST, 0, 1, 0, 0),
+        HEADER.pack(MAGIC, VERSION, Kind.REPLY, 0, 1, 1 << 31, 0),
+        HEADER.pack(MAGIC, VERSION, Kind.REPLY, 0, 1, 0, 1 << 31),
+        HEADER.pack(MAGIC, VERSION, Kind.REPLY, 5, 1, 0, 0),
+        HEADER.pack(MAGIC, VERSION, Kind.REPLY, 0, 1, 100, 0) + b"half",
+        b"",
+    ],
+)
+async def test_damage_from_a_server_fails_its_calls(damage: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        before = descriptors()
+        listener.setblocking(False)
+        address = TcpAddress("127.0.0.1", listener.getsockname()[1])
+
+        async def answer() -> None:
+            await trio.lowlevel.wait_readable(listener)
+            with listener.accept()[0] as sock:
+                sock.sendall(Connection(asking=False).hello(Hello("server")))
+                await second_frame(sock)
+                sock.sendall(damage)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            with trio.fail_after(20), pytest.raises(TransportError):
+                async with open_peer(address, Hello("client")) as peer:
+                    await peer.call(Echo("x"))
+        assert descriptors() == before
+
+
+@pytest.mark.parametrize("meta", [b"", b"\xc1", b"\x80", b"\x91" * 100_000 + b"\xc0", b"\xdb\xff\xff\xff\xff"])
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR, Kind.ITEM])
+async def test_an_answer_that_is_none_is_an_error_of_its_call(kind: Kind, meta: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        address = TcpAddress("127.0.0.1", listener.getsockname()[1])
+
+        async def answer() -> None:
+            await trio.lowlevel.wait_readable(listener)
+            with listener.accept()[0] as sock:
+                sock.sendall(Connection(asking=False).hello(Hello("server")))
+                await second_frame(sock)
+                sock.sendall(HEADER.pack(MAGIC, VERSION, kind, 0, 1, len(meta), 0) + meta)
+                await trio.lowlevel.wait_readable(sock)
+                sock.recv(1000)
+                sock.sendall(HEADER.pack(MAGIC, VERSION, Kind.REPLY, 0, 2, 5, 0) + b"\xa4fine")
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            async with open_peer(address, Hello("client")) as peer:
+                with trio.fail_after(20), pytest.raises(RemoteProtocolError):
+                    await peer.call(Echo("x"))
+                assert (await peer.call(Echo("y"))).message == "fine"
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_pool_connects_when_needed_and_again_after_a_loss(handlers: Handlers, unix: UnixAddress) -> None:

@@ -60,11 +60,13 @@ def pair(limits: Limits = SMALL) -> tuple[Connection, Connection]:
 def test_frames_arrive_as_they_were_sent(chunk: int) -> None:
     asking, answering = pair()
     assert asking.peer_hello == Hello("master", name="m")
-    data = asking.head(Kind.REQUEST, 5, Ask("hi"), 3) + b"abc" + asking.head(Kind.CANCEL, 5)
+    data = asking.head(Kind.REQUEST, 5, Ask("hi")) + asking.head(Kind.CANCEL, 5)
     first, second = feed(answering, data, chunk)
-    assert (first.kind, first.request_id, bytes(first.payload)) == (Kind.REQUEST, 5, b"abc")
+    assert (first.kind, first.request_id, bytes(first.payload)) == (Kind.REQUEST, 5, b"")
     assert RequestDecoder([Ask]).decode(first.meta) == Ask("hi")
     assert (second.kind, second.request_id) == (Kind.CANCEL, 5)
+    (reply,) = feed(asking, answering.head(Kind.REPLY, 5, "x", 3) + b"abc", chunk)
+    assert (reply.kind, reply.request_id, bytes(reply.payload)) == (Kind.REPLY, 5, b"abc")
 
 
 def test_descriptors_go_with_their_frame() -> None:

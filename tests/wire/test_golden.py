@@ -1,0 +1,356 @@
+"""Golden bytes: every message and every frame as it is on the wire today, whole and cut at every byte.
+
+A test that fails here means that processes of two versions would not understand each other: change the version of the
+protocol, or add a field with a default instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefs.model import Attr, ContentKey, Entry, Geometry, Ino, Kind, LocalProtocolError, RemoteProtocolError
+from cachefs.wire import Connection, ErrorMeta, Frame, Hello, RequestDecoder, reply_type
+from cachefs.wire import Kind as FrameKind
+from cachefs.wire import messages as m
+
+GEOMETRY = Geometry(1 << 20, 1 << 16)
+CLUSTER = m.ClusterInfo("c", "n", GEOMETRY, 60.0)
+KEY = ContentKey(b"k" * 16)
+ATTR = Attr(Ino(7), Kind.FILE, 1000, 5, 0o644, 0, 0, KEY)
+
+MESSAGES: list[tuple[Any, bytes]] = [
+    (
+        m.Done(),
+        b"\x90",
+    ),
+    (
+        m.ClusterInfo("c", "n", GEOMETRY, 60.0),
+        b"\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00\xce\x00\x01"
+        b"\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00",
+    ),
+    (
+        m.GetCluster(),
+        b"\x81\xa1q\xaaGetCluster",
+    ),
+    (
+        m.AttrReply(ATTR, False),
+        b"\x92\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xc2",
+    ),
+    (
+        m.GetAttr(Ino(7)),
+        b"\x82\xa1q\xa7GetAttr\xa3ino\x07",
+    ),
+    (
+        m.ResolvePath("/a/b"),
+        b"\x82\xa1q\xabResolvePath\xa4path\xa4/a/b",
+    ),
+    (
+        m.LookupReply(ATTR),
+        b"\x91\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk",
+    ),
+    (
+        m.LookupReply(None),
+        b"\x91\xc0",
+    ),
+    (
+        m.Lookup(Ino(1), "näme"),
+        b"\x83\xa1q\xa6Lookup\xa6parent\x01\xa4name\xa5n\xc3\xa4me",
+    ),
+    (
+        m.ListChunk([Entry("a", ATTR)]),
+        b"\x91\x91\x92\xa1a\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk",
+    ),
+    (
+        m.ListDir(Ino(1), Ino(6)),
+        b"\x83\xa1q\xa7ListDir\xa3ino\x01\xa5after\x06",
+    ),
+    (
+        m.Changes([(Ino(1), ["a", "b"])], True),
+        b"\x92\x91\x92\x01\x92\xa1a\xa1b\xc3",
+    ),
+    (
+        m.Watch(),
+        b"\x81\xa1q\xa5Watch",
+    ),
+    (
+        m.RefreshReply(1, 2),
+        b"\x82\xabdirectories\x01\xa7changed\x02",
+    ),
+    (
+        m.Refresh("/a", True),
+        b"\x83\xa1q\xa7Refresh\xa4path\xa2/a\xa9recursive\xc3",
+    ),
+    (
+        m.LoadProgress(1, 2, 3, 4, [("/a", "why")]),
+        b"\x85\xb1directories_found\x01\xb0directories_done\x02\xa5files\x03\xa5bytes\x04\xa6failed\x91"
+        b"\x92\xa2/a\xa3why",
+    ),
+    (
+        m.LoadMetadata("/a"),
+        b"\x82\xa1q\xacLoadMetadata\xa4path\xa2/a",
+    ),
+    (
+        m.MountInfo("/", "s3://b", 1, 2, 3, 4),
+        b"\x86\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04",
+    ),
+    (
+        m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
+        b"\x87\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot\xa9connected\xc3"
+        b"\xa6blocks\x01\xabblock_bytes\x02",
+    ),
+    (
+        m.MasterStatus(CLUSTER, 1.5, [], []),
+        b"\x84\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00"
+        b"\xce\x00\x01\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa8uptime_s\xcb?\xf8\x00"
+        b"\x00\x00\x00\x00\x00\xa6mounts\x90\xa7workers\x90",
+    ),
+    (
+        m.GetMasterStatus(),
+        b"\x81\xa1q\xafGetMasterStatus",
+    ),
+    (
+        m.Holders(["w"]),
+        b"\x91\x91\xa1w",
+    ),
+    (
+        m.Locate(KEY, 1),
+        b"\x83\xa1q\xa6Locate\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01",
+    ),
+    (
+        m.StoreInfo(1, "s3://b", {"key": "value"}),
+        b"\x83\xa8store_id\x01\xa3url\xa6s3://b\xa7options\x81\xa3key\xa5value",
+    ),
+    (
+        m.Registered(CLUSTER, []),
+        b"\x82\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00"
+        b"\xce\x00\x01\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa6stores\x90",
+    ),
+    (
+        m.RegisterWorker("w", "h:1", "/s", "boot"),
+        b"\x85\xa1q\xaeRegisterWorker\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot",
+    ),
+    (
+        m.ObjectLocation(ATTR, True, 1, "a/b", "tag"),
+        b"\x85\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasuperse"
+        b"ded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag",
+    ),
+    (
+        m.Resolve(Ino(7)),
+        b"\x82\xa1q\xa7Resolve\xa3ino\x07",
+    ),
+    (
+        m.ReportChanged(Ino(7)),
+        b"\x82\xa1q\xadReportChanged\xa3ino\x07",
+    ),
+    (
+        m.HeldBlock(KEY, 1, 4096),
+        b"\x93\xc4\x10kkkkkkkkkkkkkkkk\x01\xcd\x10\x00",
+    ),
+    (
+        m.ReportBlocks([m.HeldBlock(KEY, 0, 9)], [(KEY, 1)], True),
+        b"\x84\xa1q\xacReportBlocks\xa5added\x91\x93\xc4\x10kkkkkkkkkkkkkkkk\x00\t\xa7removed\x91\x92\xc4"
+        b"\x10kkkkkkkkkkkkkkkk\x01\xa5whole\xc3",
+    ),
+    (
+        m.TierInfo("ssd", "/t", 1, 2, 3, 4, 5, 6),
+        b"\x88\xa4kind\xa3ssd\xa4path\xa2/t\xaecapacity_bytes\x01\xaaused_bytes\x02\xaereserved_bytes\x03"
+        b"\xa6blocks\x04\xa8partials\x05\xa9evictions\x06",
+    ),
+    (
+        m.FetchCounters(1, 2, 3, 4, 5, 6, 7),
+        b"\x87\xb1under_store_bytes\x01\xb1under_store_reads\x02\xadpages_fetched\x03\xadblocks_sealed"
+        b"\x04\xa7changed\x05\xa7corrupt\x06\xacnot_admitted\x07",
+    ),
+    (
+        m.OpenCounts(1, 2),
+        b"\x82\xabpassthrough\x01\xa6cached\x02",
+    ),
+    (
+        m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
+        b"\x86\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers"
+        b"\x90\xa8counters\x87\xb1under_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xad"
+        b"blocks_sealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xa5opens\x82\xabpassthrough"
+        b"\x00\xa6cached\x00",
+    ),
+    (
+        m.GetWorkerStatus(),
+        b"\x81\xa1q\xafGetWorkerStatus",
+    ),
+    (
+        m.PromoteReply(True),
+        b"\x91\xc3",
+    ),
+    (
+        m.Promote(Ino(7)),
+        b"\x82\xa1q\xa7Promote\xa3ino\x07",
+    ),
+    (
+        m.FetchReply(-5, [(0, 3)]),
+        b"\x92\xfb\x91\x92\x00\x03",
+    ),
+    (
+        m.Fetch(Ino(7), 1, 4096, 65536, -5),
+        b"\x86\xa1q\xa5Fetch\xa3ino\x07\xabblock_index\x01\xa6offset\xcd\x10\x00\xa6length\xce\x00\x01"
+        b"\x00\x00\xa4held\xfb",
+    ),
+    (
+        m.Opened([(KEY, 0)], m.OpenCounts(1, 0)),
+        b"\x83\xa1q\xa6Opened\xa6blocks\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x00\xa6counts\x82\xabpassthrough"
+        b"\x01\xa6cached\x00",
+    ),
+]
+
+ALL = pytest.mark.parametrize(("message", "golden"), MESSAGES, ids=[type(each).__name__ for each, _ in MESSAGES])
+CLASSES = [
+    each
+    for _, each in inspect.getmembers(m, inspect.isclass)
+    if each.__module__ == m.__name__ and issubclass(each, msgspec.Struct)
+]
+REQUESTS = [each for each in CLASSES if each.__struct_config__.tag]
+
+
+def test_every_message_has_its_golden_bytes() -> None:
+    missing = {each.__name__ for each in CLASSES} - {type(message).__name__ for message, _ in MESSAGES}
+    assert not missing, "add what it is encoded as to MESSAGES"
+    for request in REQUESTS:
+        answer = reply_type(request)
+        assert answer.__module__ != m.__name__ or answer in CLASSES
+
+
+@ALL
+def test_a_message_is_encoded_as_ever(message: Any, golden: bytes) -> None:
+    assert msgspec.msgpack.encode(message) == golden
+    assert msgspec.msgpack.decode(golden, type=type(message)) == message
+
+
+@ALL
+def test_a_message_cut_anywhere_is_refused(message: Any, golden: bytes) -> None:
+    for length in range(len(golden)):
+        with pytest.raises(msgspec.MsgspecError):
+            msgspec.msgpack.decode(golden[:length], type=type(message))
+
+
+@pytest.mark.parametrize(
+    "message", [each for each, _ in MESSAGES if type(each) in REQUESTS], ids=lambda each: type(each).__name__
+)
+def test_a_request_is_found_among_all(message: Any) -> None:
+    assert RequestDecoder(REQUESTS).decode(msgspec.msgpack.encode(message)) == message
+
+
+# ---- frames --------------------------------------------------------------------------------------------------------
+
+HELLO = (
+    bytes.fromhex(
+        "6346 01 01"  # magic, version, HELLO
+        "00000000 0000000000000000"  # no descriptors, no id
+        "26000000 00000000"  # 38 bytes of meta, no payload
+    )
+    + b"\x83\xa4role\xa6client\xa4name\xa1n\xacnamespace_id\xa4abcd"
+)
+REQUEST = bytes.fromhex("6346 01 02 00000000 0500000000000000 10000000 00000000") + b"\x82\xa1q\xa7GetAttr\xa3ino\x07"
+CANCEL = bytes.fromhex("6346 01 06 00000000 0500000000000000 00000000 00000000")
+CREDIT = bytes.fromhex("6346 01 07 00000000 0500000000000000 01000000 00000000 03")
+REPLY = bytes.fromhex("6346 01 03 00000000 0500000000000000 01000000 05000000 90") + b"bytes"
+ITEM = bytes.fromhex("6346 01 04 00000000 0500000000000000 02000000 00000000 9190")
+ERROR = bytes.fromhex("6346 01 05 00000000 0500000000000000 13000000 00000000") + b"\x93\xa9not-found\xa6no way\x90"
+ASKED = [REQUEST, CREDIT, CANCEL]
+ANSWERED = [REPLY, ITEM, ERROR]
+NAMES = Hello("client", "n", "abcd")
+
+
+def test_frames_are_encoded_as_ever() -> None:
+    asking, answering = Connection(asking=True), Connection(asking=False)
+    assert asking.hello(NAMES) == HELLO
+    answering.hello(NAMES)
+    assert asking.head(FrameKind.REQUEST, 5, m.GetAttr(Ino(7))) == REQUEST
+    assert asking.head(FrameKind.CANCEL, 5) == CANCEL
+    assert asking.head(FrameKind.CREDIT, 5, 3) == CREDIT
+    assert answering.head(FrameKind.REPLY, 5, m.Done(), 5) + b"bytes" == REPLY
+    assert answering.head(FrameKind.ITEM, 5, m.ListChunk([])) == ITEM
+    assert answering.head(FrameKind.ERROR, 5, ErrorMeta("not-found", "no way")) == ERROR
+
+
+def feed(connection: Connection, *parts: bytes) -> list[Frame]:
+    """As a socket would: never more than the buffer that is offered."""
+    frames = []
+    for part in parts:
+        while part:
+            with connection.get_buffer() as buffer:
+                assert len(buffer) > 0
+                count = min(len(buffer), len(part))
+                buffer[:count] = part[:count]
+            part = part[count:]
+            frames += connection.buffer_updated(count)
+    return frames
+
+
+@pytest.mark.parametrize("asking", [True, False])
+def test_frames_cut_at_every_byte(asking: bool) -> None:
+    frames = ANSWERED if asking else ASKED
+    stream = b"".join([HELLO, *frames])
+    whole = feed(Connection(asking=asking), stream)
+    assert [frame.kind for frame in whole] == [1, *(frame[3] for frame in frames)]
+    for cut in range(1, len(stream)):
+        assert feed(Connection(asking=asking), stream[:cut], stream[cut:]) == whole
+    assert feed(Connection(asking=asking), *(stream[at : at + 1] for at in range(len(stream)))) == whole
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw: st.DrawFn, frames: list[bytes]) -> bytes:
+    """A legal stream with bytes flipped, cut out, put in, or played twice."""
+    stream = bytearray(HELLO + b"".join(draw(st.lists(st.sampled_from(frames), max_size=6))))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(stream)))
+        end = draw(st.integers(at, min(len(stream), at + 40)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "repeat"])):
+            case "flip" if at < len(stream):
+                stream[at] ^= draw(st.integers(1, 255))
+            case "cut":
+                del stream[at:end]
+            case "insert":
+                stream[at:at] = draw(st.binary(max_size=40))
+            case "repeat":
+                stream[at:at] = stream[at:end]
+    return bytes(stream)
+
+
+@given(damaged(ASKED) | damaged(ANSWERED), st.booleans(), st.integers(1, 100))
+def test_damage_is_a_protocol_error_or_a_legal_frame(stream: bytes, asking: bool, chunk: int) -> None:
+    connection = Connection(asking=asking)
+    taken = 0
+    try:
+        for at in range(0, len(stream), chunk):
+            for frame in feed(connection, stream[at : at + chunk]):
+                taken += 24 + len(frame.meta) + len(frame.payload)
+                assert len(frame.meta) <= connection.limits.meta_bytes
+                assert frame.kind in ((3, 4, 5) if asking else (2, 6, 7)) or (taken == len(HELLO) and frame.kind == 1)
+    except RemoteProtocolError:
+        with pytest.raises(LocalProtocolError):
+            connection.buffer_updated(0)
+    assert taken <= len(stream)
+
+
+def test_room_is_made_as_a_body_arrives() -> None:
+    """A header alone costs whoever answers next to nothing, whatever it announces."""
+    connection = Connection(asking=False)
+    feed(connection, HELLO)
+    length = connection.limits.meta_bytes
+    feed(connection, bytes.fromhex("6346 01 02 00000000 0500000000000000") + length.to_bytes(4, "little") + bytes(4))
+    arrived = 0
+    while arrived < length - 1:
+        with connection.get_buffer() as buffer:
+            assert len(buffer) <= max(1 << 16, arrived)
+            count = min(len(buffer), length - 1 - arrived)
+        arrived += count
+        assert connection.buffer_updated(count) == []
+    connection.get_buffer().release()
+    assert len(connection.buffer_updated(1)) == 1
