@@ -1,7 +1,7 @@
 """Telling the kernel that names it believes in have changed, from a thread of its own.
 
 Such a write waits for the lock of the directory, which the kernel holds while it waits for our answer about another
-name in it: whoever answers must never wait for one. When it hangs, nothing else does; the end of the connection ends it.
+name in it: whoever answers must never wait for one. When it hangs, nothing else does; with the connection it ends.
 
 What is waiting to be told is bounded: with too much of it, the kernel is told to believe nothing at all.
 """
