@@ -390,6 +390,10 @@ class Metadata:
         self._remember_name(parent, entry.name, entry.attr.ino)
 
     def _remember_name(self, parent: Ino, name: str, ino: Ino) -> None:
+        before = self._names.get((parent, name))
+        if before is not None and before.ino != ino:
+            # Superseded, or one of two answers came late: to be asked for.
+            self._attrs.pop(before.ino, None)
         self._names[(parent, name)] = _Name(ino, trio.current_time() + self.ttl_s, self._generation)
         self._names.move_to_end((parent, name))
         if len(self._names) > self._max_names:
