@@ -13,6 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
 Fault = Literal["slow-down", "internal-error", "reset", "cut-off", "other-etag", "stall"]
 """
 slow-down, internal-error   503 SlowDown, 500 InternalError
@@ -37,6 +41,8 @@ class FaultyS3:
     def __init__(self, endpoint: str, port: int) -> None:
         self.endpoint = f"http://127.0.0.1:{port}"
         self.upstream = urlsplit(endpoint)
+        self.ignores_if_match: tuple[str, str] | None = None
+        """Key and secret, to sign requests anew without their If-Match: some servers know nothing of it."""
         self.requests: list[tuple[str, str]] = []
         """(method, path with query) of everything that came."""
         self._orders: list[_Order] = []
@@ -88,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             # The Host header goes on as it came: it is part of the signature.
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            for name, value in self._headers():
                 upstream.putheader(name, value)
             upstream.endheaders(body)
             response = upstream.getresponse()
@@ -105,6 +111,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(response.status, answer, content, fault, length)
         finally:
             upstream.close()
+
+    def _headers(self) -> list[tuple[str, str]]:
+        identity = self.faulty.ignores_if_match
+        if identity is None or self.headers["If-Match"] is None:
+            return list(self.headers.items())
+        kept = {name: self.headers[name] for name in ("Host", "Range") if self.headers[name] is not None}
+        request = AWSRequest(self.command, self.faulty.upstream.geturl() + self.path, headers=kept)
+        S3SigV4Auth(Credentials(*identity), "s3", "us-east-1").add_auth(request)
+        return list(request.headers.items())
 
     def _answer(
         self,
