@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from cachefs.fuse import probe
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.worker import WorkerConfig
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -390,3 +392,41 @@ def test_the_check_sees_what_it_must() -> None:
     assert "damaged" in check("name", old[:5000] + b"!" + old[5001:], 0, set())
     assert "cut" in check("name", old[:-50], 0, set())
     assert "mixed" in check("name", content("name", 1, 4096), 0, {(1, 8192)})
+
+
+def test_killed_readers_of_a_stalled_store_free_what_they_hold(s3_bucket: Bucket, tmp_path: Path) -> None:
+    """As many as the worker fetches for at once, all waiting in open(2). They die at once, and the next one is served
+    though the store goes on stalling those."""
+    slots = WorkerConfig.demand_slots
+    s3_bucket.put({f"cold/{number}": content("cold", 1, PAGE) for number in range(slots)})
+    s3_bucket.put({"warm": content("warm", 1, PAGE), "other": content("other", 1, PAGE)})
+    with running_faulty_s3(s3_bucket.server.endpoint) as faulty:
+        # Ended by the kill, not by a time-out of the socket.
+        slow = ["--ufs-option", "read_timeout=600", "--ufs-option", "deadline=600"]
+        with up(s3_bucket, tmp_path, *slow, faulty=faulty) as (root, process):
+            assert subprocess.run(["cat", root / "warm"], capture_output=True).stdout == content("warm", 1, PAGE)
+            assert subprocess.run(["ls", root / "cold"], capture_output=True).stdout
+            faulty.inject("stall", part="cold/", times=1000)
+            readers = [
+                subprocess.Popen(["cat", root / "cold" / str(number)], stdout=subprocess.DEVNULL)
+                for number in range(slots)
+            ]
+            deadline = time.monotonic() + 30
+            while (
+                sum(method == "GET" and "cold/" in path and "list-type" not in path for method, path in faulty.requests)
+                < slots
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            for reader in readers:
+                reader.kill()
+            for reader in readers:
+                assert reader.wait(10) == -signal.SIGKILL
+            done = subprocess.run(["cat", root / "other"], capture_output=True, timeout=20)
+            assert done.stdout == content("other", 1, PAGE)
+            # Nothing is left of them: the same files are read once the store answers.
+            faulty.release()
+            for number in (0, slots - 1):
+                done = subprocess.run(["cat", root / "cold" / str(number)], capture_output=True, timeout=20)
+                assert done.stdout == content("cold", 1, PAGE)
+            assert process.end() == 0
