@@ -71,6 +71,7 @@ class Client:
         self._opened: set[BlockId] = set()
         self._opens = {"passthrough": 0, "cached": 0}
         self._settling = trio.Lock()
+        self._watching = trio.CancelScope()
         self.view = self._look_at(cluster, 0)
         """The namespace as it is now; those before are kept by whoever has something open in them."""
 
@@ -110,6 +111,8 @@ class Client:
                 return True
             logger.warning("the master has another namespace now, everything known is forgotten epoch=%d", view.epoch)
             self.view = self._look_at(cluster, view.epoch + 1)
+            # What changes in the one before concerns nobody any more, should its master go on telling it.
+            self._watching.cancel()
         self.on_everything()
         return False
 
@@ -162,26 +165,32 @@ class Client:
         """
         pause_s = _WATCH_PAUSE_S
         started = False
+
+        def start() -> None:
+            nonlocal started
+            if not started:
+                started = True
+                task_status.started()
+
         while True:
             view = self.view
             try:
-                async with view.metadata.watch() as stream:
-                    first = True
-                    async for changes in stream:
-                        if view is not self.view:
-                            break
-                        told = view.metadata.apply(changes)
-                        if first or changes.everything:
-                            # What changed before we were listening was told to nobody.
-                            view.metadata.distrust()
-                            self.on_everything()
+                with trio.CancelScope() as self._watching:
+                    async with view.metadata.watch() as stream:
+                        first = True
+                        async for changes in stream:
+                            told = view.metadata.apply(changes)
+                            if first or changes.everything:
+                                # What changed before we were listening was told to nobody.
+                                view.metadata.distrust()
+                                self.on_everything()
+                            elif told:
+                                self.on_changed(view, told)
+                            first = False
                             pause_s = _WATCH_PAUSE_S
-                        elif told:
-                            self.on_changed(view, told)
-                        first = False
-                        if not started:
-                            started = True
-                            task_status.started()
+                            start()
+                if view is not self.view:
+                    continue
             except NamespaceChangedError:
                 await self._is_current(view)
             except TransportError as error:
@@ -189,9 +198,7 @@ class Client:
             except CachefsError as error:
                 logger.info("the master tells no changes error=%s", error)
                 pause_s = _WATCH_REFUSED_PAUSE_S
-            if not started:
-                started = True
-                task_status.started()
+            start()
             await trio.sleep(pause_s)
             pause_s = min(_WATCH_LONGEST_PAUSE_S, 2 * pause_s)
 

@@ -205,7 +205,10 @@ async def test_a_change_is_seen_long_before_names_expire(tmp_path: Path, everyth
             }
 
 
-async def test_who_stands_in_a_directory_that_is_asked_for_again_notices_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("everything", [False, True])
+async def test_who_stands_in_a_directory_that_is_asked_for_again_notices_nothing(
+    tmp_path: Path, everything: bool
+) -> None:
     async with scene(tmp_path, {"dir/sub/file": b"x"}) as it:
         standing = await trio.lowlevel.open_process(
             ["sh", "-c", "stat -c %s file; read go; /bin/pwd; stat -c %s file new 2>&1"],
@@ -215,8 +218,11 @@ async def test_who_stands_in_a_directory_that_is_asked_for_again_notices_nothing
         )
         assert await receive(standing, 2) == b"1\n"
         asked = len(it.relay.asked)
-        it.relay.tell(ROOT_INO, "dir")
-        it.relay.tell((await it.find("/dir")).ino, "sub")
+        if everything:
+            it.relay.tell_everything()
+        else:
+            it.relay.tell(ROOT_INO, "dir")
+            it.relay.tell((await it.find("/dir")).ino, "sub")
         with trio.fail_after(LIMIT_S):
             while len([each for each in it.relay.asked[asked:] if isinstance(each, Lookup)]) < 2:
                 await it.sh("stat dir/sub")
