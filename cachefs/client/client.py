@@ -196,7 +196,7 @@ class Client:
             except TransportError as error:
                 logger.debug("changes not heard of error=%s", error)
             except CachefsError as error:
-                logger.info("the master tells no changes error=%s", error)
+                logger.log(logging.DEBUG if started else logging.INFO, "the master tells no changes error=%s", error)
                 pause_s = _WATCH_REFUSED_PAUSE_S
             start()
             await trio.sleep(pause_s)
