@@ -102,12 +102,18 @@ def read_one(name, fd):
         for _ in range(20):
             at = 4096 * rng.randrange(max(1, -(-size // 4096)))
             wanted = rng.choice([4096, 40960, 1 << 17])
-            data = os.pread(fd, wanted, at)
-            problem = check(name, data, at, seen)
-            if problem:
-                return problem
-            if len(data) != max(0, min(wanted, size - at)):
-                return f"{name}: {len(data)} bytes of {wanted} at {at} of {size}"
+            end = min(size, at + wanted)
+            while at < end:
+                # Short before an error, which the next one tells; never short for good.
+                data = os.pread(fd, end - at, at)
+                if not data:
+                    return f"{name}: nothing at {at} of {size}"
+                problem = check(name, data, at, seen)
+                if problem:
+                    return problem
+                at += len(data)
+                if at % 4096 and at != end:
+                    return f"{name}: a read ended at {at} of {size}"
     elif size:
         with mmap.mmap(fd, size, prot=mmap.PROT_READ) as data:
             for _ in range(20):
