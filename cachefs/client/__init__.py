@@ -4,6 +4,7 @@ from cachefs.client.client import Client, open_client
 from cachefs.client.config import ClientConfig
 from cachefs.client.dirs import DirReader
 from cachefs.client.files import ContentReader
-from cachefs.client.metadata import Metadata
+from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.view import View
 
-__all__ = ["Client", "ClientConfig", "ContentReader", "DirReader", "Metadata", "open_client"]
+__all__ = ["ChangedName", "Client", "ClientConfig", "ContentReader", "DirReader", "Metadata", "View", "open_client"]

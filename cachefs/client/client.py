@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 import trio
 
 from cachefs.client.config import ClientConfig
 from cachefs.client.files import ContentReader, Data
-from cachefs.client.metadata import Metadata
+from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.patience import patiently
-from cachefs.model import Attr, BlockId, Ino, IsADirectory, TransportError, UnavailableError
-from cachefs.net import Answer, Hello, Pool, UnixAddress, open_background, open_pool
+from cachefs.client.view import View
+from cachefs.model import (
+    Attr,
+    BlockId,
+    CachefsError,
+    Ino,
+    IsADirectory,
+    NamespaceChangedError,
+    TransportError,
+)
+from cachefs.net import Hello, Pool, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
     ClusterInfo,
-    Fetch,
-    FetchReply,
     GetCluster,
     GetMasterStatus,
     GetWorkerStatus,
@@ -26,13 +33,16 @@ from cachefs.wire.messages import (
     MasterStatus,
     OpenCounts,
     Opened,
-    Promote,
 )
 
 logger = logging.getLogger(__name__)
 
 _OPENED_BATCH = 512
 _OPENED_EVERY_S = 1.0
+_WATCH_PAUSE_S = 0.1
+_WATCH_LONGEST_PAUSE_S = 1.0
+_WATCH_REFUSED_PAUSE_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 class Client:
@@ -40,39 +50,159 @@ class Client:
 
     def __init__(
         self,
+        config: ClientConfig,
         cluster: ClusterInfo,
-        metadata: Metadata,
         master: Pool,
-        worker: Pool | None,
+        worker_socket: str | None,
         sealed: SealedReader,
-        patience_s: float,
+        nursery: trio.Nursery,
     ) -> None:
-        self.cluster = cluster
-        self.metadata = metadata
+        self.on_changed: Callable[[View, list[ChangedName]], None] = _ignore_names
+        """Called with names that changed, when we have forgotten them: whoever was told of them may do so too."""
+        self.on_everything: Callable[[], None] = _ignore
+        """Called when nothing that was told may be believed any more: changes were missed, or it is another namespace.
+        """
+        self._config = config
         self._master = master
-        self._worker = worker
+        """For what has no inode numbers: its hello names no namespace."""
+        self._worker_socket = worker_socket
         self._sealed = sealed
-        self._patience_s = patience_s
+        self._nursery = nursery
         self._opened: set[BlockId] = set()
         self._opens = {"passthrough": 0, "cached": 0}
+        self._settling = trio.Lock()
+        self._watching = trio.CancelScope()
+        self.view = self._look_at(cluster, 0)
+        """The namespace as it is now; those before are kept by whoever has something open in them."""
+
+    def _look_at(self, cluster: ClusterInfo, epoch: int) -> View:
+        hello = Hello(role="client", namespace_id=cluster.namespace_id)
+
+        async def on_foreign() -> None:
+            await self._is_current(view)
+
+        metadata = Metadata(
+            Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery),
+            namespace_id=cluster.namespace_id,
+            sync_interval_s=cluster.sync_interval_s,
+            max_names=self._config.max_names,
+            patience_s=self._config.patience_s,
+            on_foreign=on_foreign,
+            nursery=self._nursery,
+        )
+        worker = None
+        if self._worker_socket is not None:
+            worker = Pool(UnixAddress(self._worker_socket), hello, _CONNECT_TIMEOUT_S, self._nursery)
+        view = View(epoch, cluster, metadata, worker, self._sealed, self._config.patience_s, self._is_current)
+        return view
+
+    async def _is_current(self, view: View) -> bool:
+        """Somebody refused the numbers of this view: ask the master whether they are of its namespace, and go over to
+        that one if they are not.
+        """
+        async with self._settling:
+            if self.view is not view:
+                return False
+            try:
+                cluster = (await patiently(lambda: self._master.call(GetCluster()), self._config.patience_s)).message
+            except TransportError:
+                return True
+            if cluster.namespace_id == view.cluster.namespace_id:
+                return True
+            logger.warning("the master has another namespace now, everything known is forgotten epoch=%d", view.epoch)
+            self.view = self._look_at(cluster, view.epoch + 1)
+            # What changes in the one before concerns nobody any more, should its master go on telling it.
+            self._watching.cancel()
+        self.on_everything()
+        return False
+
+    # ---- the namespace as it is now --------------------------------------------------------------------------------
+
+    @property
+    def cluster(self) -> ClusterInfo:
+        return self.view.cluster
+
+    @property
+    def metadata(self) -> Metadata:
+        return self.view.metadata
 
     @property
     def worker(self) -> Pool:
         """Raises UnavailableError when this client was made without one."""
-        if self._worker is None:
-            raise UnavailableError("no worker on this node: start one, or name its socket")
-        return self._worker
+        return self.view.worker
 
     def open_sealed(self, attr: Attr) -> int | None:
-        """A read-only descriptor of the sealed file of this content, holding its shared lock; None if there is none.
+        """As `View.open_sealed`."""
+        return self.view.open_sealed(attr)
 
-        The caller closes it. A few system calls: called inline.
+    async def promote(self, ino: Ino) -> bool:
+        """As `View.promote`."""
+        return await self.view.promote(ino)
+
+    def open_content(self, attr: Attr) -> ContentReader:
+        """As `View.open_content`."""
+        return self.view.open_content(attr)
+
+    async def read_file(self, path: str, chunk_bytes: int) -> AsyncGenerator[Data, None]:
+        """The whole content at a path of the namespace, in chunks. For tools; training jobs read a mount.
+
+        Raises as `Metadata.lookup` and `ContentReader.read`.
         """
-        size = attr.size_bytes
-        if not attr.key or size == 0 or self.cluster.geometry.block_count(size) > 1:
-            return None
-        block = BlockId(attr.key, 0)
-        return self._sealed.open(block, size)
+        view = self.view
+        attr = await view.metadata.resolve(path)
+        if attr.is_dir:
+            raise IsADirectory(f"{path} is a directory")
+        reader = view.open_content(attr)
+        try:
+            for offset in range(0, attr.size_bytes, chunk_bytes):
+                yield await reader.read(offset, chunk_bytes)
+        finally:
+            reader.close()
+
+    async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hear from the master what changes, and forget it. Runs until cancelled; started once it is told the first
+        time, or cannot be.
+        """
+        pause_s = _WATCH_PAUSE_S
+        started = False
+
+        def start() -> None:
+            nonlocal started
+            if not started:
+                started = True
+                task_status.started()
+
+        while True:
+            view = self.view
+            try:
+                with trio.CancelScope() as self._watching:
+                    async with view.metadata.watch() as stream:
+                        first = True
+                        async for changes in stream:
+                            told = view.metadata.apply(changes)
+                            if first or changes.everything:
+                                # What changed before we were listening was told to nobody.
+                                view.metadata.distrust()
+                                self.on_everything()
+                            elif told:
+                                self.on_changed(view, told)
+                            first = False
+                            pause_s = _WATCH_PAUSE_S
+                            start()
+                if view is not self.view:
+                    continue
+            except NamespaceChangedError:
+                await self._is_current(view)
+            except TransportError as error:
+                logger.debug("changes not heard of error=%s", error)
+            except CachefsError as error:
+                logger.log(logging.DEBUG if started else logging.INFO, "the master tells no changes error=%s", error)
+                pause_s = _WATCH_REFUSED_PAUSE_S
+            start()
+            await trio.sleep(pause_s)
+            pause_s = min(_WATCH_LONGEST_PAUSE_S, 2 * pause_s)
+
+    # ---- what is the same in every namespace -----------------------------------------------------------------------
 
     def count_open(self, attr: Attr, *, passthrough: bool) -> None:
         """A file was opened: the worker is told soon, so that it evicts others, and counts."""
@@ -80,53 +210,24 @@ class Client:
         if passthrough:
             self._opened.add(BlockId(attr.key, 0))
 
-    async def promote(self, ino: Ino) -> bool:
-        """Have the worker make a content local; False if it has no room for it.
-
-        Raises StaleError, UnderStoreError and its kinds, TransportError.
-        """
-        return (await patiently(lambda: self.worker.call(Promote(ino)), self._patience_s)).message.sealed
-
-    def open_content(self, attr: Attr) -> ContentReader:
-        """For reading through the worker. Close it when it is not used any more."""
-        return ContentReader(attr, self.cluster.geometry, self._fetch)
-
-    async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
-        return await patiently(lambda: self.worker.call(request), self._patience_s)
-
-    async def read_file(self, path: str, chunk_bytes: int) -> AsyncGenerator[Data, None]:
-        """The whole content at a path of the namespace, in chunks. For tools; training jobs read a mount.
-
-        Raises as `Metadata.lookup` and `ContentReader.read`.
-        """
-        attr = await self.metadata.resolve(path)
-        if attr.is_dir:
-            raise IsADirectory(f"{path} is a directory")
-        reader = self.open_content(attr)
-        try:
-            for offset in range(0, attr.size_bytes, chunk_bytes):
-                yield await reader.read(offset, chunk_bytes)
-        finally:
-            reader.close()
-
     async def holders(self, attr: Attr, block_index: int) -> list[str]:
         """Names of the workers that said they hold a block of this content. Raises TransportError."""
         request = Locate(attr.key, block_index)
-        return (await patiently(lambda: self._master.call(request), self._patience_s)).message.workers
+        return (await patiently(lambda: self._master.call(request), self._config.patience_s)).message.workers
 
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
-        return (await patiently(lambda: self._master.call(GetMasterStatus()), self._patience_s)).message
+        return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message
 
     async def report_opens(self) -> None:
         """Tell the worker now and then what was opened. Runs until cancelled."""
         while True:
             await trio.sleep(_OPENED_EVERY_S)
-            while self._worker is not None and (self._opened or any(self._opens.values())):
+            while self._worker_socket is not None and (self._opened or any(self._opens.values())):
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
-                    await self._worker.call(Opened([(block.key, block.block_index) for block in batch], counts))
+                    await self.worker.call(Opened([(block.key, block.block_index) for block in batch], counts))
                 except TransportError:
                     # Hints, not worth keeping for a worker that is away.
                     self._opened.clear()
@@ -138,28 +239,21 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
 
     Raises TransportError when the master, or a worker that was named, cannot be reached.
     """
-    hello = Hello(role="client")
-    async with open_background() as nursery, open_pool(config.master, hello) as master:
+    async with open_background() as nursery:
+        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
         socket = None
         if config.with_worker:
             socket = config.worker_socket or await _socket_of_this_node(master)
-        metadata = Metadata(
-            master,
-            sync_interval_s=cluster.sync_interval_s,
-            max_names=config.max_names,
-            patience_s=config.patience_s,
-            nursery=nursery,
-        )
-        if socket is None:
-            yield Client(cluster, metadata, master, None, SealedReader([]), config.patience_s)
-        else:
-            async with open_pool(UnixAddress(socket), hello) as worker:
-                status = (await patiently(lambda: worker.call(GetWorkerStatus()), config.first_contact_s)).message
-                sealed = SealedReader([tier.path for tier in status.tiers])
-                client = Client(cluster, metadata, master, worker, sealed, config.patience_s)
-                nursery.start_soon(client.report_opens)
-                yield client
+        sealed = SealedReader([])
+        if socket is not None:
+            worker = Pool(UnixAddress(socket), Hello(role="client"), _CONNECT_TIMEOUT_S, nursery)
+            status = (await patiently(lambda: worker.call(GetWorkerStatus()), config.first_contact_s)).message
+            sealed = SealedReader([tier.path for tier in status.tiers])
+        client = Client(config, cluster, master, socket, sealed, nursery)
+        nursery.start_soon(client.report_opens)
+        await nursery.start(client.watch)
+        yield client
 
 
 async def _socket_of_this_node(master: Pool) -> str | None:
@@ -169,3 +263,11 @@ async def _socket_of_this_node(master: Pool) -> str | None:
         if worker.connected and worker.host_boot_id == boot_id:
             return worker.socket
     return None
+
+
+def _ignore_names(view: View, names: list[ChangedName]) -> None:
+    pass
+
+
+def _ignore() -> None:
+    pass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 
 import trio
 
-from cachefs.client.metadata import Metadata
+from cachefs.client.metadata import Following, Metadata
 from cachefs.model import NO_INO, CachefsError, Entry, Ino, TransportError
 
 _BUFFER_CHUNKS = 2
@@ -24,6 +25,8 @@ class DirReader:
         self.ino = ino
         self._metadata = metadata
         self._nursery = nursery
+        self._follow = ExitStack()
+        self._following: Following | None = None
         self._entries: deque[Entry] = deque()
         """What follows `_position`."""
         self._position = NO_INO
@@ -68,6 +71,10 @@ class DirReader:
                     self._at_end = True
             return [self._entries[index] for index in range(min(limit, len(self._entries)))]
 
+    def is_outdated(self, name: str) -> bool:
+        """Whether this name has changed since its entry may have been read."""
+        return self._following is not None and self._following.is_outdated(name)
+
     def _advance(self, after: Ino) -> None:
         """Drop what lies at or before `after`, if that is where the reader has come to."""
         if after < self._position:
@@ -78,6 +85,8 @@ class DirReader:
     def _start(self) -> None:
         send, self._chunks = trio.open_memory_channel[list[Entry]](_BUFFER_CHUNKS)
         self._scope = trio.CancelScope()
+        self._follow.close()
+        self._following = self._follow.enter_context(self._metadata.follow(self.ino))
         self._nursery.start_soon(self._stream, send, self._scope, self._position)
 
     async def _stream(self, send: trio.MemorySendChannel[list[Entry]], scope: trio.CancelScope, after: Ino) -> None:
@@ -86,7 +95,7 @@ class DirReader:
         with scope, send:
             while True:
                 try:
-                    async with self._metadata.list_dir(self.ino, after) as chunks:
+                    async with self._metadata.list_dir(self.ino, after, self._following) as chunks:
                         async for entries in chunks:
                             await send.send(entries)
                             after = entries[-1].attr.ino
@@ -111,6 +120,8 @@ class DirReader:
         if self._scope is not None:
             self._scope.cancel()
             self._scope = None
+        self._follow.close()
+        self._following = None
         self._chunks = None
         self._entries.clear()
         self._at_end = False

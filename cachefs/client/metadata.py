@@ -2,29 +2,46 @@
 
 A name points at an inode number, and the number at attributes; both expire. Since an inode names one content for good,
 expired attributes are still right about it: what expires is the knowledge that a name points at it.
+
+The master tells what changes (`watch`), and that is dropped before its time. An answer that was under way meanwhile may
+be older than what was told: it is not remembered.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import NamedTuple, TypeVar
 
 import trio
 
 from cachefs.client.patience import patiently
-from cachefs.model import NO_INO, Attr, CachefsError, Entry, Ino, StaleError, TransportError
-from cachefs.net import Pool
+from cachefs.model import (
+    NO_INO,
+    Attr,
+    CachefsError,
+    Entry,
+    Ino,
+    NamespaceChangedError,
+    StaleError,
+    TransportError,
+)
+from cachefs.net import Peer, Pool
 from cachefs.net.flights import Flights
-from cachefs.wire.messages import GetAttr, ListDir, Lookup, ResolvePath
+from cachefs.wire import Request
+from cachefs.wire.messages import Changes, GetAttr, ListDir, Lookup, ResolvePath, Watch
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _TOUCHES = 4
 """Names asked for one by one in a directory, before the rest of it is fetched by one listing."""
 _TOUCHED_DIRECTORIES = 10_000
+_CHANGES_FOLLOWED = 10_000
+"""Names that changed in a directory while it is being listed; with more, nothing of the listing is believed."""
 
 FOREVER_S = 365 * 24 * 3600.0
 """What a TTL without end is told to the kernel as."""
@@ -34,6 +51,7 @@ class _Known(NamedTuple):
     attr: Attr
     superseded: bool
     expires: float
+    generation: int
 
 
 class _Touched(NamedTuple):
@@ -45,14 +63,55 @@ class _Name(NamedTuple):
     ino: Ino
     """NO_INO: there is no such name."""
     expires: float
+    generation: int
+
+
+class ChangedName(NamedTuple):
+    directory: Ino
+    name: str
+    was_directory: bool
+    """As far as is known."""
+
+
+class Following:
+    """What changed in a directory since somebody began to list it: the listing may have it as it was before."""
+
+    def __init__(self, directory: Ino) -> None:
+        self.directory = directory
+        self._changed: set[str] = set()
+        self._everything = False
+
+    def is_outdated(self, name: str) -> bool:
+        return self._everything or name in self._changed
+
+    def add(self, names: list[str]) -> None:
+        self._changed.update(names)
+        if len(self._changed) > _CHANGES_FOLLOWED:
+            self.add_everything()
+
+    def add_everything(self) -> None:
+        self._everything = True
+        self._changed.clear()
 
 
 class Metadata:
-    """Called from one trio thread. `x_nowait` answers from memory or raises trio.WouldBlock."""
+    """Of one namespace. Called from one trio thread. `x_nowait` answers from memory or raises trio.WouldBlock.
+
+    What asks the master raises NamespaceChangedError when that has another namespace now, after `on_foreign`.
+    """
 
     def __init__(
-        self, master: Pool, *, sync_interval_s: float, max_names: int, patience_s: float, nursery: trio.Nursery
+        self,
+        master: Pool,
+        *,
+        namespace_id: str,
+        sync_interval_s: float,
+        max_names: int,
+        patience_s: float,
+        on_foreign: Callable[[], Awaitable[None]],
+        nursery: trio.Nursery,
     ) -> None:
+        self.namespace_id = namespace_id
         self.ttl_s = FOREVER_S if sync_interval_s < 0 else sync_interval_s
         """Seconds for which an answer may be believed, by us and by the kernel."""
         self._master = master
@@ -63,12 +122,22 @@ class Metadata:
         self._nursery = nursery
         self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
+        self._on_foreign = on_foreign
+        self._generation = 0
+        """What was remembered under an earlier one is not believed without asking."""
+        self._changes = 0
+        """How often something was told to have changed."""
+        self._overtaken: set[tuple[Ino, str]] = set()
+        """Names that changed while the master was being asked for them."""
+        self._followers: dict[Ino, set[Following]] = {}
+        self._has_forgotten = False
+        """A name had to make room: others may know it from us, though we do not any more."""
 
     # ---- attributes ------------------------------------------------------------------------------------------------
 
     def attr_nowait(self, ino: Ino) -> Attr:
         known = self._attrs.get(ino)
-        if known is None or known.expires < trio.current_time():
+        if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
         return known.attr
 
@@ -79,7 +148,7 @@ class Metadata:
     def current_nowait(self, ino: Ino) -> Attr:
         """As `current`, from memory."""
         known = self._attrs.get(ino)
-        if known is None or known.expires < trio.current_time():
+        if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
         if known.superseded:
             raise StaleError(f"inode {ino} is superseded")
@@ -94,30 +163,30 @@ class Metadata:
 
     async def _known(self, ino: Ino) -> _Known:
         known = self._attrs.get(ino)
-        if known is not None and known.expires >= trio.current_time():
+        if known is not None and self._is_fresh(known):
             return known
+        changes = self._changes
         try:
-            reply = await patiently(
-                lambda: self._master.call(GetAttr(ino)), 0 if known is not None else self.patience_s
-            )
+            reply = await self._ask(GetAttr(ino), 0 if known is not None else self.patience_s)
         except TransportError:
             if known is None:
                 raise
             return known
-        return self._remember(reply.message.attr, superseded=reply.message.superseded)
+        if changes == self._changes:
+            return self._remember(reply.attr, superseded=reply.superseded)
+        return _Known(reply.attr, reply.superseded, 0, self._generation)
 
     # ---- names -----------------------------------------------------------------------------------------------------
 
     def lookup_nowait(self, parent: Ino, name: str) -> Attr | None:
         """What the name points at; None: no such name."""
         found = self._names.get((parent, name))
-        now = trio.current_time()
-        if found is None or found.expires < now:
+        if found is None or not self._is_fresh(found):
             raise trio.WouldBlock
         if found.ino == NO_INO:
             return None
         known = self._attrs.get(found.ino)
-        if known is None or known.superseded or known.expires < now:
+        if known is None or known.superseded or not self._is_fresh(known):
             raise trio.WouldBlock
         return known.attr
 
@@ -129,17 +198,26 @@ class Metadata:
         return await self._lookups.join((parent, name), lambda: self._lookup(parent, name))
 
     async def _lookup(self, parent: Ino, name: str) -> Attr | None:
-        found = self._names.get((parent, name))
-        known = self._attrs.get(found.ino) if found is not None else None
-        usable = known is not None and not known.superseded
+        key = (parent, name)
         try:
-            reply = await patiently(lambda: self._master.call(Lookup(parent, name)), 0 if usable else self.patience_s)
-        except TransportError:
-            if known is None or not usable:
-                raise
-            return known.attr
+            while True:
+                generation = self._generation
+                self._overtaken.discard(key)
+                found = self._names.get(key)
+                known = self._attrs.get(found.ino) if found is not None else None
+                usable = known is not None and not known.superseded
+                try:
+                    reply = await self._ask(Lookup(parent, name), 0 if usable else self.patience_s)
+                except TransportError:
+                    if known is None or not usable:
+                        raise
+                    return known.attr
+                if generation == self._generation and key not in self._overtaken:
+                    break
+        finally:
+            self._overtaken.discard(key)
         self._touch(parent)
-        attr = reply.message.attr
+        attr = reply.attr
         if attr is None:
             self._remember_name(parent, name, NO_INO)
         else:
@@ -175,8 +253,11 @@ class Metadata:
 
     async def resolve(self, path: str) -> Attr:
         """The inode at an absolute path of the namespace. Raises as `lookup`."""
-        reply = await patiently(lambda: self._master.call(ResolvePath(path)), self.patience_s)
-        return self._remember(reply.message.attr, superseded=reply.message.superseded).attr
+        changes = self._changes
+        reply = await self._ask(ResolvePath(path), self.patience_s)
+        if changes == self._changes:
+            self._remember(reply.attr, superseded=reply.superseded)
+        return reply.attr
 
     def expire(self, ino: Ino) -> None:
         """The content of this inode is no longer what its name points at: ask again before it is opened."""
@@ -187,30 +268,117 @@ class Metadata:
     # ---- directories -----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def list_dir(self, ino: Ino, after: Ino = NO_INO) -> AsyncGenerator[AsyncGenerator[list[Entry], None], None]:
-        """The entries after inode `after`, streamed in chunks by ascending inode number; they are remembered too.
+    async def list_dir(
+        self, ino: Ino, after: Ino = NO_INO, following: Following | None = None
+    ) -> AsyncGenerator[AsyncGenerator[list[Entry], None], None]:
+        """The entries after inode `after`, streamed in chunks by ascending inode number; they are remembered too, but
+        for those that changed meanwhile, which `following` (made before by `follow`) tells.
 
         Raises as `lookup`, at entry or between two chunks; TransportError when the master is lost in between, to be
         resumed after the last entry got.
         """
-        async with self._master.stream(ListDir(ino, after)) as chunks:
+        with self.follow(ino) as own:
+            follower = following or own
 
             async def entries() -> AsyncGenerator[list[Entry], None]:
                 async for chunk in chunks:
                     for entry in chunk.entries:
-                        self._remember_entry(ino, entry)
+                        if not follower.is_outdated(entry.name):
+                            self._remember_entry(ino, entry)
                     yield chunk.entries
 
-            iterator = entries()
             try:
-                yield iterator
-            finally:
-                await iterator.aclose()
+                async with (await self._master_peer()).stream(ListDir(ino, after)) as chunks:
+                    iterator = entries()
+                    try:
+                        yield iterator
+                    finally:
+                        await iterator.aclose()
+            except NamespaceChangedError:
+                await self._on_foreign()
+                raise
+
+    @contextmanager
+    def follow(self, directory: Ino) -> Iterator[Following]:
+        """Be told what changes in a directory while the block lasts."""
+        following = Following(directory)
+        self._followers.setdefault(directory, set()).add(following)
+        try:
+            yield following
+        finally:
+            followers = self._followers[directory]
+            followers.discard(following)
+            if not followers:
+                del self._followers[directory]
+
+    # ---- changes ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncGenerator[AsyncIterator[Changes], None]:
+        """What the master says has changed: for `apply`. Raises as `Peer.stream`, NamespaceChangedError."""
+        async with (await self._master_peer()).stream(Watch()) as changes:
+            yield changes
+
+    def apply(self, changes: Changes) -> list[ChangedName]:
+        """Forget what changed. Returns the names that somebody may have been told by us."""
+        if changes.everything:
+            self.distrust()
+            return []
+        self._changes += 1
+        told = []
+        for directory, names in changes.names:
+            for follower in self._followers.get(directory, ()):
+                follower.add(names)
+            for name in names:
+                key = (directory, name)
+                if key in self._lookups:
+                    self._overtaken.add(key)
+                found = self._names.pop(key, None)
+                known = self._attrs.pop(found.ino, None) if found is not None else None
+                if found is not None:
+                    told.append(ChangedName(directory, name, known is not None and known.attr.is_dir))
+                elif self._has_forgotten:
+                    told.append(ChangedName(directory, name, True))
+        return told
+
+    def distrust(self) -> None:
+        """Believe nothing that is remembered without asking again; without the master it still serves."""
+        self._changes += 1
+        self._generation += 1
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.add_everything()
+
+    def names(self) -> list[tuple[Ino, str]]:
+        """(directory, name) of all that is remembered."""
+        return list(self._names)
+
+    # ---- the master ------------------------------------------------------------------------------------------------
+
+    async def _ask(self, request: Request[R], patience_s: float) -> R:
+        async def ask() -> R:
+            return (await (await self._master_peer()).call(request)).message
+
+        try:
+            return await patiently(ask, patience_s)
+        except NamespaceChangedError:
+            await self._on_foreign()
+            raise
+
+    async def _master_peer(self) -> Peer:
+        peer = await self._master.peer()
+        # It would refuse our numbers anyway; its hello says so before the first request.
+        if peer.hello.namespace_id not in ("", self.namespace_id):
+            raise NamespaceChangedError("the master has another namespace now")
+        return peer
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
+    def _is_fresh(self, remembered: _Known | _Name) -> bool:
+        return remembered.generation == self._generation and remembered.expires >= trio.current_time()
+
     def _remember(self, attr: Attr, *, superseded: bool = False) -> _Known:
-        known = _Known(attr, superseded, trio.current_time() + self.ttl_s)
+        known = _Known(attr, superseded, trio.current_time() + self.ttl_s, self._generation)
         self._attrs[attr.ino] = known
         self._attrs.move_to_end(attr.ino)
         if len(self._attrs) > self._max_names:
@@ -222,7 +390,12 @@ class Metadata:
         self._remember_name(parent, entry.name, entry.attr.ino)
 
     def _remember_name(self, parent: Ino, name: str, ino: Ino) -> None:
-        self._names[(parent, name)] = _Name(ino, trio.current_time() + self.ttl_s)
+        before = self._names.get((parent, name))
+        if before is not None and before.ino != ino:
+            # Superseded, or one of two answers came late: to be asked for.
+            self._attrs.pop(before.ino, None)
+        self._names[(parent, name)] = _Name(ino, trio.current_time() + self.ttl_s, self._generation)
         self._names.move_to_end((parent, name))
         if len(self._names) > self._max_names:
             self._names.popitem(last=False)
+            self._has_forgotten = True

@@ -8,6 +8,8 @@ Errors end requests, never the session: those of the model and OSErrors reach th
 bug, logged with its traceback, and EIO. What fails thousands of times a second is logged ten times, and counted. The
 session ends when the kernel says ENODEV (unmounted or aborted).
 
+What the kernel has been told before can be taken back by `notify_inval_entry` and `notify_everything` (see `notify`).
+
 An answer that the kernel no longer wants (ENOENT) is undone: the handle it would have opened is released, the node it
 would have referred to forgotten.
 """
@@ -25,9 +27,11 @@ from functools import partial
 import trio
 
 from cachefs.fuse.errno import EXPECTED, errno_of
+from cachefs.fuse.notify import KnownNames, Notifier
 from cachefs.fuse.protocol import AttrReply, DirEntry, EntryReply, OpenDirReply, OpenReply, Operations
 from cachefs.fuse.waiting import WaitingRequests
 from cachefs.fusewire import (
+    INC_EPOCH_MINOR,
     KERNEL_MAJOR,
     NO_REPLY,
     WRITES,
@@ -116,6 +120,9 @@ class KernelSession:
         """How often each `Opcode` was asked. Tests look here to see what the kernel no longer asks."""
         self._buffer_size = agreed.buffer_size if agreed is not None else _INIT_BUFFER
         self._no_open = agreed is not None and agreed.no_open
+        self.known_names: KnownNames = list
+        """(parent node, name) of all that the kernel may have been told. For kernels before 6.16, see `notify`."""
+        self._notifier: Notifier | None = None
         self._waiting: WaitingRequests | None = None
         self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
         self._log = LogLimiter(logger)
@@ -133,10 +140,33 @@ class KernelSession:
         self._task_status = task_status
         async with open_background() as nursery:
             self._waiting = WaitingRequests(nursery, self._options.max_tasks)
-            if self.agreed is not None:
-                self._resume(self.agreed)
-            await self._read_device()
+            try:
+                if self.agreed is not None:
+                    self._resume(self.agreed)
+                await self._read_device()
+            finally:
+                if self._notifier is not None:
+                    self._notifier.close()
         logger.info("session ended requests=%d", self.requests.total())
+
+    # ---- what the kernel believes ----------------------------------------------------------------------------------
+
+    def notify_inval_entry(self, parent: int, name: bytes, *, expire_only: bool) -> None:
+        """The kernel asks again for this name before it believes in it. Soon, and without waiting; for directories
+        `expire_only`, so that those who stand in one notice nothing.
+        """
+        if self._notifier is not None:
+            self._notifier.entry(parent, name, expire_only=expire_only)
+
+    def notify_everything(self) -> None:
+        """The kernel asks again for every name. Soon, and without waiting."""
+        if self._notifier is not None:
+            self._notifier.everything()
+
+    def _set_up_notifier(self, agreed: Negotiated) -> None:
+        self._notifier = Notifier(
+            self._fd, inc_epoch=agreed.kernel_minor >= INC_EPOCH_MINOR, known_names=lambda: self.known_names()
+        )
 
     # ---- the device ------------------------------------------------------------------------------------------------
 
@@ -264,6 +294,7 @@ class KernelSession:
         self._buffer_size = agreed.buffer_size
         self._no_open = agreed.no_open
         self._reply(init_reply(unique, agreed))
+        self._set_up_notifier(agreed)
         logger.info(
             "session started fuse=%d.%d offered=%#x granted=%#x passthrough=%s max_read=%d",
             *(offer.major, offer.minor, offer.flags, agreed.flags, agreed.passthrough, agreed.max_read),
@@ -274,6 +305,7 @@ class KernelSession:
         if not agreed.resend:
             raise LocalProtocolError("this kernel cannot send again what an earlier server left unanswered")
         os.write(self._fd, resend_notification())
+        self._set_up_notifier(agreed)
         logger.info("session resumed granted=%#x", agreed.flags)
         self._task_status.started(agreed)
 

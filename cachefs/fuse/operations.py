@@ -1,6 +1,8 @@
 """The file system: what a driver asks, answered from the client library.
 
-Nodes are inode numbers, but for node 1, which is the root of the mounted subtree whatever its number.
+Nodes are inode numbers, but for node 1, which is the root of the mounted subtree whatever its number. When the master
+has lost its database, numbers begin anew: node = number + (epoch << 48), where the epoch counts the namespaces this
+mount has seen. A node of an earlier epoch is ESTALE, except that what is open of it goes on; node 1 is looked up anew.
 
 How a file is opened (the kernel allows one mode per inode at a time, from the first OPEN to the last RELEASE):
 
@@ -16,12 +18,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.client import Client, ContentReader, DirReader
+from cachefs.client import ChangedName, Client, ContentReader, DirReader, View
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.protocol import (
     ROOT_NODE,
@@ -32,11 +35,14 @@ from cachefs.fuse.protocol import (
     OpenReply,
     StatfsReply,
 )
-from cachefs.model import Attr, Entry, Ino, MiB, NotFoundError, StaleError
+from cachefs.model import Attr, Entry, Ino, MiB, NamespaceChangedError, NotADirectory, NotFoundError, StaleError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _DIR_CHUNK = 512
+_EPOCH_SHIFT = 48
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,20 @@ class OperationsConfig:
     """Off: every file is read in cached mode. For kernels before 6.9, and for comparison."""
 
 
-class _Open:
-    """An inode that is open: its mode and its handles."""
+class Notices(Protocol):
+    """How a driver takes back what it told the kernel."""
 
-    def __init__(self, attr: Attr, backing_id: int | None, reader: ContentReader | None) -> None:
+    def notify_inval_entry(self, parent: int, name: bytes, *, expire_only: bool) -> None: ...
+
+    def notify_everything(self) -> None: ...
+
+
+class _Open:
+    """A node that is open: its mode and its handles."""
+
+    def __init__(self, node: int, view: View, attr: Attr, backing_id: int | None, reader: ContentReader | None) -> None:
+        self.node = node
+        self.view = view
         self.attr = attr
         self.backing_id = backing_id
         self.reader = reader
@@ -64,92 +80,179 @@ class CacheOperations:
     def __init__(
         self,
         client: Client,
-        root: Ino,
+        path: str,
         backings: BackingRegistry,
         config: OperationsConfig,
         nursery: trio.Nursery,
     ) -> None:
+        """`path`: the directory of the namespace that is mounted."""
         self._client = client
-        self._metadata = client.metadata
-        self._root = root
+        self._path = path
+        self._root: tuple[View, Ino] | None = None
         self._backings = backings
         self._passthrough = config.passthrough
         self._config = config
         self._nursery = nursery
         self._handles = itertools.count(1)
-        self._open: dict[Ino, _Open] = {}
+        self._open: dict[int, _Open] = {}
         self._by_handle: dict[int, _Open] = {}
-        self._dirs: dict[int, DirReader] = {}
+        self._dirs: dict[int, tuple[View, DirReader]] = {}
 
     def set_passthrough(self, offered: bool) -> None:
         """What INIT told: whether the kernel can read backing files by itself on this connection."""
         self._passthrough = self._passthrough and offered
 
+    def watch(self, notices: Notices) -> None:
+        """From now on take back what the kernel was told of names that change."""
+
+        def on_changed(view: View, changed: list[ChangedName]) -> None:
+            if view is self._client.view:
+                for directory, name, was_directory in changed:
+                    notices.notify_inval_entry(self._node(view, directory), name.encode(), expire_only=was_directory)
+
+        self._client.on_changed = on_changed
+        self._client.on_everything = notices.notify_everything
+
+    def known_names(self) -> list[tuple[int, bytes]]:
+        """(parent node, name) of all that may have been told."""
+        view = self._client.view
+        return [(self._node(view, directory), name.encode()) for directory, name in view.metadata.names()]
+
+    # ---- nodes -----------------------------------------------------------------------------------------------------
+
+    def _place_nowait(self, node: int) -> tuple[View, Ino]:
+        """The namespace and number of a node. Raises StaleError for a node of an earlier namespace."""
+        view = self._client.view
+        if node == ROOT_NODE:
+            if self._root is None or self._root[0] is not view:
+                raise trio.WouldBlock
+            return self._root
+        if node >> _EPOCH_SHIFT != view.epoch:
+            raise NamespaceChangedError("the master has another namespace now")
+        return view, Ino(node & ((1 << _EPOCH_SHIFT) - 1))
+
+    async def _place(self, node: int) -> tuple[View, Ino]:
+        """As `_place_nowait`, looking up the root where needed. Raises as `Metadata.lookup`."""
+        while True:
+            try:
+                return self._place_nowait(node)
+            except trio.WouldBlock:
+                view = self._client.view
+            try:
+                root = await view.metadata.resolve(self._path)
+            except NamespaceChangedError:
+                if view is self._client.view:
+                    raise
+                continue
+            if not root.is_dir:
+                raise NotADirectory(f"{self._path} is not a directory")
+            if view is self._client.view:
+                self._root = view, root.ino
+
+    async def _ask(self, node: int, ask: Callable[[View, Ino], Awaitable[T]]) -> T:
+        """What `ask` finds about a node. When the namespace changes meanwhile: about the root in the new one, or else
+        NamespaceChangedError.
+        """
+        while True:
+            view, ino = await self._place(node)
+            try:
+                found = await ask(view, ino)
+            except NamespaceChangedError:
+                if view is self._client.view:
+                    raise
+            else:
+                if view is self._client.view:
+                    return found
+
+    def _node(self, view: View, ino: Ino) -> int:
+        if self._root is not None and self._root[0] is view and ino == self._root[1]:
+            return ROOT_NODE
+        return ino + (view.epoch << _EPOCH_SHIFT)
+
     # ---- names and attributes --------------------------------------------------------------------------------------
 
+    async def resolve_root(self) -> None:
+        """Raises NotFoundError and NotADirectory about the path, TransportError."""
+        await self._place(ROOT_NODE)
+
     def lookup_nowait(self, parent: int, name: bytes) -> EntryReply:
-        return self._entry(self._metadata.lookup_nowait(self._ino(parent), _decode(name)))
+        view, ino = self._place_nowait(parent)
+        return self._entry(view, view.metadata.lookup_nowait(ino, _decode(name)))
 
     async def lookup(self, parent: int, name: bytes) -> EntryReply:
-        return self._entry(await self._metadata.lookup(self._ino(parent), _decode(name)))
+        async def ask(view: View, ino: Ino) -> EntryReply:
+            return self._entry(view, await view.metadata.lookup(ino, _decode(name)))
 
-    def _entry(self, attr: Attr | None) -> EntryReply:
-        ttl_s = self._metadata.ttl_s
+        return await self._ask(parent, ask)
+
+    def _entry(self, view: View, attr: Attr | None) -> EntryReply:
+        ttl_s = view.metadata.ttl_s
         if attr is None:
             return EntryReply(0, None, ttl_s, ttl_s)
-        return EntryReply(self._node(attr.ino), attr, ttl_s, ttl_s)
+        return EntryReply(self._node(view, attr.ino), attr, ttl_s, ttl_s)
 
     def getattr_nowait(self, node: int) -> AttrReply:
-        ino = self._ino(node)
-        opened = self._open.get(ino)
-        # Of what is open we know all there is to know, whether the master is there or not.
-        attr = opened.attr if opened is not None else self._metadata.attr_nowait(ino)
-        return AttrReply(node, attr, self._metadata.ttl_s)
+        opened = self._open.get(node)
+        if opened is not None:
+            # Of what is open we know all there is to know, whether the master is there or not.
+            return AttrReply(node, opened.attr, opened.view.metadata.ttl_s)
+        view, ino = self._place_nowait(node)
+        return AttrReply(node, view.metadata.attr_nowait(ino), view.metadata.ttl_s)
 
     async def getattr(self, node: int) -> AttrReply:
-        return AttrReply(node, await self._metadata.attr(self._ino(node)), self._metadata.ttl_s)
+        async def ask(view: View, ino: Ino) -> AttrReply:
+            return AttrReply(node, await view.metadata.attr(ino), view.metadata.ttl_s)
+
+        return await self._ask(node, ask)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def open_nowait(self, node: int, flags: int) -> OpenReply:
-        attr = self._metadata.current_nowait(self._ino(node))
-        reply = self._join_or_pass(attr)
+        view, ino = self._place_nowait(node)
+        attr = view.metadata.current_nowait(ino)
+        reply = self._join_or_pass(node, view, attr)
         if reply is not None:
             return reply
         if self._worth_waiting_for(attr):
             raise trio.WouldBlock
-        return self._open_cached(attr)
+        return self._open_cached(node, view, attr)
 
     async def open(self, node: int, flags: int) -> OpenReply:
-        attr = await self._metadata.current(self._ino(node))
-        reply = self._join_or_pass(attr)
+        view, ino = await self._place(node)
+        attr = await view.metadata.current(ino)
+        reply = self._join_or_pass(node, view, attr)
         if reply is None and self._worth_waiting_for(attr):
             try:
-                await self._client.promote(attr.ino)
+                await view.promote(ino)
             except StaleError:
-                self._metadata.expire(attr.ino)
+                view.metadata.expire(ino)
                 raise
             # Others may have opened it while we waited: decide again, and without waiting in between.
-            reply = self._join_or_pass(attr)
-        return reply or self._open_cached(attr)
+            reply = self._join_or_pass(node, view, attr)
+        return reply or self._open_cached(node, view, attr)
 
     def _worth_waiting_for(self, attr: Attr) -> bool:
         return self._passthrough and 0 < attr.size_bytes <= self._config.open_wait_bytes and bool(attr.key)
 
-    def _join_or_pass(self, attr: Attr) -> OpenReply | None:
-        """Open in the mode the inode is open in, or by passthrough if it is sealed here; None if neither."""
-        opened = self._open.get(attr.ino)
+    def _join_or_pass(self, node: int, view: View, attr: Attr) -> OpenReply | None:
+        """Open in the mode the node is open in, or by passthrough if it is sealed here; None if neither.
+
+        Raises NamespaceChangedError if the namespace was left while the caller waited.
+        """
+        if view is not self._client.view:
+            raise NamespaceChangedError("the master has another namespace now")
+        opened = self._open.get(node)
         if opened is None:
-            backing_id = self._register_sealed(attr)
+            backing_id = self._register_sealed(view, attr)
             if backing_id is None:
                 return None
-            opened = self._open[attr.ino] = _Open(attr, backing_id, None)
+            opened = self._open[node] = _Open(node, view, attr, backing_id, None)
         return self._reply(opened)
 
-    def _open_cached(self, attr: Attr) -> OpenReply:
-        opened = self._open.get(attr.ino)
+    def _open_cached(self, node: int, view: View, attr: Attr) -> OpenReply:
+        opened = self._open.get(node)
         if opened is None:
-            opened = self._open[attr.ino] = _Open(attr, None, self._client.open_content(attr))
+            opened = self._open[node] = _Open(node, view, attr, None, view.open_content(attr))
         return self._reply(opened)
 
     def _reply(self, opened: _Open) -> OpenReply:
@@ -159,11 +262,11 @@ class CacheOperations:
         self._client.count_open(opened.attr, passthrough=opened.backing_id is not None)
         return OpenReply(handle, opened.backing_id, True)
 
-    def _register_sealed(self, attr: Attr) -> int | None:
+    def _register_sealed(self, view: View, attr: Attr) -> int | None:
         """A backing id for the sealed file of this content, if it is on this node: an open and one ioctl."""
         if not self._passthrough:
             return None
-        fd = self._client.open_sealed(attr)
+        fd = view.open_sealed(attr)
         if fd is None:
             return None
         try:
@@ -178,21 +281,21 @@ class CacheOperations:
             os.close(fd)
 
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
-        return self._reader(fh).read_nowait(offset, size)
+        return self._read_open(fh)[1].read_nowait(offset, size)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
-        reader = self._reader(fh)
+        opened, reader = self._read_open(fh)
         try:
             return await reader.read(offset, size)
         except StaleError:
-            self._metadata.expire(reader.attr.ino)
+            opened.view.metadata.expire(reader.attr.ino)
             raise
 
-    def _reader(self, fh: int) -> ContentReader:
+    def _read_open(self, fh: int) -> tuple[_Open, ContentReader]:
         opened = self._by_handle.get(fh)
         if opened is None or opened.reader is None:
             raise NotFoundError(f"handle {fh} is not open for reading through us")
-        return opened.reader
+        return opened, opened.reader
 
     def release(self, node: int, fh: int) -> None:
         opened = self._by_handle.pop(fh, None)
@@ -201,7 +304,7 @@ class CacheOperations:
         opened.handles.discard(fh)
         if opened.handles:
             return
-        del self._open[opened.attr.ino]
+        del self._open[opened.node]
         if opened.reader is not None:
             opened.reader.close()
         if opened.backing_id is not None:
@@ -213,38 +316,49 @@ class CacheOperations:
     # ---- directories -----------------------------------------------------------------------------------------------
 
     def opendir_nowait(self, node: int) -> OpenDirReply:
-        handle = next(self._handles)
-        self._dirs[handle] = DirReader(self._metadata, self._ino(node), self._nursery)
-        return OpenDirReply(handle)
+        return self._open_dir(*self._place_nowait(node))
 
     async def opendir(self, node: int) -> OpenDirReply:
-        return self.opendir_nowait(node)
+        return self._open_dir(*await self._place(node))
+
+    def _open_dir(self, view: View, ino: Ino) -> OpenDirReply:
+        handle = next(self._handles)
+        self._dirs[handle] = view, DirReader(view.metadata, ino, self._nursery)
+        return OpenDirReply(handle)
 
     def readdir_nowait(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
-        reader = self._dir(fh)
-        return self._dir_entries(reader.read_nowait(Ino(offset), min(limit, _DIR_CHUNK)))
+        view, reader = self._dir(fh)
+        return self._dir_entries(view, reader, reader.read_nowait(Ino(offset), min(limit, _DIR_CHUNK)))
 
     async def readdir(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
-        reader = self._dir(fh)
-        return self._dir_entries(await reader.read(Ino(offset), min(limit, _DIR_CHUNK)))
+        view, reader = self._dir(fh)
+        entries = await reader.read(Ino(offset), min(limit, _DIR_CHUNK))
+        self._dir(fh)
+        return self._dir_entries(view, reader, entries)
 
-    def _dir(self, fh: int) -> DirReader:
-        reader = self._dirs.get(fh)
-        if reader is None:
+    def _dir(self, fh: int) -> tuple[View, DirReader]:
+        """Raises NamespaceChangedError for a directory of an earlier namespace: positions in it mean nothing now."""
+        opened = self._dirs.get(fh)
+        if opened is None:
             raise NotFoundError(f"directory handle {fh} is not open")
-        return reader
+        if opened[0] is not self._client.view:
+            raise NamespaceChangedError("the master has another namespace now")
+        return opened
 
-    def _dir_entries(self, entries: list[Entry]) -> list[DirEntry]:
-        ttl_s = self._metadata.ttl_s
+    def _dir_entries(self, view: View, reader: DirReader, entries: list[Entry]) -> list[DirEntry]:
+        ttl_s = view.metadata.ttl_s
         return [
-            DirEntry(name.encode(), self._node(attr.ino), attr.kind, attr.ino, attr, ttl_s, ttl_s)
+            # Of a name that has changed since it was listed the kernel learns no more than that.
+            DirEntry(name.encode(), self._node(view, attr.ino), attr.kind, attr.ino)
+            if reader.is_outdated(name)
+            else DirEntry(name.encode(), self._node(view, attr.ino), attr.kind, attr.ino, attr, ttl_s, ttl_s)
             for name, attr in ((entry.name, entry.attr) for entry in entries)
         ]
 
     def releasedir(self, fh: int) -> None:
-        reader = self._dirs.pop(fh, None)
-        if reader is not None:
-            reader.close()
+        opened = self._dirs.pop(fh, None)
+        if opened is not None:
+            opened[1].close()
 
     # ---- the rest --------------------------------------------------------------------------------------------------
 
@@ -260,17 +374,11 @@ class CacheOperations:
         for opened in self._open.values():
             if opened.reader is not None:
                 opened.reader.close()
-        for reader in self._dirs.values():
+        for _, reader in self._dirs.values():
             reader.close()
         self._open.clear()
         self._by_handle.clear()
         self._dirs.clear()
-
-    def _ino(self, node: int) -> Ino:
-        return self._root if node == ROOT_NODE else Ino(node)
-
-    def _node(self, ino: Ino) -> int:
-        return ROOT_NODE if ino == self._root else ino
 
 
 def _decode(name: bytes) -> str:

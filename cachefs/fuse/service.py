@@ -16,7 +16,6 @@ from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.mounting import Mount, MountError, MountOptions, abort, mount, open_device, unmount
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
 from cachefs.fusewire import Negotiated
-from cachefs.model import NotADirectory
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +44,14 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, bool], None]) -
     Raises ConfigError, MountError, TransportError, NotFoundError and NotADirectory about the path.
     """
     async with open_client(config.client) as client:
-        root = await client.metadata.resolve(config.path)
-        if not root.is_dir:
-            raise NotADirectory(f"{config.path} is not a directory")
         fd = open_device()
         try:
             async with trio.open_nursery() as nursery:
-                operations = CacheOperations(client, root.ino, BackingRegistry(fd), config.operations, nursery)
+                operations = CacheOperations(client, config.path, BackingRegistry(fd), config.operations, nursery)
+                await operations.resolve_root()
                 session = KernelSession(fd, operations, config.session)
+                session.known_names = operations.known_names
+                operations.watch(session)
                 # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
                 mounted = await trio.to_thread.run_sync(mount, fd, config.mountpoint, config.source, config.options)
                 try:

@@ -4,6 +4,7 @@ Owns every byte layout of /dev/fuse. A request or an answer is one read(2) or wr
 """
 
 from cachefs.fusewire.abi import (
+    INC_EPOCH_MINOR,
     IOC_BACKING_CLOSE,
     IOC_BACKING_OPEN,
     KERNEL_MAJOR,
@@ -31,6 +32,8 @@ from cachefs.fusewire.replies import (
     empty_reply,
     entry_reply,
     error_reply,
+    inc_epoch_notification,
+    inval_entry_notification,
     negative_entry_reply,
     open_reply,
     pack_dirents,
@@ -57,6 +60,7 @@ from cachefs.fusewire.requests import (
 )
 
 __all__ = [
+    "INC_EPOCH_MINOR",
     "IOC_BACKING_CLOSE",
     "IOC_BACKING_OPEN",
     "KERNEL_MAJOR",
@@ -83,7 +87,9 @@ __all__ = [
     "empty_reply",
     "entry_reply",
     "error_reply",
+    "inc_epoch_notification",
     "init_reply",
+    "inval_entry_notification",
     "major_reply",
     "negative_entry_reply",
     "negotiate",

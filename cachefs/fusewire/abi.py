@@ -22,8 +22,14 @@ PAGE_SIZE = 4096
 UNIQUE_RESEND = 1 << 63
 """Set in `unique` of a request that an earlier server read and did not answer; the answer must carry it too."""
 
+# In the place of an errno, with unique 0: messages of ours that answer nothing.
+NOTIFY_INVAL_ENTRY = 3
 NOTIFY_RESEND = 7
-"""In the place of an errno, with unique 0: a message of ours that answers nothing."""
+NOTIFY_INC_EPOCH = 8
+INC_EPOCH_MINOR = 44
+"""Since when the kernel knows it (Linux 6.16)."""
+EXPIRE_ONLY = 1 << 0
+"""Of NOTIFY_INVAL_ENTRY, since 7.38 (Linux 6.2), ignored by older ones: the entry stays, and is asked for again."""
 
 
 class Opcode(enum.IntEnum):

@@ -99,6 +99,8 @@ class Negotiated:
     max_write: int
     max_pages: int
     max_stack_depth: int
+    kernel_minor: int = 0
+    """What the kernel speaks itself: it takes notifications of newer minors, whatever was agreed."""
 
     @property
     def passthrough(self) -> bool:
@@ -173,6 +175,7 @@ def negotiate(init: InitRequest, options: InitOptions) -> Negotiated:
         max_write=options.max_write,
         max_pages=options.max_pages if flags & InitFlag.MAX_PAGES else 32,
         max_stack_depth=options.max_stack_depth if flags & InitFlag.PASSTHROUGH else 0,
+        kernel_minor=init.minor,
     )
 
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cachefs.fusewire.abi import NOTIFY_RESEND, OUT_HEADER_SIZE
+from cachefs.fusewire.abi import EXPIRE_ONLY, NOTIFY_INC_EPOCH, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND, OUT_HEADER_SIZE
 from cachefs.model import Attr, Kind
 
 # struct fuse_attr: ino size blocks | atime mtime ctime, their nanoseconds | mode nlink uid gid rdev blksize flags
@@ -27,6 +27,7 @@ _NEGATIVE_OUT = struct.Struct("<IiQ" + "QQQQII88x")
 _ATTR_OUT = struct.Struct("<IiQ" + "QII" + _ATTR)
 _OPEN_OUT = struct.Struct("<IiQ" + "QIi")
 _STATFS_OUT = struct.Struct("<IiQ" + "QQQQQIII28x")
+_INVAL_ENTRY_OUT = struct.Struct("<IiQ" + "QII")
 _DIRENT_RECORD = struct.Struct("<" + _DIRENT)
 _DIRENTPLUS_RECORD = struct.Struct("<" + _ENTRY + _DIRENT)
 _BARE_DIRENTPLUS_RECORD = struct.Struct("<128x" + _DIRENT)
@@ -79,6 +80,22 @@ def data_header(unique: int, length: int) -> bytes:
 def resend_notification() -> bytes:
     """Asks the kernel to send every request again that was read and not answered (needs HAS_RESEND)."""
     return _HEADER.pack(OUT_HEADER_SIZE, NOTIFY_RESEND, 0)
+
+
+def inval_entry_notification(parent: int, name: bytes, *, expire_only: bool) -> bytes:
+    """What the kernel knows of a name, also that there is none, is no longer true.
+
+    `expire_only`: it is asked for again, and stays what it is if that is confirmed; otherwise the kernel drops it, and
+    for a directory everything below, also from under those who stand in it.
+    """
+    flags = EXPIRE_ONLY if expire_only else 0
+    length = OUT_HEADER_SIZE + 16 + len(name) + 1
+    return _INVAL_ENTRY_OUT.pack(length, NOTIFY_INVAL_ENTRY, 0, parent, len(name), flags) + name + b"\0"
+
+
+def inc_epoch_notification() -> bytes:
+    """No name that the kernel has been told until now is believed without asking (needs 7.44)."""
+    return _HEADER.pack(OUT_HEADER_SIZE, NOTIFY_INC_EPOCH, 0)
 
 
 def entry_reply(unique: int, node: int, attr: Attr, attr_ttl_s: float, entry_ttl_s: float) -> bytes:

@@ -14,7 +14,7 @@ from cachefs.master.namespace import MountedStore, Namespace
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, open_meta_store
-from cachefs.model import BlockId, Geometry, NotFoundError, UnderStoreError
+from cachefs.model import BlockId, Geometry, NamespaceChangedError, NotFoundError, UnderStoreError
 from cachefs.net import Address, Hello, Service, Session, serve
 from cachefs.ufs import UnderStore, at_most, open_under_store
 from cachefs.wire import messages as m
@@ -56,16 +56,25 @@ class Master:
     async def get_cluster(self, request: m.GetCluster, session: Session) -> m.ClusterInfo:
         return self._cluster
 
+    def _check_namespace(self, session: Session) -> None:
+        """For what has inode numbers in the request or the answer. Raises NamespaceChangedError."""
+        if session.hello.namespace_id not in ("", self._cluster.namespace_id):
+            raise NamespaceChangedError("the master has another namespace than the one these inode numbers are of")
+
     async def get_attr(self, request: m.GetAttr, session: Session) -> m.AttrReply:
+        self._check_namespace(session)
         return self._namespace.getattr(request.ino)
 
     async def resolve_path(self, request: m.ResolvePath, session: Session) -> m.AttrReply:
+        self._check_namespace(session)
         return await self._namespace.resolve_path(request.path)
 
     async def lookup(self, request: m.Lookup, session: Session) -> m.LookupReply:
+        self._check_namespace(session)
         return m.LookupReply(await self._namespace.lookup(request.parent, request.name))
 
     async def list_dir(self, request: m.ListDir, session: Session) -> AsyncGenerator[m.ListChunk, None]:
+        self._check_namespace(session)
         async for entries in self._namespace.list_dir(request.ino, request.after):
             yield m.ListChunk(entries)
 
@@ -91,9 +100,11 @@ class Master:
         return m.Registered(self._cluster, stores)
 
     async def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
+        self._check_namespace(session)
         return self._namespace.resolve(request.ino)
 
     async def report_changed(self, request: m.ReportChanged, session: Session) -> m.Done:
+        self._check_namespace(session)
         await self._namespace.recheck(request.ino)
         return m.Done()
 

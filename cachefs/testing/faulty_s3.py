@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
 Fault = Literal[
     "slow-down",
     "too-many",
@@ -60,6 +64,8 @@ class FaultyS3:
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         self._server = server
         self.upstream = urlsplit(endpoint)
+        self.ignores_if_match: tuple[str, str] | None = None
+        """Key and secret, to sign requests anew without their If-Match: some servers know nothing of it."""
         self.requests: list[tuple[str, str]] = []
         """(method, path with query) of everything that came."""
         self.came_at: list[float] = []
@@ -146,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             # The Host header goes on as it came: it is part of the signature.
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            for name, value in self._headers():
                 if name.lower() != hidden:
                     upstream.putheader(name, value)
             upstream.endheaders(body)
@@ -168,6 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(response.status, answer, content, fault, length)
         finally:
             upstream.close()
+
+    def _headers(self) -> list[tuple[str, str]]:
+        identity = self.faulty.ignores_if_match
+        if identity is None or self.headers["If-Match"] is None:
+            return list(self.headers.items())
+        kept = {name: self.headers[name] for name in ("Host", "Range") if self.headers[name] is not None}
+        request = AWSRequest(self.command, self.faulty.upstream.geturl() + self.path, headers=kept)
+        S3SigV4Auth(Credentials(*identity), "s3", "us-east-1").add_auth(request)
+        return list(request.headers.items())
 
     def _answer(
         self,

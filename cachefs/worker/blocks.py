@@ -157,6 +157,8 @@ class Blocks:
         """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment."""
         job = self._jobs.get(block)
         if job is not None and not job.ended:
+            # The same content; under another namespace its object has another number to report a change by.
+            job.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
         if not self._admits(length):

@@ -36,15 +36,24 @@ class MasterLink:
         self._removed: set[BlockId] = set()
 
     async def call(self, request: Request[R]) -> Answer[R]:
-        """Raises what the master raises; TransportError when it stays away, or is lost before it answers."""
-        peer = self._peer
-        if peer is None or peer.closed.is_set():
-            with trio.move_on_after(self._patience_s):
-                while (peer := self._peer) is None or peer.closed.is_set():
-                    await self._up.wait()
-            if peer is None:
-                raise TransportError(f"{self._address}: the master does not answer")
-        return await peer.call(request)
+        """Raises what the master raises; TransportError when it stays away.
+
+        Asked again when the master was lost before it answered: no request of a worker does harm by coming twice.
+        """
+        give_up = trio.current_time() + self._patience_s
+        while True:
+            peer = self._peer
+            if peer is None or peer.closed.is_set():
+                with trio.move_on_at(give_up):
+                    while (peer := self._peer) is None or peer.closed.is_set():
+                        await self._up.wait()
+                if peer is None:
+                    raise TransportError(f"{self._address}: the master does not answer")
+            try:
+                return await peer.call(request)
+            except TransportError:
+                if trio.current_time() >= give_up:
+                    raise
 
     def sealed(self, block: BlockId, length: int) -> None:
         """To be reported soon."""

@@ -22,8 +22,9 @@ class ReadThrough:
         self._filler = filler
         self._page_size = geometry.page_size
         self._max_pages = max_pages
-        self._pages: OrderedDict[tuple[Ino, int], bytes | bytearray | memoryview] = OrderedDict()
-        self._flights: Flights[tuple[Ino, int], bytes | bytearray | memoryview] = Flights(nursery)
+        # By source, not by inode number: that means something else once the master has another namespace.
+        self._pages: OrderedDict[tuple[Source, int], bytes | bytearray | memoryview] = OrderedDict()
+        self._flights: Flights[tuple[Source, int], bytes | bytearray | memoryview] = Flights(nursery)
         self._readers: OrderedDict[tuple[Ino, int], Readahead] = OrderedDict()
 
     async def read(self, source: Source, offset: int, length: int, reader: int) -> bytes | bytearray | memoryview:
@@ -50,7 +51,7 @@ class ReadThrough:
         return readahead.window > 0
 
     async def _page(self, source: Source, number: int) -> bytes | bytearray | memoryview:
-        key = (source.attr.ino, number)
+        key = (source, number)
         page = self._pages.get(key)
         if page is None:
             page = await self._flights.join(key, lambda: self._fetch(source, number))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import trio
 
-from cachefs.model import Attr, Ino, Kind, ObjectInfo, UnavailableError
+from cachefs.model import Attr, Ino, Kind, NamespaceChangedError, ObjectInfo, UnavailableError
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.wire.messages import ObjectLocation, Resolve, StoreInfo
 from cachefs.worker.master_link import MasterLink
@@ -21,20 +21,29 @@ class Source(NamedTuple):
 
     attr: Attr
     info: ObjectInfo
-    store_id: int
+    ufs: UnderStore
+    """Not the number that the master gives it: that means something else under another database."""
 
 
 class Sources:
     """Opened with the stores of each registration; `nursery` holds them until the worker ends."""
 
     def __init__(self, master: MasterLink, nursery: trio.Nursery) -> None:
+        self.namespace_id = ""
+        """Of the master this worker is registered with: the one that inode numbers are of."""
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
         self._known: OrderedDict[Ino, Source] = OrderedDict()
 
-    async def add(self, stores: list[StoreInfo]) -> None:
-        """Open those that are not open yet. A store's id never changes its meaning under one master's database."""
+    async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
+        """Open those that are not open yet. Numbers of inodes and stores never change their meaning under one master's
+        database; with another one, everything known by number is forgotten. What is being read goes on.
+        """
+        if namespace_id != self.namespace_id:
+            self._known.clear()
+            self._open = {}
+            self.namespace_id = namespace_id
         for store in stores:
             if store.store_id not in self._open:
                 self._open[store.store_id] = await self._nursery.start(self._hold, store)
@@ -44,20 +53,24 @@ class Sources:
             task_status.started(ufs)
             await trio.sleep_forever()
 
-    def forget_inodes(self) -> None:
-        """Numbers mean something else now: the master has another namespace."""
-        self._known.clear()
-
     async def resolve(self, ino: Ino) -> Source:
-        """Raises NotFoundError, IsADirectory, StaleError, TransportError."""
+        """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that
+        had to be waited for, came back with another namespace.
+        """
+        namespace_id = self.namespace_id
         known = self._known.get(ino)
         if known is not None:
             self._known.move_to_end(ino)
             return known
         location: ObjectLocation = (await self._master.call(Resolve(ino))).message
+        if self.namespace_id != namespace_id:
+            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+        ufs = self._open.get(location.store_id)
+        if ufs is None:
+            raise UnavailableError(f"under-store {location.store_id} of {location.path} is not open on this worker")
         attr = location.attr
         info = ObjectInfo(location.path, Kind.FILE, attr.size_bytes, attr.mtime_ns, location.tag)
-        source = Source(attr, info, location.store_id)
+        source = Source(attr, info, ufs)
         self._known[ino] = source
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
@@ -65,7 +78,4 @@ class Sources:
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""
-        ufs = self._open.get(source.store_id)
-        if ufs is None:
-            raise UnavailableError(f"under-store {source.store_id} of {source.info.path} is not open on this worker")
-        return await ufs.read_range(source.info, offset, length)
+        return await source.ufs.read_range(source.info, offset, length)

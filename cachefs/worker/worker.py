@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import trio
 
-from cachefs.model import BlockId, CachefsError
+from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
 from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, serve
 from cachefs.store import Store, Tier, open_store, running_boot_id
 from cachefs.wire import messages as m
@@ -30,10 +30,10 @@ class Worker:
     """Handlers of requests."""
 
     def __init__(
-        self, config: WorkerConfig, cluster: m.ClusterInfo, store: Store, blocks: Blocks, counters: Counters
+        self, config: WorkerConfig, sources: Sources, store: Store, blocks: Blocks, counters: Counters
     ) -> None:
         self._config = config
-        self._cluster = cluster
+        self._sources = sources
         self._store = store
         self._blocks = blocks
         self._counters = counters
@@ -56,10 +56,18 @@ class Worker:
         return service
 
     async def promote(self, request: m.Promote, session: Session) -> m.PromoteReply:
+        self._check_namespace(session)
         return await self._blocks.promote(request.ino)
 
     async def fetch(self, request: m.Fetch, session: Session) -> Answer[m.FetchReply]:
+        self._check_namespace(session)
         return await self._blocks.fetch(request, session.id)
+
+    def _check_namespace(self, session: Session) -> None:
+        """Called without a checkpoint before the number is looked up. Raises NamespaceChangedError."""
+        asker = session.hello.namespace_id
+        if asker not in ("", self._sources.namespace_id):
+            raise NamespaceChangedError("inode numbers of another namespace than this worker's master has")
 
     async def opened(self, request: m.Opened, session: Session) -> m.Done:
         self._blocks.visited([BlockId(key, index) for key, index in request.blocks])
@@ -72,7 +80,7 @@ class Worker:
         uptime_s = trio.current_time() - self._started
         counters = m.FetchCounters(**asdict(self._counters))
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
-        return m.WorkerStatus(self._config.name, self._cluster.namespace_id, uptime_s, tiers, counters, opens)
+        return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
 
 
 def _tier_info(tier: Tier) -> m.TierInfo:
@@ -94,7 +102,8 @@ async def run_worker(
 ) -> None:
     """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
 
-    Raises ConfigError; TierError when the tier cannot be used.
+    Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
+    open here was made for the first one. TierError when the tier cannot be used.
     """
     counters = Counters()
     registration = m.RegisterWorker(
@@ -104,15 +113,19 @@ async def run_worker(
     held: Callable[[], list[tuple[BlockId, int]]] = list
     async with trio.open_nursery() as nursery:
         sources = Sources(link, nursery)
-        namespace_id = ""
+        known: m.ClusterInfo | None = None
 
         async def on_registered(registered: m.Registered) -> None:
-            nonlocal namespace_id
-            if namespace_id and registered.cluster.namespace_id != namespace_id:
+            nonlocal known
+            cluster = registered.cluster
+            if known is not None and known.namespace_id != cluster.namespace_id:
+                if (known.cluster_id, known.geometry) != (cluster.cluster_id, cluster.geometry):
+                    raise ConfigError(
+                        "--master", str(config.master), "the cluster, block and page size that this worker began with"
+                    )
                 logger.warning("the master has another namespace now, inode numbers are forgotten")
-                sources.forget_inodes()
-            namespace_id = registered.cluster.namespace_id
-            await sources.add(registered.stores)
+            known = cluster
+            await sources.add(cluster.namespace_id, registered.stores)
 
         registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held())
         geometry, cluster = registered.cluster.geometry, registered.cluster
@@ -144,7 +157,7 @@ async def run_worker(
                     blocks = Blocks(config, geometry, store, sources, filler, counters, background)
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, counters, config).run)
-                    worker = Worker(config, cluster, store, blocks, counters)
+                    worker = Worker(config, sources, store, blocks, counters)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     local = await background.start(_serve, worker.service(), [UnixAddress(config.socket)], hello)
                     public = await background.start(_serve, worker.public_service(), [config.listen], hello)

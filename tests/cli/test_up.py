@@ -136,6 +136,8 @@ def test_what_is_sealed_is_read_by_passthrough(bucket: Bucket, tmp_path: Path) -
     with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
         read_by_processes(mountpoint, keys, 1)
         _wait_until(lambda: report(process)["tiers"][0]["blocks"] == len(keys))
+        # The opens are told a moment later.
+        _wait_until(lambda: sum(report(process)["opens"].values()) == len(keys))
         before = report(process)["opens"]
         read_by_processes(mountpoint, keys, 1)
         _wait_until(lambda: report(process)["opens"]["passthrough"] == before["passthrough"] + len(keys))

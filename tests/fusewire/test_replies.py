@@ -19,6 +19,8 @@ from cachefs.fusewire import (
     empty_reply,
     entry_reply,
     error_reply,
+    inc_epoch_notification,
+    inval_entry_notification,
     negative_entry_reply,
     open_reply,
     pack_dirents,
@@ -188,3 +190,11 @@ def test_a_listing_is_as_many_whole_records_as_fit(names: list[bytes], size: int
 )
 def test_ttls(ttl_s: float, expected: tuple[int, int]) -> None:
     assert split_ttl(ttl_s) == expected
+
+
+def test_notifications() -> None:
+    assert inval_entry_notification(5, b"ab", expire_only=False) == bytes.fromhex(
+        "23000000 03000000 0000000000000000 0500000000000000 02000000 00000000 616200"
+    )
+    assert inval_entry_notification(5, b"ab", expire_only=True)[28:32] == b"\1\0\0\0"
+    assert inc_epoch_notification() == bytes.fromhex("10000000 08000000 0000000000000000")

@@ -1,0 +1,91 @@
+"""One namespace as a client knows it: everything that inode numbers are good for.
+
+A master whose database was lost and made anew has another namespace, in which the same numbers mean other things. The
+client makes another `View` then. What belongs to the earlier one keeps asking in its name, by connections that said so
+in their hello, and is refused wherever its numbers mean nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from cachefs.client.files import ContentReader
+from cachefs.client.metadata import Metadata
+from cachefs.client.patience import patiently
+from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, UnavailableError
+from cachefs.net import Answer, Pool
+from cachefs.store import SealedReader
+from cachefs.wire import Request
+from cachefs.wire.messages import ClusterInfo, Fetch, FetchReply, Promote
+
+R = TypeVar("R")
+
+_PAUSE_S = 0.1
+
+
+class View:
+    """Made by `Client`; called from one trio thread."""
+
+    def __init__(
+        self,
+        epoch: int,
+        cluster: ClusterInfo,
+        metadata: Metadata,
+        worker: Pool | None,
+        sealed: SealedReader,
+        patience_s: float,
+        is_current: Callable[[View], Awaitable[bool]],
+    ) -> None:
+        self.epoch = epoch
+        """How many namespaces this client has seen before."""
+        self.cluster = cluster
+        self.metadata = metadata
+        self._worker = worker
+        self._sealed = sealed
+        self._patience_s = patience_s
+        self._is_current = is_current
+
+    @property
+    def worker(self) -> Pool:
+        """Raises UnavailableError when this client was made without one."""
+        if self._worker is None:
+            raise UnavailableError("no worker on this node: start one, or name its socket")
+        return self._worker
+
+    def open_sealed(self, attr: Attr) -> int | None:
+        """A read-only descriptor of the sealed file of this content, holding its shared lock; None if there is none.
+
+        The caller closes it. A few system calls: called inline.
+        """
+        size = attr.size_bytes
+        if not attr.key or size == 0 or self.cluster.geometry.block_count(size) > 1:
+            return None
+        return self._sealed.open(BlockId(attr.key, 0), size)
+
+    async def promote(self, ino: Ino) -> bool:
+        """Have the worker make a content local; False if it has no room for it.
+
+        Raises StaleError, UnderStoreError and its kinds, TransportError.
+        """
+        return (await self._ask_worker(Promote(ino))).message.sealed
+
+    def open_content(self, attr: Attr) -> ContentReader:
+        """For reading through the worker. Close it when it is not used any more."""
+        return ContentReader(attr, self.cluster.geometry, self._fetch)
+
+    async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
+        return await self._ask_worker(request)
+
+    async def _ask_worker(self, request: Request[R]) -> Answer[R]:
+        give_up = trio.current_time() + self._patience_s
+        while True:
+            try:
+                return await patiently(lambda: self.worker.call(request), self._patience_s)
+            except NamespaceChangedError:
+                # The worker may be the one that has not heard of the new namespace yet.
+                if not await self._is_current(self) or trio.current_time() >= give_up:
+                    raise
+            await trio.sleep(_PAUSE_S)
