@@ -155,10 +155,10 @@ def test_a_directory_that_does_not_exist(attempt: Attempt) -> None:
     attempt.fails("nowhere", "No such file")
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "bucket"])
-def test_a_url_that_is_none(attempt: Attempt, url: str) -> None:
+@pytest.mark.parametrize(("url", "accepted"), [("gopher://host/x", "s3, s3a"), ("bucket", "s3://BUCKET")])
+def test_a_url_that_is_none(attempt: Attempt, url: str, accepted: str) -> None:
     attempt.url = url
-    attempt.fails("URL", url, "s3://")
+    attempt.fails("URL", url, accepted)
 
 
 # ---- the mountpoint ------------------------------------------------------------------------------------------------
