@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 import msgspec
-import trio
 from rich.console import Console
 from rich.table import Table
 
 from cachefs.cli import params
-from cachefs.cli.instances import the_running_one
-from cachefs.cli.lifecycle import leaves
-from cachefs.client import Client, ClientConfig, open_client
-from cachefs.model import Attr, CachefsError, Entry, TransportError, format_size
+from cachefs.cli.connect import FIRST_CONTACT_S, master_option, run_with_client
+from cachefs.client import Client
+from cachefs.model import Attr, Entry, TransportError, format_size
 from cachefs.net import Address, Hello, UnixAddress, open_peer, parse_address
 from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, WorkerStatus
-
-_FIRST_CONTACT_S = 5.0
-
-master_option = click.option(
-    "--master", "master_address", type=params.ADDRESS, help="Default: that of the `cachefs up` on this machine."
-)
 
 
 @click.command()
@@ -49,7 +39,7 @@ def ls(path: str, master_address: Address | None, long: bool, as_json: bool) -> 
                 for entry in entries:
                     _print_entry(entry, long, as_json)
 
-    _run_with_client(master_address, run)
+    run_with_client(master_address, run)
 
 
 def _print_entry(entry: Entry, long: bool, as_json: bool) -> None:
@@ -88,7 +78,7 @@ def stat(path: str, master_address: Address | None, as_json: bool) -> None:
             for index, workers in enumerate(holders):
                 print(f" block {index}: {', '.join(workers) or 'not cached'}")
 
-    _run_with_client(master_address, run)
+    run_with_client(master_address, run)
 
 
 def _facts(attr: Attr) -> dict[str, Any]:
@@ -120,7 +110,7 @@ def report(master_address: Address | None, as_json: bool) -> None:
         else:
             _print_report(status, workers)
 
-    _run_with_client(master_address, run)
+    run_with_client(master_address, run)
 
 
 async def _worker_status(info: WorkerInfo) -> WorkerStatus | None:
@@ -133,7 +123,7 @@ async def _worker_status(info: WorkerInfo) -> WorkerStatus | None:
         addresses.append(address)
     for each in addresses:
         try:
-            async with open_peer(each, Hello(role="client"), timeout_s=_FIRST_CONTACT_S) as peer:
+            async with open_peer(each, Hello(role="client"), timeout_s=FIRST_CONTACT_S) as peer:
                 return (await peer.call(GetWorkerStatus())).message
         except TransportError:
             continue
@@ -188,26 +178,3 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
 
 def _duration(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
-
-
-def _run_with_client(address: Address | None, run: Callable[[Client], Awaitable[None]]) -> None:
-    """Raises CachefsError."""
-    chosen = address or parse_address(the_running_one().master)
-
-    async def main() -> None:
-        async with _client(chosen) as client:
-            await run(client)
-
-    try:
-        trio.run(main)
-    except* CachefsError as group:
-        error = leaves(group)[0]
-        assert isinstance(error, CachefsError)
-        raise error from None
-
-
-@asynccontextmanager
-async def _client(address: Address) -> AsyncGenerator[Client, None]:
-    config = ClientConfig(address, patience_s=_FIRST_CONTACT_S, first_contact_s=_FIRST_CONTACT_S, with_worker=False)
-    async with open_client(config) as client:
-        yield client

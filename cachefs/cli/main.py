@@ -18,6 +18,8 @@ COMMANDS = {
     "ls": "cachefs.cli.inspect",
     "stat": "cachefs.cli.inspect",
     "report": "cachefs.cli.inspect",
+    "refresh": "cachefs.cli.metadata",
+    "load": "cachefs.cli.metadata",
     "version": "cachefs.cli.version",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -29,10 +29,14 @@ from cachefs.wire.messages import (
     GetCluster,
     GetMasterStatus,
     GetWorkerStatus,
+    LoadMetadata,
+    LoadProgress,
     Locate,
     MasterStatus,
     OpenCounts,
     Opened,
+    Refresh,
+    RefreshReply,
 )
 
 logger = logging.getLogger(__name__)
@@ -218,6 +222,23 @@ class Client:
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
         return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message
+
+    async def refresh(self, path: str, *, recursive: bool = False) -> RefreshReply:
+        """Have the master look at the under-store now: at a file, or at a directory's names (`recursive`: also of those
+        below that were listed before). Every client is told what changed.
+
+        Raises NotFoundError, NotADirectory, UnderStoreError and its kinds, TransportError.
+        """
+        return (await self._master.call(Refresh(path, recursive))).message
+
+    @asynccontextmanager
+    async def load_metadata(self, path: str) -> AsyncGenerator[AsyncIterator[LoadProgress], None]:
+        """Have the master list a directory and everything below; what comes is how far it is, the last is the result.
+
+        Leaving the block ends it. Raises NotFoundError, NotADirectory, UnderStoreError, TransportError.
+        """
+        async with (await self._master.peer()).stream(LoadMetadata(path)) as progress:
+            yield progress
 
     async def report_opens(self) -> None:
         """Tell the worker now and then what was opened. Runs until cancelled."""

@@ -45,6 +45,9 @@ class Master:
         service.on(m.ResolvePath, self.resolve_path)
         service.on(m.Lookup, self.lookup)
         service.on_stream(m.ListDir, self.list_dir)
+        service.on_stream(m.Watch, self.watch)
+        service.on(m.Refresh, self.refresh)
+        service.on_stream(m.LoadMetadata, self.load_metadata)
         service.on(m.GetMasterStatus, self.get_status)
         service.on(m.Locate, self.locate)
         service.on(m.RegisterWorker, self.register_worker)
@@ -77,6 +80,20 @@ class Master:
         self._check_namespace(session)
         async for entries in self._namespace.list_dir(request.ino, request.after):
             yield m.ListChunk(entries)
+
+    async def watch(self, request: m.Watch, session: Session) -> AsyncGenerator[m.Changes, None]:
+        self._check_namespace(session)
+        with self._namespace.watchers.watch() as watcher:
+            yield m.Changes([])
+            while True:
+                yield await watcher.next()
+
+    async def refresh(self, request: m.Refresh, session: Session) -> m.RefreshReply:
+        return await self._namespace.refresh(request.path, recursive=request.recursive)
+
+    async def load_metadata(self, request: m.LoadMetadata, session: Session) -> AsyncGenerator[m.LoadProgress, None]:
+        async for progress in self._namespace.load(request.path):
+            yield progress
 
     async def get_status(self, request: m.GetMasterStatus, session: Session) -> m.MasterStatus:
         # Counting scans tables: in a thread, through the writer's connection, which nobody else uses meanwhile.

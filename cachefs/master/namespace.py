@@ -6,22 +6,27 @@ How names become known, and for how long they are believed:
   everybody who asks meanwhile follows it there, by inode number, so nothing is ever held in memory for a slow reader.
 - A name asked for in a directory that was never listed, or that a listing did not have, costs one look at that name.
 - What is older than `sync_interval_s` is served as it is, and looked at again in the background (0: looked at again
-  first; below 0: never). A listing that fails removes nothing.
+  first; below 0: never). A listing that fails removes nothing. That a name does not exist is believed as long.
+- Whoever may have been told something else before is told what changed (`watchers`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import trio
 
+from cachefs.master.load import Load
+from cachefs.master.watchers import MOST_NAMES, Watchers
 from cachefs.master.writer import Writer
-from cachefs.meta import Found, Inode, MetaStore, Mount
+from cachefs.meta import Found, Inode, Merged, MetaStore, Mount
 from cachefs.model import (
     NO_INO,
+    ROOT_INO,
     Attr,
     Entry,
     Ino,
@@ -35,11 +40,15 @@ from cachefs.model import (
 from cachefs.net.flights import Flights
 from cachefs.ufs import UnderStore
 from cachefs.ufs.base import is_file_name
-from cachefs.wire.messages import AttrReply, ObjectLocation
+from cachefs.wire.messages import AttrReply, LoadProgress, ObjectLocation, RefreshReply
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000
+_MOST_DENIED = 100_000
+"""Names remembered as missing, a few hundred bytes each."""
+_REFRESHED_AT_ONCE = 8
+_PROGRESS_EVERY_S = 0.5
 NS_PER_S = 1_000_000_000
 
 
@@ -64,6 +73,8 @@ class _Listing:
         self.progress = trio.Event()
         self.error: Exception | None = None
         self.done = False
+        self.changed = 0
+        """Names that point at something else now, are new or gone."""
 
     def advance(self) -> None:
         self.progress.set()
@@ -88,6 +99,10 @@ class Namespace:
         self._nursery = nursery
         self._listings: dict[Ino, _Listing] = {}
         self._checks: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
+        self._denied: OrderedDict[tuple[Ino, str], int] = OrderedDict()
+        """Names that were asked for and are missing, and the Unix time of that."""
+        self._has_forgotten_denied = False
+        self.watchers = Watchers()
 
     def getattr(self, ino: Ino) -> AttrReply:
         """Raises NotFoundError for a number never given out."""
@@ -139,6 +154,8 @@ class Namespace:
                 else:
                     self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
                 return known.attr
+        elif self._is_fresh(self._denied.get((parent, name), 0)):
+            return None
         try:
             return await self._checks.join((parent, name), lambda: self._check(directory, name, mounted))
         except UnderStoreError as error:
@@ -187,6 +204,119 @@ class Namespace:
             directory = self._inode(inode.parent)
             await self._checks.join((inode.parent, inode.name), lambda: self._check(directory, inode.name, mounted))
 
+    async def refresh(self, path: str, *, recursive: bool = False) -> RefreshReply:
+        """Look at the under-store now: at a file, or at all names of a directory (`recursive`: also of those below it
+        that were listed before). Watchers are told what changed.
+
+        Raises NotFoundError, NotADirectory, UnderStoreError; what is known stays then.
+        """
+        inode = self._inode(ROOT_INO)
+        parts = [part for part in path.split("/") if part]
+        changed = 0
+        for depth, name in enumerate(parts, 1):
+            directory = self._directory(inode.attr.ino)
+            known = self._store.child(directory.attr.ino, name)
+            if known is None or (depth == len(parts) and known.mount_id == directory.mount_id):
+                await self._look(directory, name)
+                found = self._store.child(directory.attr.ino, name)
+                changed += found is not None and (known is None or known.attr != found.attr)
+                known = found
+            if known is None:
+                raise NotFoundError(f"/{'/'.join(parts[:depth])}: no such file or directory")
+            inode = known
+        if not inode.attr.is_dir:
+            return RefreshReply(0, changed)
+        listed, found_changed = await self._refresh_tree(inode.attr.ino, recursive)
+        return RefreshReply(listed, changed + found_changed)
+
+    async def _look(self, directory: Inode, name: str) -> None:
+        """Ask the under-store for a name, whatever is known of it. Raises UnderStoreError."""
+        mounted = self._mounted.get(directory.mount_id)
+        if mounted is not None and is_file_name(name):
+            key = (directory.attr.ino, name)
+            if key in self._checks:
+                # That one may have looked before what the asker wants seen.
+                await self._checks.join(key, lambda: self._check(directory, name, mounted))
+            await self._checks.join(key, lambda: self._check(directory, name, mounted))
+
+    async def _refresh_tree(self, root: Ino, recursive: bool) -> tuple[int, int]:
+        """(directories listed, names changed)."""
+        listed = changed = 0
+        todo = [root]
+        while todo:
+            batch, todo = todo[:_REFRESHED_AT_ONCE], todo[_REFRESHED_AT_ONCE:]
+            listings = [listing for ino in batch if (listing := await self._list_again(ino)) is not None]
+            for listing in listings:
+                while not listing.done:
+                    await listing.progress.wait()
+                if listing.error is not None:
+                    raise listing.error
+                listed += 1
+                changed += listing.changed
+            if recursive:
+                for ino in batch:
+                    todo += await self._listed_below(ino)
+        return listed, changed
+
+    async def _list_again(self, ino: Ino) -> _Listing | None:
+        """A listing that begins now; None for what is above the mounts, or gone meanwhile."""
+        while (running := self._listings.get(ino)) is not None:
+            await running.progress.wait()
+        directory = self._inode(ino)
+        mounted = self._mounted.get(directory.mount_id)
+        if mounted is None or not directory.live:
+            return None
+        return self._start_listing(directory, mounted)
+
+    async def _listed_below(self, ino: Ino) -> list[Ino]:
+        """Directories right below that are worth looking at again: others are listed anyway when they are asked for."""
+        found = []
+        after = NO_INO
+        while entries := self._store.children(ino, after, _CHUNK):
+            for entry in entries:
+                if entry.attr.is_dir:
+                    directory = self._inode(entry.attr.ino)
+                    if directory.listed_ns or directory.mount_id not in self._mounted:
+                        found.append(entry.attr.ino)
+            after = entries[-1].attr.ino
+            await trio.lowlevel.checkpoint()
+        return found
+
+    async def load(self, path: str) -> AsyncGenerator[LoadProgress, None]:
+        """List a directory and everything below it that is not fresh, telling how far that is; the last is the result.
+
+        Raises NotFoundError, NotADirectory, UnderStoreError about the path itself.
+        """
+        root = (await self.resolve_path(path)).attr.ino
+        self._directory(root)
+
+        def path_of(ino: Ino) -> str:
+            return self._store.path(self._inode(ino))
+
+        load = Load(root, self._list_whole, lambda ino, after: self._store.children(ino, after, _CHUNK), path_of)
+        self._nursery.start_soon(load.run)
+        try:
+            ended = False
+            while not ended:
+                with trio.move_on_after(_PROGRESS_EVERY_S):
+                    await load.done.wait()
+                ended = load.done.is_set()
+                yield load.progress()
+        finally:
+            load.cancel()
+
+    async def _list_whole(self, ino: Ino) -> None:
+        """Return when a directory is listed and fresh. Raises as a listing does."""
+        directory = self._directory(ino)
+        mounted = self._mounted.get(directory.mount_id)
+        if mounted is None or self._is_fresh(directory.listed_ns):
+            return
+        listing = self._start_listing(directory, mounted)
+        while not listing.done:
+            await listing.progress.wait()
+        if listing.error is not None:
+            raise listing.error
+
     def mounted(self) -> list[MountedStore]:
         return list(self._mounted.values())
 
@@ -196,18 +326,38 @@ class Namespace:
         """One name: ask the under-store, and write what it says."""
         parent_path = self._store.path_below_mount(directory)
         path = f"{parent_path}/{name}" if parent_path else name
+        ino = directory.attr.ino
+        asked_ns = time.time_ns()
         try:
             info = await mounted.ufs.stat(path)
         except NotFoundError:
-            if self._store.child(directory.attr.ino, name) is not None:
-                await self._writer.run(lambda: self._store.remove_child(directory.attr.ino, name))
+            if self._store.child(ino, name) is not None:
+                await self._writer.run(lambda: self._store.remove_child(ino, name))
+                self.watchers.tell(ino, [name])
+            self._deny(ino, name, asked_ns)
             mounted.failing = False
             return None
         mounted.failing = False
-        entry = await self._writer.run(
+        merged = await self._writer.run(
             lambda: self._store.put_child(directory, mounted.mount.origin, Found(name, info))
         )
-        return entry.attr
+        self._tell(directory, merged)
+        return merged.entries[0].attr
+
+    def _deny(self, directory: Ino, name: str, asked_ns: int) -> None:
+        self._denied[(directory, name)] = asked_ns
+        self._denied.move_to_end((directory, name))
+        if len(self._denied) > _MOST_DENIED:
+            self._denied.popitem(last=False)
+            # Whoever was told that there is no such name cannot be told of it by name any more.
+            self._has_forgotten_denied = True
+
+    def _tell(self, directory: Inode, merged: Merged) -> None:
+        """Tell of what was found; of new names only where somebody may have been told that they do not exist."""
+        ino = directory.attr.ino
+        denied = [name for name in merged.new if self._denied.pop((ino, name), None) is not None]
+        is_known = directory.listed_ns or self._has_forgotten_denied
+        self.watchers.tell(ino, merged.moved + (merged.new if is_known else denied))
 
     def _start_listing(self, directory: Inode, mounted: MountedStore) -> _Listing:
         """The listing of a directory that is running, or a new one; it goes on whether anybody follows or not."""
@@ -229,6 +379,7 @@ class Namespace:
             parent = self._store.get(directory.parent)
             if parent is not None and parent.mount_id == directory.mount_id:
                 await self._writer.run(lambda: self._store.remove_child(directory.parent, directory.name))
+                self.watchers.tell(directory.parent, [directory.name])
             elif directory.listed_ns:
                 self._note_failure(mounted, error)
         except UnderStoreError as error:
@@ -255,12 +406,19 @@ class Namespace:
             async for chunk in chunks:
                 found = [Found(info.path.rpartition("/")[2], info) for info in chunk]
 
-                def add(found: list[Found] = found) -> list[Entry]:
+                def add(found: list[Found] = found) -> Merged:
                     return store.add_listed(directory, origin, found, number)
 
-                await self._writer.run(add)
+                merged = await self._writer.run(add)
+                listing.changed += len(merged.new) + len(merged.moved)
+                self._tell(directory, merged)
                 listing.advance()
-        await self._writer.run(lambda: store.finish_listing(ino, number, started_ns))
+        count, gone = await self._writer.run(lambda: store.finish_listing(ino, number, started_ns, MOST_NAMES))
+        listing.changed += count
+        if count > len(gone):
+            self.watchers.tell_everything()
+        else:
+            self.watchers.tell(ino, gone)
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 

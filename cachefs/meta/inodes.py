@@ -49,6 +49,17 @@ class Found(NamedTuple):
     info: ObjectInfo
 
 
+class Merged(NamedTuple):
+    """What became of names that were found."""
+
+    entries: list[Entry]
+    """As they are now."""
+    new: list[str]
+    """Names that were not known."""
+    moved: list[str]
+    """Names that were known otherwise: of other content, or with other attributes."""
+
+
 def get(connection: sqlite3.Connection, ino: Ino) -> Inode | None:
     row = connection.execute(f"{_SELECT} WHERE ino = ?", (ino,)).fetchone()
     return _inode(row) if row else None
@@ -76,6 +87,18 @@ def path_below_mount(connection: sqlite3.Connection, inode: Inode) -> str:
             return "/".join(reversed(names))
         names.append(inode.name)
         inode = parent
+
+
+def path(connection: sqlite3.Connection, inode: Inode) -> str:
+    """The path of an inode in the namespace, "/" for the root; that it had, if it is superseded."""
+    names: list[str] = []
+    while inode.parent:
+        names.append(inode.name)
+        parent = get(connection, inode.parent)
+        if parent is None:
+            break
+        inode = parent
+    return "/" + "/".join(reversed(names))
 
 
 def last_number(connection: sqlite3.Connection, counter: str) -> int:
@@ -110,13 +133,13 @@ def merge(
     now_ns: int,
     *,
     shadow: bool = True,
-) -> list[Entry]:
-    """Write what was found in a directory, inside the caller's transaction; returns the entries as they are now.
+) -> Merged:
+    """Write what was found in a directory, inside the caller's transaction.
 
     `listing` marks the rows as seen by that listing (see `finish_listing`). With `shadow`, a name found twice in one
     listing is a directory that shadows an object of the same name: in whichever order they come, the directory stays.
     """
-    entries: list[Entry] = []
+    merged = Merged([], [], [])
     last_ino = last_number(connection, "ino")
     for name, info in found:
         row = connection.execute(
@@ -130,20 +153,22 @@ def merge(
             if _same_content(old, info):
                 attr = old.attr
                 if not attr.is_dir and attr.mtime_ns != info.mtime_ns:
+                    merged.moved.append(name)
                     attr = msgspec.structs.replace(attr, mtime_ns=info.mtime_ns)
                 connection.execute(
                     "UPDATE inodes SET seen = ?, checked_ns = ?, mtime_ns = ? WHERE ino = ?",
                     (listing, now_ns, attr.mtime_ns, attr.ino),
                 )
-                entries.append(Entry(name, attr))
+                merged.entries.append(Entry(name, attr))
                 continue
             connection.execute("UPDATE inodes SET live = 0 WHERE ino = ?", (old.attr.ino,))
+        (merged.new if old is None else merged.moved).append(name)
         last_ino += 1
         attr = _new_attr(Ino(last_ino), origin, info, now_ns)
         _insert(connection, attr, parent.attr.ino, name, info.tag, parent.mount_id, listing, now_ns)
-        entries.append(Entry(name, attr))
+        merged.entries.append(Entry(name, attr))
     take_numbers(connection, "ino", last_ino)
-    return entries
+    return merged
 
 
 def remove_child(connection: sqlite3.Connection, parent: Ino, name: str) -> None:
@@ -151,10 +176,19 @@ def remove_child(connection: sqlite3.Connection, parent: Ino, name: str) -> None
     connection.execute("UPDATE inodes SET live = 0 WHERE parent = ? AND name = ? AND live = 1", (parent, name))
 
 
-def finish_listing(connection: sqlite3.Connection, parent: Ino, listing: int, started_ns: int) -> None:
-    """A listing came to its good end: what it did not see, and nobody else did since it began, is gone."""
-    connection.execute("UPDATE inodes SET live = 0 WHERE parent = ? AND live = 1 AND seen < ?", (parent, listing))
+def finish_listing(
+    connection: sqlite3.Connection, parent: Ino, listing: int, started_ns: int, most_names: int
+) -> tuple[int, list[str]]:
+    """A listing came to its good end: what it did not see, and nobody else did since it began, is gone.
+
+    Returns how many names are gone, and the first `most_names` of them.
+    """
+    gone = "parent = ? AND live = 1 AND seen < ?"
+    rows = connection.execute(f"SELECT name FROM inodes WHERE {gone} LIMIT ?", (parent, listing, most_names))
+    names = [str(name) for (name,) in rows]
+    count = connection.execute(f"UPDATE inodes SET live = 0 WHERE {gone}", (parent, listing)).rowcount
     connection.execute("UPDATE inodes SET listed_ns = ? WHERE ino = ?", (started_ns, parent))
+    return count, names
 
 
 def counts(connection: sqlite3.Connection, mount_id: int) -> tuple[int, int]:

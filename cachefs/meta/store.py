@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from cachefs.meta import inodes, replicas
 from cachefs.meta.database import Database, open_database
-from cachefs.meta.inodes import Found, Inode
+from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.mounts import Mount, check_mounts, normalise_mount_path
 from cachefs.model import NO_INO, ROOT_INO, BlockId, ConfigError, Entry, Ino
 
@@ -48,6 +48,10 @@ class MetaStore:
     def path_below_mount(self, inode: Inode) -> str:
         """The path of an inode's object from the root of its under-store, without leading slash."""
         return inodes.path_below_mount(self._reader, inode)
+
+    def path(self, inode: Inode) -> str:
+        """The path of an inode in the namespace, "/" for the root."""
+        return inodes.path(self._reader, inode)
 
     def fact(self, name: str) -> str | None:
         row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -124,22 +128,24 @@ class MetaStore:
             inodes.take_numbers(db, "listing", listing)
             return listing
 
-    def add_listed(self, parent: Inode, origin: str, found: Sequence[Found], listing: int) -> list[Entry]:
-        """Write a chunk of a listing; returns its entries as they are now."""
+    def add_listed(self, parent: Inode, origin: str, found: Sequence[Found], listing: int) -> Merged:
+        """Write a chunk of a listing."""
         with self._transaction() as db:
             return inodes.merge(db, parent, origin, found, listing, time.time_ns())
 
-    def finish_listing(self, parent: Ino, listing: int, started_ns: int) -> None:
-        """The listing is complete: names it did not see are gone."""
+    def finish_listing(
+        self, parent: Ino, listing: int, started_ns: int, most_names: int = 1000
+    ) -> tuple[int, list[str]]:
+        """The listing is complete: names it did not see are gone. Returns their number, and at most `most_names`."""
         with self._transaction() as db:
-            inodes.finish_listing(db, parent, listing, started_ns)
+            return inodes.finish_listing(db, parent, listing, started_ns, most_names)
 
-    def put_child(self, parent: Inode, origin: str, found: Found) -> Entry:
+    def put_child(self, parent: Inode, origin: str, found: Found) -> Merged:
         """Write one name that the under-store was asked about."""
         with self._transaction() as db:
             # A listing that runs now may have passed this name before it appeared: it must not take it for gone.
             listing = inodes.last_number(db, "listing")
-            return inodes.merge(db, parent, origin, [found], listing, time.time_ns(), shadow=False)[0]
+            return inodes.merge(db, parent, origin, [found], listing, time.time_ns(), shadow=False)
 
     def remove_child(self, parent: Ino, name: str) -> None:
         """The under-store was asked and does not have this name."""
