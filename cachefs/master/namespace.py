@@ -317,6 +317,11 @@ class Namespace:
         if listing.error is not None:
             raise listing.error
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether an under-store is being asked, by whomever."""
+        return bool(self._listings) or len(self._checks) > 0
+
     def mounted(self) -> list[MountedStore]:
         return list(self._mounted.values())
 
