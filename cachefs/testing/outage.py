@@ -52,5 +52,5 @@ class Outage:
 
             yield some()
 
-    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray:
+    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
         return await self._store.read_range(info, offset, length)

@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
@@ -58,8 +59,6 @@ class Clock:
         self.ahead_ns = 0
 
     def time_ns(self) -> int:
-        import time
-
         return time.time_ns() + self.ahead_ns
 
 

@@ -244,7 +244,7 @@ async def command(cluster: TestCluster, *arguments: str) -> tuple[int, str, str]
 
 
 async def test_the_commands(tmp_path: Path) -> None:
-    async with scene(tmp_path) as (cluster, client, data):
+    async with scene(tmp_path) as (cluster, _client, data):
         code, output, _ = await command(cluster, "load", "/", "--metadata", "--json")
         facts = json.loads(output)
         assert code == 0 and facts == {"path": "/", "directories": 2, "files": 2, "bytes": 2, "failed": []}

@@ -124,7 +124,7 @@ def test_a_directory_shadows_an_object_of_the_same_name(store: MetaStore, order:
 
 def test_a_single_look_replaces_a_directory_that_became_an_object(store: MetaStore) -> None:
     list_all(store, [directory("x")])
-    entry = store.put_child(root(store), ORIGIN, file("x"))
+    (entry,) = store.put_child(root(store), ORIGIN, file("x")).entries
     assert entry.attr.kind is Kind.FILE
 
 
@@ -146,7 +146,7 @@ def test_everything_survives_a_restart_and_numbers_go_on(tmp_path: Path) -> None
     with open_meta_store(str(tmp_path)) as store:
         store.attach([("/", ORIGIN)])
         assert (store.namespace_id, names(store)) == (namespace_id, before)
-        assert store.put_child(root(store), ORIGIN, file("b")).attr.ino > before["a"]
+        assert store.put_child(root(store), ORIGIN, file("b")).entries[0].attr.ino > before["a"]
 
 
 def test_a_failed_batch_leaves_nothing(store: MetaStore) -> None:
