@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -105,28 +106,31 @@ async def test_who_does_not_listen_is_told_that_too_much_changed(monkeypatch: py
 
 
 async def test_a_refresh_finds_what_is_new_changed_and_gone_and_everybody_hears(tmp_path: Path) -> None:
-    async with scene(tmp_path, ("a", "b", "same", "dir/file")) as (cluster, asker, data):
-        async with cluster.client() as other, ear_of(asker) as ear:
-            before = await names_of(other)
-            assert await other.metadata.lookup(ROOT_INO, "new") is None
-            (data / "a").write_bytes(b"changed")
-            (data / "b").unlink()
-            (data / "new").write_bytes(b"new")
-            (data / "dir/file").unlink()
-            assert (await names_of(other)).keys() == before.keys()
-            reply = await asker.refresh("/")
-            assert (reply.directories, reply.changed) == (1, 3)
-            await ear.heard((ROOT_INO, "a"), (ROOT_INO, "b"), (ROOT_INO, "new"))
-            while (new := await other.metadata.lookup(ROOT_INO, "new")) is None:
-                await trio.sleep(0.01)
-            assert new.size_bytes == 3
-            found = await names_of(other)
-            assert sorted(found) == ["a", "dir", "new", "same"]
-            assert found["a"].size_bytes == 7 and found["a"].ino != before["a"].ino
-            assert found["same"] == before["same"] and found["dir"] == before["dir"]
-            with pytest.raises(StaleError):
-                await other.metadata.current(before["a"].ino)
-            assert (await asker.refresh("/")).changed == 0
+    async with (
+        scene(tmp_path, ("a", "b", "same", "dir/file")) as (cluster, asker, data),
+        cluster.client() as other,
+        ear_of(asker) as ear,
+    ):
+        before = await names_of(other)
+        assert await other.metadata.lookup(ROOT_INO, "new") is None
+        (data / "a").write_bytes(b"changed")
+        (data / "b").unlink()
+        (data / "new").write_bytes(b"new")
+        (data / "dir/file").unlink()
+        assert (await names_of(other)).keys() == before.keys()
+        reply = await asker.refresh("/")
+        assert (reply.directories, reply.changed) == (1, 3)
+        await ear.heard((ROOT_INO, "a"), (ROOT_INO, "b"), (ROOT_INO, "new"))
+        while (new := await other.metadata.lookup(ROOT_INO, "new")) is None:
+            await trio.sleep(0.01)
+        assert new.size_bytes == 3
+        found = await names_of(other)
+        assert sorted(found) == ["a", "dir", "new", "same"]
+        assert found["a"].size_bytes == 7 and found["a"].ino != before["a"].ino
+        assert found["same"] == before["same"] and found["dir"] == before["dir"]
+        with pytest.raises(StaleError):
+            await other.metadata.current(before["a"].ino)
+        assert (await asker.refresh("/")).changed == 0
 
 
 async def test_a_first_look_is_no_news(tmp_path: Path) -> None:
@@ -224,6 +228,17 @@ async def test_everything_below_is_loaded_and_told(tmp_path: Path) -> None:
         async with client.load_metadata("/b") as stream:
             *_, last = [progress async for progress in stream]
         assert (last.directories_done, last.files) == (41, 40)
+
+
+async def test_a_directory_that_cannot_be_loaded_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async with scene(tmp_path, ("a/file", "b/file", "c/file")) as (cluster, client, data):
+        assert sorted(await names_of(client)) == ["a", "b", "c"]
+        # Gone since the names were read: its listing fails.
+        shutil.rmtree(data / "b")
+        code, output, errors = await command(cluster, "load", "/", "--metadata", "--json")
+        facts = json.loads(output)
+        assert code == 1 and facts["files"] == 2 and [each["path"] for each in facts["failed"]] == ["/b"]
+        assert "/b: " in errors and "1 directories could not be listed" in errors
 
 
 async def test_what_cannot_be_loaded(tmp_path: Path) -> None:
