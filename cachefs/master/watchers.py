@@ -23,6 +23,11 @@ class Watcher:
         self._everything = False
         self._wanted = trio.Event()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `next` would answer at once."""
+        return self._wanted.is_set()
+
     async def next(self) -> Changes:
         """What changed since the last call, as soon as there is something."""
         await self._wanted.wait()
