@@ -20,7 +20,7 @@ from cachefs.net import Hello, open_background, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.processes import mountpoint_below
 from cachefs.testing.relay import Relay, running_relay
-from cachefs.wire.messages import GetCluster, Lookup, RegisterWorker, ReportChanged, ResolvePath
+from cachefs.wire.messages import GetCluster, Lookup, Refresh, RegisterWorker, ReportChanged, ResolvePath
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -184,6 +184,8 @@ async def test_a_change_is_seen_long_before_names_expire(tmp_path: Path, everyth
         directory = (await it.find("/dir")).ino
         # Nobody was told: the kernel goes on believing what it was told an hour ago, as far as it knows.
         await it.look_again((await it.find("/dir/file")).ino, (await it.find("/dir/gone")).ino)
+        async with open_peer(it.cluster.master_address, Hello("client")) as peer:
+            await peer.call(Refresh("/dir/new"))
         assert await it.sh("stat -c %s dir/file dir/gone") == "3\n1"
         assert "No such file" in await it.sh("stat dir/new")
         asked = len(it.relay.asked)
