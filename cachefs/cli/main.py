@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "cachefs.cli.inspect",
     "refresh": "cachefs.cli.metadata",
     "load": "cachefs.cli.metadata",
+    "verify": "cachefs.cli.verify",
     "version": "cachefs.cli.version",
 }
 

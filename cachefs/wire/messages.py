@@ -343,6 +343,26 @@ class Fetch(Request[FetchReply], frozen=True):
     held: int
 
 
+class VerifyProgress(msgspec.Struct, frozen=True):
+    """So far; the last one of a stream is the result."""
+
+    blocks_done: int
+    blocks_total: int
+    bytes_done: int
+    bytes_total: int
+    suspects: int
+    """Blocks of an earlier boot, not looked at: each is verified before it is next used."""
+    damaged: list[str]
+    """Found since the last message."""
+
+
+class Verify(StreamRequest[VerifyProgress], frozen=True):
+    """Read every sealed block from its disk and compare."""
+
+    repair: bool
+    """Drop what is damaged; else nothing is changed."""
+
+
 class Opened(Request[Done], frozen=True):
     """What was opened since the last such message: for eviction, and to be counted."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 
 import trio
@@ -20,6 +20,7 @@ from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
 from cachefs.worker.sources import Source, Sources
+from cachefs.worker.verify import verify
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Worker:
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
         service.on(m.Opened, self.opened)
+        service.on_stream(m.Verify, self.verify)
         service.on(m.GetWorkerStatus, self.get_status)
         return service
 
@@ -74,6 +76,10 @@ class Worker:
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.Done()
+
+    async def verify(self, request: m.Verify, session: Session) -> AsyncGenerator[m.VerifyProgress, None]:
+        async for progress in verify(self._store, self._counters, repair=request.repair):
+            yield progress
 
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
         tiers = [_tier_info(tier) for tier in self._store.tiers]

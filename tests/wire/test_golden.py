@@ -92,6 +92,15 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x92\xa2/a\xa3why",
     ),
     (
+        m.VerifyProgress(1, 2, 3, 4, 5, ["a"]),
+        b"\x86\xabblocks_done\x01\xacblocks_total\x02\xaabytes_done\x03\xabbytes_total\x04\xa8suspects\x05"
+        b"\xa7damaged\x91\xa1a",
+    ),
+    (
+        m.Verify(True),
+        b"\x82\xa1q\xa6Verify\xa6repair\xc3",
+    ),
+    (
         m.LoadMetadata("/a"),
         b"\x82\xa1q\xacLoadMetadata\xa4path\xa2/a",
     ),
