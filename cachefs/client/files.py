@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Awaitable, Callable
 
@@ -12,12 +13,16 @@ from cachefs.model import Attr, BlockSlice, Geometry, MiB, RemoteProtocolError
 from cachefs.net import Answer
 from cachefs.wire.messages import Fetch, FetchReply
 
+logger = logging.getLogger(__name__)
+
 Data = bytes | bytearray | memoryview
 
 MAX_FETCH = 8 * MiB
 """Bytes asked for in one request: well below the wire's largest payload, for what comes as payload."""
 
 _NOT_WITHOUT_WAITING = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL)
+_DISK_FAILS = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT)
+"""What file systems say of a medium that cannot be read or is damaged. Not EBADF: that would be our own mistake."""
 
 
 class _BlockView:
@@ -34,7 +39,8 @@ class ContentReader:
     """One content open in cached mode, shared by all its handles. Close it once, when nobody reads any more.
 
     A page is read through the descriptor that came with its confirmation, never through a path: what was confirmed
-    stays readable, whatever becomes of the file's name.
+    stays readable, whatever becomes of the file's name. When the disk fails to read it, the bytes come from the
+    under-store, and that descriptor is not used again.
     """
 
     def __init__(self, attr: Attr, geometry: Geometry, fetch: Callable[[Fetch], Awaitable[Answer[FetchReply]]]) -> None:
@@ -62,7 +68,7 @@ class ContentReader:
             # Only what is in the page cache: anything else belongs into a thread.
             count = os.preadv(view.fd, [buffer], piece.offset, os.RWF_NOWAIT)
         except OSError as error:
-            if error.errno in _NOT_WITHOUT_WAITING:
+            if error.errno in (*_NOT_WITHOUT_WAITING, *_DISK_FAILS):
                 raise trio.WouldBlock from None
             raise
         if count != piece.length:
@@ -73,7 +79,7 @@ class ContentReader:
         """The bytes, `size` of them or up to the end of the content; never fewer.
 
         Raises StaleError when they are of a version that is gone and are not cached; UnderStoreError and its kinds;
-        TransportError when the worker stays away; OSError from the cache's disk.
+        TransportError when the worker stays away.
         """
         slices = [
             part
@@ -96,7 +102,29 @@ class ContentReader:
             self._learn(view, answer)
             if not self._covers(view, piece):
                 raise RemoteProtocolError("worker confirmed other pages than those asked for")
-        return await trio.to_thread.run_sync(read_exactly, view.fd, piece.offset, piece.length)
+        serial = view.serial
+        try:
+            return await trio.to_thread.run_sync(read_exactly, view.fd, piece.offset, piece.length)
+        except OSError as error:
+            if error.errno not in _DISK_FAILS:
+                raise
+            logger.info("cached file cannot be read, reading through ino=%d error=%s", self.attr.ino, error)
+        if view.serial == serial:
+            self._forget(view)
+        return await self._read_through(piece, serial)
+
+    async def _read_through(self, piece: BlockSlice, serial: int) -> Data:
+        """The bytes from the under-store, as those of that descriptor cannot be read."""
+        request = Fetch(self.attr.ino, piece.block_index, piece.offset, piece.length, serial, unreadable=True)
+        payload = (await self._fetch(request)).payload
+        if len(payload) != piece.length:
+            raise RemoteProtocolError(f"worker sent other than the {piece.length} bytes asked for")
+        return payload  # type: ignore[return-value]
+
+    def _forget(self, view: _BlockView) -> None:
+        self._retired.append(view.fd)
+        view.fd, view.serial = -1, 0
+        view.present.clear()
 
     def _covers(self, view: _BlockView, piece: BlockSlice) -> bool:
         return view.present.issuperset(self._geometry.pages_covering(piece.offset, piece.length))

@@ -14,7 +14,7 @@ from cachefs.master.namespace import MountedStore, Namespace
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, open_meta_store
-from cachefs.model import BlockId, Geometry, NamespaceChangedError, NotFoundError, UnderStoreError
+from cachefs.model import BlockId, Geometry, NamespaceChangedError, NotFoundError, UnavailableError, UnderStoreError
 from cachefs.net import Address, Hello, Service, Session, serve
 from cachefs.ufs import UnderStore, at_most, open_under_store
 from cachefs.wire import messages as m
@@ -139,7 +139,7 @@ async def run_master(
     """Serve until cancelled; reports the addresses it listens on.
 
     Raises ConfigError; CachefsError for a database that cannot be used; NotFoundError, DeniedError, UnavailableError
-    when a store to be mounted does not answer at the start.
+    when a store to be mounted does not answer at the start; one that was mounted before may be unavailable.
     """
     with open_meta_store(config.data_dir) as store:
         async with AsyncExitStack() as stack:
@@ -147,11 +147,14 @@ async def run_master(
             opened = [
                 await stack.enter_async_context(open_under_store(url, config.ufs_options)) for _, url in config.mounts
             ]
-            for ufs in opened:
-                await _first_contact(ufs)
+            silent = [
+                ufs
+                for (path, _), ufs in zip(config.mounts, opened, strict=True)
+                if not await _first_contact(ufs, is_known=store.is_attached(path, ufs.origin))
+            ]
             mounts = store.attach([(path, ufs.origin) for (path, _), ufs in zip(config.mounts, opened, strict=True)])
             mounted = [
-                MountedStore(mount, url, config.ufs_options, ufs)
+                MountedStore(mount, url, config.ufs_options, ufs, failing=ufs in silent)
                 for mount, (_, url), ufs in zip(mounts, config.mounts, opened, strict=True)
             ]
             cluster = m.ClusterInfo(config.cluster_id, store.namespace_id, geometry, config.sync_interval_s)
@@ -164,14 +167,21 @@ async def run_master(
                 await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
 
 
-async def _first_contact(ufs: UnderStore) -> None:
+async def _first_contact(ufs: UnderStore, *, is_known: bool) -> bool:
     """A wrong name, endpoint or key is told now, to the person who typed it and waits, and not to a reader later.
 
+    One that was mounted before may be away for now: what is known of it is worth serving. Returns whether it answered.
     Raises NotFoundError, UnderStoreError.
     """
     try:
         with at_most(FIRST_CONTACT_S):
             await ufs.stat("")
+        return True
+    except UnavailableError as error:
+        if not is_known:
+            raise UnavailableError(f"cannot mount {ufs.origin}: {error}") from error
+        logger.warning("under-store is away, serving what is known origin=%s error=%s", ufs.origin, error)
+        return False
     except (NotFoundError, UnderStoreError) as error:
         raise type(error)(f"cannot mount {ufs.origin}: {error}") from error
 

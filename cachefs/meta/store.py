@@ -121,6 +121,11 @@ class MetaStore:
                     _detach(db, mount_id, path)
             return [_attach(db, path, origin, now_ns) for path, origin in wanted]
 
+    def is_attached(self, path: str, origin: str) -> bool:
+        """Whether this under-store is mounted at this path already. Raises ConfigError for what is no path."""
+        row = (normalise_mount_path(path), origin)
+        return self._reader.execute("SELECT 1 FROM mounts WHERE path = ? AND origin = ?", row).fetchone() is not None
+
     def begin_listing(self) -> int:
         """A number that marks what one listing sees; larger than all before."""
         with self._transaction() as db:

@@ -199,6 +199,13 @@ class Partial:
         """Read every page back and compare. Blocks on the disk. Raises BlockCorruptError."""
         verify_pages(self.block, self.read_fd, sums.Sums(self.length, self.page_size, self._checksums))
 
+    def refuse_writers(self) -> None:
+        """It is given up: whoever writes from now on gets BlockMissingError. Returns when nobody writes any more."""
+        with self._changed:
+            self.dropped = True
+            while self._writing:
+                self._changed.wait()
+
     def finish(self) -> None:
         """The last step before the renames: the `.sums` file complete, and nothing left that could write."""
         with self._changed:

@@ -157,6 +157,10 @@ class Store:
 
     # ---- going -----------------------------------------------------------------------------------------------------
 
+    def give_up(self, partial: Partial) -> None:
+        """As `Tier.give_up`. Blocks on the disk. It is closed by its users as ever."""
+        self._homes[partial].give_up(partial)
+
     def drop(self, block: BlockId) -> None:
         """Give up a sealed block, read by somebody or not: open descriptors keep working, nobody gets new ones."""
         for tier in self.tiers:

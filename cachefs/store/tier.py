@@ -254,6 +254,17 @@ class Tier:
         self._sieve.add(block)
         self._used_at[block] = time.monotonic()
 
+    def give_up(self, partial: Partial) -> None:
+        """Forget an open partial and remove its files: writing to it raises from now on. Blocks on the disk.
+
+        Waits for who is sealing it, and does nothing when it is sealed then.
+        """
+        with partial.seal_lock:
+            if not partial.sealed:
+                # First, as a writer under way may make the file of checksums anew.
+                partial.refuse_writers()
+                self._drop_partial(partial)
+
     def _drop_partial(self, partial: Partial) -> None:
         with self._lock:
             if self._open.get(partial.block) is partial:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cachefs.model import MiB
+
+_FIBMAP = 1
+"""Where on its disk a block of a file is; from the kernel's linux/fs.h. Root only."""
 
 
 @contextmanager
@@ -37,6 +43,29 @@ def lying_disk(directory: Path, real_bytes: int) -> Iterator[Path]:
             yield mountpoint
     finally:
         _run("umount", "-l", str(backing))
+
+
+@contextmanager
+def unreadable(directory: Path, file: Path) -> Iterator[None]:
+    """Reading this file of the `small_disk` in `directory` from its medium fails with EIO; its page cache is empty.
+
+    So does everything that the disk has behind it.
+    """
+    image = directory / "disk.img"
+    size = image.stat().st_size
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        first = os.lseek(fd, 0, os.SEEK_DATA) // os.fstatvfs(fd).f_bsize
+        (block,) = struct.unpack("i", fcntl.ioctl(fd, _FIBMAP, struct.pack("i", first)))
+        os.truncate(image, block * os.fstatvfs(fd).f_bsize)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    try:
+        yield
+    finally:
+        os.truncate(image, size)
 
 
 @contextmanager

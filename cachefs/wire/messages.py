@@ -341,6 +341,8 @@ class Fetch(Request[FetchReply], frozen=True):
     offset: Bytes
     length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
     held: int
+    unreadable: bool = False
+    """Reading through the descriptor held failed: answer with the bytes, and see what is damaged."""
 
 
 class VerifyProgress(msgspec.Struct, frozen=True):

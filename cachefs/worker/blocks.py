@@ -1,5 +1,6 @@
 """What mounts ask of a worker: make a content local, make a range readable.
 
+its reader's disk fails?  ----------------> the bytes themselves, and what cannot be read is dropped
 sealed?  suspect?  ------------------------> the sealed file's descriptor
 admitted?  (policy, then room in the tier) -> a job fills a partial; the partial's descriptor, page by page
 otherwise                                  -> the bytes themselves, through a small buffer in memory
@@ -13,7 +14,7 @@ import os
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, CapacityError, Geometry, Ino
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
 from cachefs.net import Answer, Flights
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
@@ -52,8 +53,11 @@ class Blocks:
         self._nursery = nursery
         self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
+        self._doubted: set[BlockId] = set()
+        """Sealed blocks that a reader could not read, while they are looked at: nobody is sent there meanwhile."""
         self._whole: Flights[BlockId, None] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
+        self._looking = trio.CapacityLimiter(1)
         self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -90,6 +94,9 @@ class Blocks:
                 await self._filler.fetch(job, range(job.partial.page_count))
                 await self._filler.seal(job)
                 return PromoteReply(True)
+            except BlockMissingError:
+                # Given up meanwhile, because its disk cannot be read.
+                continue
             except BlockCorruptError as error:
                 # What was read back is not what was written, and is gone: once more, from the under-store.
                 logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
@@ -113,7 +120,11 @@ class Blocks:
         pages = self._geometry.pages_covering(request.offset, request.length)
         if key:
             block = BlockId(key, request.block_index)
+            if request.unreadable:
+                self._doubt(block, request.held)
             for _ in range(_ATTEMPTS):
+                if request.unreadable or block in self._doubted:
+                    break
                 if await self._is_sealed(block):
                     fd = self._sealed_files.open(block, length)
                     if fd is not None:
@@ -125,6 +136,9 @@ class Blocks:
                 if job is not None:
                     try:
                         return await self._fetch_into(job, pages, request.held, reader)
+                    except BlockMissingError:
+                        # Given up meanwhile, because its disk cannot be read.
+                        continue
                     except CapacityError as error:
                         # The disk filled up under us, or fails: the reader gets its bytes all the same.
                         self._counters.not_admitted += 1
@@ -150,6 +164,40 @@ class Blocks:
     def _confirm_sealed(self, fd: int, length: int) -> Answer[FetchReply]:
         everything = [(0, self._geometry.page_count(length))]
         return Answer(FetchReply(next(_SEALED_SERIALS), everything), b"", (fd,), close_fds=True)
+
+    # ---- what cannot be read ---------------------------------------------------------------------------------------
+
+    def _doubt(self, block: BlockId, serial: int) -> None:
+        """A reader's disk failed on the descriptor of that serial."""
+        if block not in self._doubted:
+            self._doubted.add(block)
+            self._nursery.start_soon(self._look_at, block, serial)
+
+    async def _look_at(self, block: BlockId, serial: int) -> None:
+        """In the background: reading a whole block takes a while, and the reader has its bytes from elsewhere."""
+        try:
+            job = self._jobs.get(block)
+            if job is not None and not job.ended and job.partial.serial == serial:
+                await self._give_up(job)
+            if not await trio.to_thread.run_sync(self._store.check, block, limiter=self._looking):
+                logger.warning("block dropped, its reader cannot read it block=%s", block.filename)
+                self._counters.corrupt += 1
+                await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+        finally:
+            self._doubted.discard(block)
+
+    async def _give_up(self, job: Job) -> None:
+        """What cannot be read back is not worth being resumed. Sealed meanwhile, it is checked like any other."""
+        job.ended = True
+        job.users += 1
+        try:
+            await trio.to_thread.run_sync(self._store.give_up, job.partial, limiter=self._looking)
+        finally:
+            job.users -= 1
+            self._end_if_done(job)
+        if job.partial.dropped:
+            logger.warning("partial dropped, its reader cannot read it block=%s", job.block.filename)
+            self._counters.corrupt += 1
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
@@ -217,12 +265,14 @@ class Blocks:
 
     def _end_if_done(self, job: Job) -> None:
         """Close a job that nobody uses and that is sealed or given up."""
-        if job.users == 0 and (job.partial.sealed or job.ended) and self._jobs.get(job.block) is job:
+        if job.users == 0 and (job.partial.sealed or job.ended) and not job.closed:
             self._end(job)
 
     def _end(self, job: Job) -> None:
-        del self._jobs[job.block]
-        job.ended = True
+        # One that has ended may have a successor by now.
+        if self._jobs.get(job.block) is job:
+            del self._jobs[job.block]
+        job.ended = job.closed = True
         self._store.close(job.partial)
 
     async def end_idle(self) -> None:

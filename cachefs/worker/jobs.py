@@ -45,6 +45,8 @@ class Job:
         self.users = 0
         self.filling = False
         self.ended = False
+        """Nobody new joins it."""
+        self.closed = False
         self._demanded: set[int] = set()
         self._readers: dict[int, Readahead] = {}
 

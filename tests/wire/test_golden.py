@@ -205,8 +205,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.Fetch(Ino(7), 1, 4096, 65536, -5),
-        b"\x86\xa1q\xa5Fetch\xa3ino\x07\xabblock_index\x01\xa6offset\xcd\x10\x00\xa6length\xce\x00\x01"
-        b"\x00\x00\xa4held\xfb",
+        b"\x87\xa1q\xa5Fetch\xa3ino\x07\xabblock_index\x01\xa6offset\xcd\x10\x00\xa6length\xce\x00\x01"
+        b"\x00\x00\xa4held\xfb\xaaunreadable\xc2",
     ),
     (
         m.Opened([(KEY, 0)], m.OpenCounts(1, 0)),
