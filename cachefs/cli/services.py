@@ -95,6 +95,13 @@ def master(
     show_default=True,
     help="Whether to keep what is read: always (evicting), if-space, or never.",
 )
+@click.option(
+    "--files-ahead",
+    type=click.IntRange(0, 1000),
+    default=64,
+    show_default=True,
+    help="Small files fetched ahead of whoever opens those of a directory in order; 0 = none.",
+)
 @params.insecure_option
 @log_level_option
 @supervised_option
@@ -105,6 +112,7 @@ def worker(
     socket: str,
     tiers: tuple[TierConfig, ...],
     promote: str,
+    files_ahead: int,
     insecure: bool,
     log_level: str,
     supervised_fd: int | None,
@@ -119,6 +127,7 @@ def worker(
         socket=os.path.abspath(socket),
         tiers=tiers,
         promote=Promote(promote),
+        files_ahead=files_ahead,
     )
     run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)
 

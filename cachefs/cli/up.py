@@ -196,6 +196,7 @@ async def _child(
 @click.option("--sync-interval", default="60s", show_default=True, help="As of cachefs master.")
 @click.option("--page-size", help="As of cachefs master.")
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
+@click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @mount_options
 @log_level_option
 @supervised_option
@@ -208,6 +209,7 @@ def up(
     sync_interval: str,
     page_size: str | None,
     promote: str | None,
+    files_ahead: int | None,
     log_level: str,
     supervised_fd: int | None,
     **mount_flags: Any,
@@ -231,7 +233,10 @@ def up(
         tier=tier,
         ufs_options=params.collect_ufs_options(ufs_options),
         master_flags=("--sync-interval", sync_interval, *(("--page-size", page_size) if page_size else ())),
-        worker_flags=("--promote", promote) if promote else (),
+        worker_flags=(
+            *(("--promote", promote) if promote else ()),
+            *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
+        ),
         mount_flags=_mount_flags(mount_flags),
         log_level=log_level,
     )

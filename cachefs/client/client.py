@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _OPENED_BATCH = 512
 _OPENED_EVERY_S = 1.0
+_OPENED_MANY = 32
+"""Reported without waiting: the worker fetches ahead of whoever opens one file after the other."""
 _WATCH_PAUSE_S = 0.1
 _WATCH_LONGEST_PAUSE_S = 1.0
 _WATCH_REFUSED_PAUSE_S = 5.0
@@ -73,6 +75,7 @@ class Client:
         self._sealed = sealed
         self._nursery = nursery
         self._opened: set[BlockId] = set()
+        self._many_opened = trio.Event()
         self._opens = {"passthrough": 0, "cached": 0}
         self._settling = trio.Lock()
         self._watching = trio.CancelScope()
@@ -213,6 +216,8 @@ class Client:
         self._opens["passthrough" if passthrough else "cached"] += 1
         if passthrough:
             self._opened.add(BlockId(attr.key, 0))
+            if len(self._opened) >= _OPENED_MANY:
+                self._many_opened.set()
 
     async def holders(self, attr: Attr, block_index: int) -> list[str]:
         """Names of the workers that said they hold a block of this content. Raises TransportError."""
@@ -243,7 +248,9 @@ class Client:
     async def report_opens(self) -> None:
         """Tell the worker now and then what was opened. Runs until cancelled."""
         while True:
-            await trio.sleep(_OPENED_EVERY_S)
+            with trio.move_on_after(_OPENED_EVERY_S):
+                await self._many_opened.wait()
+            self._many_opened = trio.Event()
             while self._worker_socket is not None and (self._opened or any(self._opens.values())):
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)

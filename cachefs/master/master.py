@@ -52,6 +52,7 @@ class Master:
         service.on(m.Locate, self.locate)
         service.on(m.RegisterWorker, self.register_worker)
         service.on(m.Resolve, self.resolve)
+        service.on(m.ResolveNext, self.resolve_next)
         service.on(m.ReportChanged, self.report_changed)
         service.on(m.ReportBlocks, self.report_blocks)
         return service
@@ -119,6 +120,10 @@ class Master:
     async def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
         self._check_namespace(session)
         return self._namespace.resolve(request.ino)
+
+    async def resolve_next(self, request: m.ResolveNext, session: Session) -> m.NextLocations:
+        self._check_namespace(session)
+        return self._namespace.resolve_next(request.ino, request.after, request.count)
 
     async def report_changed(self, request: m.ReportChanged, session: Session) -> m.Done:
         self._check_namespace(session)

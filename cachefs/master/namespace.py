@@ -40,7 +40,7 @@ from cachefs.model import (
 from cachefs.net.flights import Flights
 from cachefs.ufs import UnderStore
 from cachefs.ufs.base import is_file_name
-from cachefs.wire.messages import AttrReply, LoadProgress, ObjectLocation, RefreshReply
+from cachefs.wire.messages import AttrReply, LoadProgress, NextLocations, ObjectLocation, RefreshReply
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,21 @@ class Namespace:
             raise StaleError(f"inode {ino} belongs to an under-store that is no longer mounted")
         path = self._store.path_below_mount(inode)
         return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag)
+
+    def resolve_next(self, ino: Ino, after: Ino, count: int) -> NextLocations:
+        """Files beside `ino`, of the next `count` entries after inode `after`. Raises NotFoundError."""
+        inode = self._inode(ino)
+        directory = self._store.get(inode.parent)
+        if directory is None or directory.mount_id not in self._mounted:
+            return NextLocations([], after)
+        above = self._store.path_below_mount(directory)
+        rows = self._store.child_inodes(directory.attr.ino, after, count)
+        files = [
+            ObjectLocation(each.attr, False, each.mount_id, f"{above}/{each.name}" if above else each.name, each.tag)
+            for each in rows
+            if not each.attr.is_dir
+        ]
+        return NextLocations(files, rows[-1].attr.ino if rows else after)
 
     async def resolve_path(self, path: str) -> AttrReply:
         """Raises NotFoundError, NotADirectory, UnderStoreError."""

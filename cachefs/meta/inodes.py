@@ -72,10 +72,18 @@ def child(connection: sqlite3.Connection, parent: Ino, name: str) -> Inode | Non
 
 def children(connection: sqlite3.Connection, parent: Ino, after: Ino, limit: int) -> list[Entry]:
     """The next `limit` live entries with inode numbers above `after`, ascending."""
-    rows = connection.execute(
+    return [Entry(row[2], _attr(row)) for row in _next_rows(connection, parent, after, limit)]
+
+
+def child_inodes(connection: sqlite3.Connection, parent: Ino, after: Ino, limit: int) -> list[Inode]:
+    """As `children`, the whole rows."""
+    return [_inode(row) for row in _next_rows(connection, parent, after, limit)]
+
+
+def _next_rows(connection: sqlite3.Connection, parent: Ino, after: Ino, limit: int) -> sqlite3.Cursor:
+    return connection.execute(
         f"{_SELECT} WHERE parent = ? AND ino > ? AND live = 1 ORDER BY ino LIMIT ?", (parent, after, limit)
     )
-    return [Entry(row[2], _attr(row)) for row in rows]
 
 
 def path_below_mount(connection: sqlite3.Connection, inode: Inode) -> str:

@@ -45,6 +45,10 @@ class MetaStore:
         """
         return inodes.children(self._reader, parent, after, limit)
 
+    def child_inodes(self, parent: Ino, after: Ino, limit: int) -> list[Inode]:
+        """As `children`, with all that is known of them."""
+        return inodes.child_inodes(self._reader, parent, after, limit)
+
     def path_below_mount(self, inode: Inode) -> str:
         """The path of an inode's object from the root of its under-store, without leading slash."""
         return inodes.path_below_mount(self._reader, inode)

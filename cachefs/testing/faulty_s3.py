@@ -66,6 +66,8 @@ class FaultyS3:
         self.upstream = urlsplit(endpoint)
         self.ignores_if_match: tuple[str, str] | None = None
         """Key and secret, to sign requests anew without their If-Match: some servers know nothing of it."""
+        self.delay_s = 0.0
+        """Before each answer: a store that is far away."""
         self.requests: list[tuple[str, str]] = []
         """(method, path with query) of everything that came."""
         self.came_at: list[float] = []
@@ -140,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _meet(self, fault: Fault | None, retry_after: str) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        time.sleep(self.faulty.delay_s)
         if fault == "stall":
             self.faulty.stall()
         if fault in _STATUS:

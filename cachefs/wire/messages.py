@@ -234,6 +234,26 @@ class Resolve(Request[ObjectLocation], frozen=True):
     ino: InoField
 
 
+class NextLocations(msgspec.Struct, frozen=True):
+    files: list[ObjectLocation]
+    """By ascending inode number, as entries are listed."""
+    until: InoField
+    """How far was looked: the last inode number there is, when nothing is left."""
+
+
+class ResolveNext(Request[NextLocations], frozen=True):
+    """The files known in the directory of inode `ino` that come after inode `after`: those that whoever reads the
+    directory in its order asks for next. The under-store is not asked.
+
+    Raises NotFoundError.
+    """
+
+    ino: InoField
+    after: InoField
+    count: Annotated[int, msgspec.Meta(gt=0, le=1000)]
+    """Entries to look at."""
+
+
 class ReportChanged(Request[Done], frozen=True):
     """The under-store no longer has the version this inode stands for: look again."""
 
@@ -280,6 +300,8 @@ class FetchCounters(msgspec.Struct, frozen=True):
     corrupt: int
     """Pages whose checksum did not match when they were read back."""
     not_admitted: int
+    files_ahead: int
+    """Small files fetched before anybody asked for them."""
 
 
 class OpenCounts(msgspec.Struct, frozen=True):

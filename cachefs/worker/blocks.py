@@ -11,16 +11,19 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from contextlib import suppress
 
 import trio
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
 from cachefs.net import Answer, Flights
+from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler, Job
+from cachefs.worker.prefetch import Prefetch
 from cachefs.worker.read_through import ReadThrough
 from cachefs.worker.sources import Source, Sources
 
@@ -58,28 +61,37 @@ class Blocks:
         self._whole: Flights[BlockId, None] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
         self._looking = trio.CapacityLimiter(1)
+        self._prefetch = Prefetch(config, sources, self._has_room, self._keep_ahead, nursery)
         self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    async def promote(self, ino: Ino) -> PromoteReply:
-        """Make a content of one block local; not sealed means not admitted. Raises as `Filler.fetch`."""
+    async def promote(self, ino: Ino, reader: int) -> PromoteReply:
+        """Make a content of one block local; not sealed means not admitted. `reader` tells one mount from another.
+
+        Raises as `Filler.fetch`.
+        """
         source = await self._sources.resolve(ino)
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
+        self._prefetch.asked(reader, source)
         block = BlockId(attr.key, 0)
         for attempt in range(_ATTEMPTS):
             if await self._is_sealed(block):
                 return PromoteReply(True)
             if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
-                if not self._admits(attr.size_bytes):
+                is_fetched_ahead = block in self._whole
+                if not is_fetched_ahead and not self._admits(attr.size_bytes):
                     return PromoteReply(False)
                 try:
                     await self._whole.join(block, lambda: self._filler.keep_whole(block, source, attr.size_bytes))
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
+                    if is_fetched_ahead:
+                        # For what nobody waits for, nothing is evicted; for this reader it may be.
+                        continue
                     self._counters.not_admitted += 1
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return PromoteReply(False)
@@ -122,6 +134,8 @@ class Blocks:
             block = BlockId(key, request.block_index)
             if request.unreadable:
                 self._doubt(block, request.held)
+            elif request.offset == 0:
+                self._prefetch.asked(reader, source)
             for _ in range(_ATTEMPTS):
                 if request.unreadable or block in self._doubted:
                     break
@@ -132,6 +146,10 @@ class Blocks:
                         return self._confirm_sealed(fd, length)
                     # Its files are not what the index says.
                     await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+                if block in self._whole:
+                    with suppress(BlockCorruptError, CapacityError):
+                        await self._whole.join(block, trio.lowlevel.checkpoint)
+                    continue
                 job = await self._job(block, source)
                 if job is not None:
                     try:
@@ -150,9 +168,33 @@ class Blocks:
         data = await self._read_through.read(source, content_offset, request.length, reader)
         return Answer(FetchReply(0, []), data)
 
-    def visited(self, blocks: list[BlockId]) -> None:
+    def opened(self, blocks: list[BlockId], reader: int) -> None:
+        """A mount tells what it has opened sealed, some while ago."""
         for block in blocks:
             self._store.visited(block)
+        self._prefetch.opened(reader, blocks)
+
+    # ---- ahead of readers ------------------------------------------------------------------------------------------
+
+    def _has_room(self, length: int) -> bool:
+        """Without evicting anything: nobody has asked for it yet."""
+        return self._config.promote is not Promote.NEVER and self._store.admits(length, Promote.IF_SPACE)
+
+    async def _keep_ahead(self, source: Source) -> bool:
+        """Make a small content local that nobody waits for; False: no room. Raises as `Filler.keep_whole`."""
+        block, length = BlockId(source.attr.key, 0), source.attr.size_bytes
+        if self._geometry.page_count(length) > 1 or block in self._jobs or block in self._whole:
+            return True
+        if self._store.is_sealed(block) or self._store.is_suspect(block):
+            return True
+        if not self._has_room(length):
+            return False
+        try:
+            await self._whole.join(block, lambda: self._filler.keep_whole(block, source, length, ahead=True))
+        except CapacityError:
+            return False
+        self._counters.files_ahead += 1
+        return True
 
     # ---- sealed ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,14 @@ class WorkerConfig:
     """Reads of the under-store in flight that somebody waits for; each holds a page of memory."""
     background_slots: int = 4
     """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
+    ahead_slots: int = 16
+    """The same for small files fetched ahead of whoever opens those of a directory in order."""
+    files_ahead: int = 64
+    """At most, of such files; 0 = none."""
+    ahead_file_bytes: int = 2 * MiB
+    """Larger files are not fetched ahead as a whole: round trips matter less to them."""
+    ahead_bytes: int = 64 * MiB
+    """At most, of files fetched ahead at a time."""
     read_through_pages: int = 8
     """Pages kept in memory for content that is not admitted: enough for a few sequential readers."""
     scrub_bytes_per_s: int = 8 * MiB

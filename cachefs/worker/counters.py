@@ -14,3 +14,4 @@ class Counters:
     changed: int = 0
     corrupt: int = 0
     not_admitted: int = 0
+    files_ahead: int = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import trio
 
@@ -140,15 +140,17 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
-    async def keep_whole(self, block: BlockId, source: Source, length: int, *, background: bool = False) -> None:
+    async def keep_whole(self, block: BlockId, source: Source, length: int, *, ahead: bool = False) -> None:
         """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
 
-        Most of what a small file costs are wake-ups of threads: one is enough. Raises as `fetch` and `seal`.
+        Most of what a small file costs are wake-ups of threads: one is enough. `ahead`: nobody waits for it, nothing is
+        evicted, and the caller bounds how many there are. Raises as `fetch` and `seal`.
         """
-        async with self._background if background else self._demand:
+        promote = Promote.IF_SPACE if ahead else self._promote
+        async with nullcontext() if ahead else self._demand:
             data = await self.read(source, 0, length)
             try:
-                await trio.to_thread.run_sync(self._keep, block, data, limiter=self._disk)
+                await trio.to_thread.run_sync(self._keep, block, data, promote, limiter=self._disk)
             except BlockCorruptError:
                 self._counters.corrupt += 1
                 raise
@@ -156,8 +158,8 @@ class Filler:
         self._counters.blocks_sealed += 1
         self._on_sealed(block, length)
 
-    def _keep(self, block: BlockId, data: bytes | bytearray | memoryview) -> None:
-        partial = self._store.open_partial(block, len(data), self._promote)
+    def _keep(self, block: BlockId, data: bytes | bytearray | memoryview, promote: Promote) -> None:
+        partial = self._store.open_partial(block, len(data), promote)
         if partial is None:
             return
         try:

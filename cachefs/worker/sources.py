@@ -9,7 +9,7 @@ import trio
 
 from cachefs.model import Attr, Ino, Kind, NamespaceChangedError, ObjectInfo, UnavailableError
 from cachefs.ufs import UnderStore, open_under_store
-from cachefs.wire.messages import ObjectLocation, Resolve, StoreInfo
+from cachefs.wire.messages import NextLocations, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
 
 _REMEMBERED = 100_000
@@ -68,13 +68,27 @@ class Sources:
         ufs = self._open.get(location.store_id)
         if ufs is None:
             raise UnavailableError(f"under-store {location.store_id} of {location.path} is not open on this worker")
+        return self._remember(location, ufs)
+
+    def _remember(self, location: ObjectLocation, ufs: UnderStore) -> Source:
         attr = location.attr
         info = ObjectInfo(location.path, Kind.FILE, attr.size_bytes, attr.mtime_ns, location.tag)
-        source = Source(attr, info, ufs)
-        self._known[ino] = source
+        source = self._known[attr.ino] = Source(attr, info, ufs)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return source
+
+    async def resolve_next(self, ino: Ino, after: Ino, count: int) -> tuple[list[Source], Ino]:
+        """Files in the directory of `ino` after inode `after`, of the next `count` entries, and how far was looked.
+
+        Raises as `resolve`.
+        """
+        namespace_id = self.namespace_id
+        found: NextLocations = (await self._master.call(ResolveNext(ino, after, count))).message
+        if self.namespace_id != namespace_id:
+            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+        located = [(each, self._open.get(each.store_id)) for each in found.files]
+        return [self._remember(each, ufs) for each, ufs in located if ufs is not None], found.until
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""

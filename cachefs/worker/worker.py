@@ -59,7 +59,7 @@ class Worker:
 
     async def promote(self, request: m.Promote, session: Session) -> m.PromoteReply:
         self._check_namespace(session)
-        return await self._blocks.promote(request.ino)
+        return await self._blocks.promote(request.ino, session.id)
 
     async def fetch(self, request: m.Fetch, session: Session) -> Answer[m.FetchReply]:
         self._check_namespace(session)
@@ -72,7 +72,7 @@ class Worker:
             raise NamespaceChangedError("inode numbers of another namespace than this worker's master has")
 
     async def opened(self, request: m.Opened, session: Session) -> m.Done:
-        self._blocks.visited([BlockId(key, index) for key, index in request.blocks])
+        self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.Done()

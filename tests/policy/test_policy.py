@@ -1,12 +1,15 @@
-"""Decisions against models: SIEVE against a list, read-ahead against its promises."""
+"""Decisions against models: SIEVE against a list, read-ahead against its promises; files in order."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.policy import Promote, Readahead, ReadaheadConfig, Sieve, admits
+from cachefs.policy import FileOrder, FileOrderConfig, Promote, Readahead, ReadaheadConfig, Sieve, admits
 
 ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "visit", "remove", "evict"]), st.integers(0, 8)), max_size=200)
 
@@ -129,3 +132,87 @@ def test_admission(mode: Promote, length: int, free: int, admitted: bool) -> Non
 
 def test_admission_counts_what_may_be_reclaimed() -> None:
     assert admits(Promote.IF_SPACE, block_length=10, capacity_bytes=100, free_bytes=4, reclaimable_bytes=6)
+
+
+# ---- files in the order of their directory -------------------------------------------------------------------------
+
+
+def opens(order: FileOrder[str], positions: Iterable[int], directory: str = "d") -> list[tuple[int, int]]:
+    """(position, files) for each time that files were to be fetched ahead; each time all of them are."""
+    asked = []
+    for position in positions:
+        run = order.asked(directory, position)
+        if run is not None:
+            asked.append((position, run.window))
+            run.took(run.after + run.window, run.after + run.window // 2)
+    return asked
+
+
+def test_files_opened_in_order_are_fetched_ahead_more_and_more() -> None:
+    order: FileOrder[str] = FileOrder(FileOrderConfig(steps=3, min_files=4, max_files=16))
+    asked = opens(order, range(100, 180))
+    assert asked[:4] == [(103, 4), (105, 8), (111, 16), (123, 16)]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_gaps_do_not_matter(step: int) -> None:
+    assert opens(FileOrder(), range(0, 40 * step, step))
+
+
+def test_opens_that_are_never_heard_of_do_not_matter() -> None:
+    """Those of what was fetched ahead are not: the next one heard of is just behind it."""
+    order: FileOrder[str] = FileOrder()
+    last, asked = 0, 0
+    for position in (1, 2, 3, 4):
+        run = order.asked("d", position)
+    while run is not None and asked < 10:
+        asked += 1
+        last = run.after + run.window
+        run.took(last, last)
+        run = order.asked("d", last + 1)
+    assert asked == 10
+
+
+def test_what_is_heard_late_moves_on_and_never_back() -> None:
+    order: FileOrder[str] = FileOrder(FileOrderConfig(min_files=64, max_files=64))
+    opens(order, [1, 2, 3])
+    run = order.asked("d", 4)
+    assert run is not None
+    run.took(68, 36)
+    assert [order.passed("d", position) for position in (20, 10, 69)] == [None, None, None]
+    assert order.passed("d", 40) is run and run.after == 68 and not run.over
+
+
+def test_two_who_share_the_work_are_one_run() -> None:
+    mixed = [position for start in range(0, 200, 4) for position in (start + 2, start, start + 3, start + 1)]
+    assert opens(FileOrder(), mixed)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(1000, 1), (100, 10), (10, 100)]))
+def test_shuffled_opens_fetch_next_to_nothing_ahead(seed: int, shape: tuple[int, int]) -> None:
+    directories, files = shape
+    order: FileOrder[str] = FileOrder()
+    names = [(str(directory), file) for directory in range(directories) for file in range(files)]
+    Random(seed).shuffle(names)
+    fetched = sum(window for directory, file in names for _, window in opens(order, [file], directory))
+    assert fetched <= 40
+
+
+def test_a_jump_ends_the_run_and_what_was_for_it() -> None:
+    order: FileOrder[str] = FileOrder()
+    opens(order, [1, 2, 3])
+    run = order.asked("d", 4)
+    assert run is not None
+    order.asked("d", 5000)
+    assert run.over
+    assert opens(order, [5001, 5002, 5003])
+
+
+def test_no_more_directories_are_remembered_than_that() -> None:
+    order: FileOrder[str] = FileOrder(FileOrderConfig(directories=2))
+    opens(order, [1, 2, 3])
+    run = order.asked("d", 4)
+    for name in ("e", "f"):
+        order.asked(name, 1)
+    assert run is not None and run.over
+    assert len(order._runs) == 2

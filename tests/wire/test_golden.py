@@ -154,6 +154,15 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xa1q\xa7Resolve\xa3ino\x07",
     ),
     (
+        m.NextLocations([m.ObjectLocation(ATTR, True, 1, "a/b", "tag")], Ino(9)),
+        b"\x82\xa5files\x91\x85\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasuperse"
+        b"ded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag\xa5until\x09",
+    ),
+    (
+        m.ResolveNext(Ino(7), Ino(8), 64),
+        b"\x84\xa1q\xabResolveNext\xa3ino\x07\xa5after\x08\xa5count@",
+    ),
+    (
         m.ReportChanged(Ino(7)),
         b"\x82\xa1q\xadReportChanged\xa3ino\x07",
     ),
@@ -172,19 +181,19 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\xa6blocks\x04\xa8partials\x05\xa9evictions\x06",
     ),
     (
-        m.FetchCounters(1, 2, 3, 4, 5, 6, 7),
-        b"\x87\xb1under_store_bytes\x01\xb1under_store_reads\x02\xadpages_fetched\x03\xadblocks_sealed"
-        b"\x04\xa7changed\x05\xa7corrupt\x06\xacnot_admitted\x07",
+        m.FetchCounters(1, 2, 3, 4, 5, 6, 7, 8),
+        b"\x88\xb1under_store_bytes\x01\xb1under_store_reads\x02\xadpages_fetched\x03\xadblocks_sealed"
+        b"\x04\xa7changed\x05\xa7corrupt\x06\xacnot_admitted\x07\xabfiles_ahead\x08",
     ),
     (
         m.OpenCounts(1, 2),
         b"\x82\xabpassthrough\x01\xa6cached\x02",
     ),
     (
-        m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
+        m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
         b"\x86\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers"
-        b"\x90\xa8counters\x87\xb1under_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xad"
-        b"blocks_sealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xa5opens\x82\xabpassthrough"
+        b"\x90\xa8counters\x88\xb1under_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xad"
+        b"blocks_sealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xa5opens\x82\xabpassthrough"
         b"\x00\xa6cached\x00",
     ),
     (
