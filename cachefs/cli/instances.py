@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -50,6 +51,23 @@ def instance_name(url: str) -> str:
     """A directory name for what belongs to one URL: readable, and never the same for two."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", url).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def worker_socket(name: str) -> Iterator[str]:
+    """A path for the socket of a worker of this process. What killed processes left behind is removed."""
+    directory = runtime_root()
+    for path in glob.glob(os.path.join(glob.escape(directory), "*-*.sock")):
+        pid = path.rpartition("-")[2].removesuffix(".sock")
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+    path = os.path.join(directory, f"{name[-8:]}-{os.getpid()}.sock")
+    try:
+        yield path
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 @contextmanager

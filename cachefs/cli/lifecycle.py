@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
     to be ready is told instead, and tells it.
     """
     ready = False
+    _raise_open_files()
     supervisor = socket.socket(fileno=supervised_fd) if supervised_fd is not None else None
 
     def report(facts: dict[str, Any]) -> None:
@@ -69,6 +71,13 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
     finally:
         if supervisor is not None:
             supervisor.close()
+
+
+def _raise_open_files() -> None:
+    """As many as the system allows: what is read and cached holds descriptors, and the usual limit is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def cancel_on_signal(

@@ -19,7 +19,7 @@ import click
 import trio
 
 from cachefs.cli import params
-from cachefs.cli.instances import Instance, instance_name, recorded, running, runtime_root, state_root
+from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.services import log_level_option, mount_options, supervised_option
 from cachefs.fuse import FS_TYPE, abort, find_mount, probe, unmount
@@ -98,8 +98,11 @@ async def run_up(config: UpConfig, report: Report) -> None:
 
     Raises CachefsError when one of them fails.
     """
-    name = os.path.basename(config.state_dir)
-    worker_socket = os.path.join(runtime_root(), f"{name[-8:]}-{os.getpid()}.sock")
+    with worker_socket(os.path.basename(config.state_dir)) as socket_path:
+        await _run_three(config, socket_path, report)
+
+
+async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None:
     secrets = {params.UFS_OPTIONS_VARIABLE: json.dumps(dict(config.ufs_options))}
     common = ["--insecure", "--log-level", config.log_level]
     any_port = ["--listen", "127.0.0.1:0"]
@@ -109,10 +112,10 @@ async def run_up(config: UpConfig, report: Report) -> None:
         await master.wait_ready()
         reach_master = ["--master", master.facts["listen"]]
         tier = f"{config.tier.kind}:{config.tier.path}:{config.tier.capacity_bytes}"
-        worker_flags = [*any_port, "--socket", worker_socket, "--tier", tier, *config.worker_flags, *common]
+        worker_flags = [*any_port, "--socket", socket_path, "--tier", tier, *config.worker_flags, *common]
         async with _child("worker", [*reach_master, *worker_flags]) as worker:
             await worker.wait_ready()
-            mount_flags = ["--worker-socket", worker_socket, *config.mount_flags, *common]
+            mount_flags = ["--worker-socket", socket_path, *config.mount_flags, *common]
             async with _child("mount", [config.mountpoint, *reach_master, *mount_flags]) as mount:
                 try:
                     await mount.wait_ready()
@@ -121,7 +124,7 @@ async def run_up(config: UpConfig, report: Report) -> None:
                         url=config.url,
                         mountpoint=config.mountpoint,
                         master=master.facts["listen"],
-                        worker_socket=worker_socket,
+                        worker_socket=socket_path,
                         state_dir=config.state_dir,
                     )
                     with recorded(instance):

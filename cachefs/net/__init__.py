@@ -5,7 +5,7 @@ from cachefs.net.background import open_background
 from cachefs.net.channel import Answer, Body, FileSlice
 from cachefs.net.flights import Flights
 from cachefs.net.peer import Peer, Pool, open_peer, open_pool
-from cachefs.net.service import Service, Session, serve
+from cachefs.net.service import Listener, Service, Session, listening, serve, serve_on
 from cachefs.wire import Hello, Limits
 
 __all__ = [
@@ -16,15 +16,18 @@ __all__ = [
     "Flights",
     "Hello",
     "Limits",
+    "Listener",
     "Peer",
     "Pool",
     "Service",
     "Session",
     "TcpAddress",
     "UnixAddress",
+    "listening",
     "open_background",
     "open_peer",
     "open_pool",
     "parse_address",
     "serve",
+    "serve_on",
 ]

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any, TypeVar
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -344,6 +344,46 @@ async def _close_at_end(channel: Channel) -> None:
         channel.close()
 
 
+class Listener(NamedTuple):
+    """A socket that is bound: whoever connects waits until it is served."""
+
+    address: Address
+    """Port 0 replaced by the port it got."""
+    sock: socket.socket
+
+
+@asynccontextmanager
+async def listening(addresses: Sequence[Address]) -> AsyncGenerator[list[Listener], None]:
+    """Listens on all these until the end of the block.
+
+    A unix socket's file is its owner's alone (0600); one that nobody listens on any more is replaced, and it is removed
+    at the end.
+
+    Raises ConfigError for an address that cannot be bound.
+    """
+    with ExitStack() as stack:
+        listeners = []
+        for address in addresses:
+            sock = await (_listen_tcp(address) if isinstance(address, TcpAddress) else _listen_unix(address))
+            stack.callback(sock.close)
+            if isinstance(address, TcpAddress):
+                listeners.append(Listener(TcpAddress(address.host, sock.getsockname()[1]), sock))
+            else:
+                listeners.append(Listener(address, sock))
+                stack.callback(_unlink_own, address.path, os.stat(address.path).st_ino)
+        yield listeners
+
+
+async def serve_on(
+    service: Service, listeners: Sequence[Listener], *, hello: Hello, limits: Limits | None = None
+) -> None:
+    """Answer whoever connects until cancelled; every connection is closed then."""
+    shared = _Listening(service, hello, limits)
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept, listener.sock, shared, nursery)
+
+
 async def serve(
     service: Service,
     addresses: Sequence[Address],
@@ -352,30 +392,10 @@ async def serve(
     limits: Limits | None = None,
     task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer on all these addresses until cancelled; every connection is closed then.
-
-    Reports the addresses it is bound to, port 0 replaced by the port it got. A unix socket's file is its owner's alone
-    (0600); one that nobody listens on any more is replaced, and it is removed at the end.
-
-    Raises ConfigError for an address that cannot be bound.
-    """
-    async with AsyncExitStack() as stack:
-        listeners = []
-        bound: list[Address] = []
-        for address in addresses:
-            listener = await (_listen_tcp(address) if isinstance(address, TcpAddress) else _listen_unix(address))
-            stack.callback(listener.close)
-            listeners.append(listener)
-            if isinstance(address, TcpAddress):
-                bound.append(TcpAddress(address.host, listener.getsockname()[1]))
-            else:
-                bound.append(address)
-                stack.callback(_unlink_own, address.path, os.stat(address.path).st_ino)
-        listening = _Listening(service, hello, limits)
-        async with trio.open_nursery() as nursery:
-            for listener in listeners:
-                nursery.start_soon(_accept, listener, listening, nursery)
-            task_status.started(bound)
+    """`listening` and `serve_on`; reports the addresses it is bound to. Raises as `listening`."""
+    async with listening(addresses) as listeners:
+        task_status.started([listener.address for listener in listeners])
+        await serve_on(service, listeners, hello=hello, limits=limits)
 
 
 async def _accept(listener: socket.socket, listening: _Listening, nursery: trio.Nursery) -> None:

@@ -6,11 +6,12 @@ import logging
 import platform
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
+from functools import partial
 
 import trio
 
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
-from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, serve
+from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, listening, serve_on
 from cachefs.store import Store, Tier, open_store, running_boot_id
 from cachefs.wire import messages as m
 from cachefs.worker.blocks import Blocks
@@ -112,12 +113,13 @@ async def run_worker(
     open here was made for the first one. TierError when the tier cannot be used.
     """
     counters = Counters()
-    registration = m.RegisterWorker(
-        name=config.name, address=str(config.listen), socket=config.socket, host_boot_id=running_boot_id()
-    )
-    link = MasterLink(config.master, registration)
     held: Callable[[], list[tuple[BlockId, int]]] = list
-    async with trio.open_nursery() as nursery:
+    async with listening([config.listen, UnixAddress(config.socket)]) as listeners, trio.open_nursery() as nursery:
+        public, local = listeners
+        registration = m.RegisterWorker(
+            name=config.name, address=str(public.address), socket=config.socket, host_boot_id=running_boot_id()
+        )
+        link = MasterLink(config.master, registration)
         sources = Sources(link, nursery)
         known: m.ClusterInfo | None = None
 
@@ -165,22 +167,13 @@ async def run_worker(
                     background.start_soon(Care(store, counters, config).run)
                     worker = Worker(config, sources, store, blocks, counters)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
-                    local = await background.start(_serve, worker.service(), [UnixAddress(config.socket)], hello)
-                    public = await background.start(_serve, worker.public_service(), [config.listen], hello)
-                    task_status.started([*public, *local])
+                    background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
+                    background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))
+                    task_status.started([public.address, local.address])
             finally:
                 # When nothing runs any more: partials are left on disk as they are.
                 if blocks is not None:
                     blocks.close()
-
-
-async def _serve(
-    service: Service,
-    addresses: list[Address],
-    hello: Hello,
-    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    await serve(service, addresses, hello=hello, task_status=task_status)
 
 
 async def _report_changed(link: MasterLink, source: Source) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cachefs.cli.instances import runtime_root
 from cachefs.fuse import find_mount, is_mounted, probe
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, mountpoint_below, running
@@ -276,6 +278,26 @@ def test_a_killed_process_ends_all_with_an_error(bucket: Bucket, tmp_path: Path,
         os.kill(int(line.split()[0]), signal.SIGKILL)
         assert process.process.wait(60) == 1
         assert_nothing_left(mountpoint, tmp_path)
+        assert not list(Path(runtime_root()).rglob(f"*{process.process.pid}*"))
+
+
+def test_what_killed_processes_left_is_removed_by_the_next(bucket: Bucket, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    stale, ours = (Path(runtime_root(), f"x-{pid}.sock") for pid in (ended.pid, os.getpid()))
+    for path in (stale, ours):
+        path.touch()
+    try:
+        with up(bucket, tmp_path):
+            assert not stale.exists() and ours.exists()
+    finally:
+        ours.unlink()
+
+
+def test_as_many_files_may_be_open_as_the_system_allows(bucket: Bucket, tmp_path: Path) -> None:
+    with up(bucket, tmp_path) as (_, process):
+        for pid in [process.process.pid, *map(int, run('ps -o pid= --ppid "$1"', str(process.process.pid)).split())]:
+            assert len(set(resource.prlimit(pid, resource.RLIMIT_NOFILE))) == 1
 
 
 def test_the_three_processes_by_hand(bucket: Bucket, tmp_path: Path) -> None:

@@ -289,3 +289,9 @@ async def test_cancelled_readers_leave_the_fetch_to_others(data: Path, tmp_path:
                 scope.cancel()
         for reader in readers:
             reader.close()
+
+
+async def test_a_worker_is_known_by_the_port_it_got(data: Path, tmp_path: Path) -> None:
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        (worker,) = (await client.master_status()).workers
+        assert worker.address == str(cluster.worker_address) and not worker.address.endswith(":0")
