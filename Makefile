@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What takes minutes as well.
+test-all: lint
+	$(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

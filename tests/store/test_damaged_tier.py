@@ -1,0 +1,311 @@
+"""Files of a tier that are damaged, foreign, or no files at all: what can be used is used, and the rest harms nobody.
+
+Nothing wrong is read, nothing waits for ever, and what cannot be understood is an error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cachefs.model import BlockCorruptError, TierError
+from cachefs.store import Store, TierConfig, open_store, page_checksum
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
+
+LENGTH = 4 * PAGE + 100
+WAITED_S = 20
+HEALTHY = (1, 2)
+"""Blocks beside the damaged one, which is 0."""
+
+Damage = Callable[[Path, Path], None]
+"""What becomes of a file; the other one is its counterpart of a healthy block."""
+
+
+def gone(path: Path, other: Path) -> None:
+    path.unlink()
+
+
+def emptied(path: Path, other: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_off(path: Path, other: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def longer(path: Path, other: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def a_byte_flipped(path: Path, other: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - 3)
+        (last,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([last ^ 1]))
+
+
+def garbage(path: Path, other: Path) -> None:
+    path.write_bytes(bytes(number * 37 % 256 for number in range(path.stat().st_size)))
+
+
+def foreign(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+def a_symlink(path: Path, other: Path) -> None:
+    path.unlink()
+    path.symlink_to(other)
+
+
+def a_fifo(path: Path, other: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def an_empty_directory(path: Path, other: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_full_directory(path: Path, other: Path) -> None:
+    an_empty_directory(path, other)
+    (path / "precious").write_bytes(b"somebody's")
+
+
+DAMAGES = [
+    *(gone, emptied, cut_off, longer, a_byte_flipped, garbage, foreign),
+    *(a_symlink, a_fifo, an_empty_directory, a_full_directory),
+]
+damages = pytest.mark.parametrize("damage", DAMAGES)
+which_file = pytest.mark.parametrize("suffix", ["", ".sums"], ids=["data", "sums"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits_for_ever() -> Iterator[None]:
+    def too_long(number: int, frame: object) -> None:
+        raise TimeoutError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(WAITED_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TierConfig:
+    return TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+
+
+@contextmanager
+def opened(config: TierConfig) -> Iterator[Store]:
+    with open_store([config], GEOMETRY, CLUSTER) as store:
+        yield store
+
+
+def file_of(config: TierConfig, kind: str, number: int, suffix: str) -> Path:
+    name = block(number).filename
+    return Path(config.path, kind, name[:2], name + suffix)
+
+
+def served(store: Store, number: int) -> bytes | None:
+    """What a mount gets, and the worker does when that fails."""
+    which = block(number)
+    if store.is_suspect(which):
+        store.restore(which)
+    if not store.is_sealed(which):
+        return None
+    found = read(store.paths, which, LENGTH)
+    if found is None:
+        store.drop(which)
+    return found
+
+
+def is_right(store: Store, number: int, data: bytes | None) -> None:
+    """It can be read, dropped if it is damaged, and made again."""
+    assert served(store, number) in (data, None)
+    if not store.is_sealed(block(number)):
+        seal(store, block(number), content(number, LENGTH))
+    assert served(store, number) == content(number, LENGTH)
+
+
+def make(config: TierConfig) -> None:
+    with opened(config) as store:
+        for number in (0, *HEALTHY):
+            seal(store, block(number), content(number, LENGTH))
+
+
+def another_boot(config: TierConfig) -> None:
+    path = Path(config.path, "tier.json")
+    path.write_text(path.read_text().replace('"boot_id": "', '"boot_id": "another '))
+
+
+def check_after(config: TierConfig, path: Path, damage: Damage, seen: bytes | None) -> None:
+    """Open the tier: all is well with what is healthy, and with the damaged block after it was looked at."""
+    if damage is a_full_directory:
+        with pytest.raises(TierError, match=path.name), opened(config):
+            pass
+        assert (path / "precious").exists()
+        (path / "precious").unlink()
+    with opened(config) as store:
+        for number in HEALTHY:
+            assert served(store, number) == content(number, LENGTH)
+        assert served(store, 0) in (content(0, LENGTH), None, seen)
+        if store.is_sealed(block(0)) and not store.check(block(0)):
+            store.drop(block(0))
+        is_right(store, 0, content(0, LENGTH))
+        for number in HEALTHY:
+            assert store.check(block(number)) and served(store, number) == content(number, LENGTH)
+
+
+@damages
+@which_file
+def test_a_sealed_block_found_at_the_start(config: TierConfig, suffix: str, damage: Damage) -> None:
+    make(config)
+    path = file_of(config, "sealed", 0, suffix)
+    damage(path, file_of(config, "sealed", 1, suffix))
+    # Within one boot what is sealed is believed until it is looked at.
+    same_length = not suffix and path.is_file() and path.stat().st_size == LENGTH
+    check_after(config, path, damage, path.read_bytes() if same_length and not path.is_symlink() else None)
+
+
+@pytest.mark.expect_warnings("what was damaged is told")
+@damages
+@which_file
+def test_a_block_of_an_earlier_boot(config: TierConfig, suffix: str, damage: Damage) -> None:
+    make(config)
+    path = file_of(config, "sealed", 0, suffix)
+    damage(path, file_of(config, "sealed", 1, suffix))
+    another_boot(config)
+    if damage is a_full_directory:
+        with pytest.raises(TierError, match=path.name), opened(config):
+            pass
+        path = file_of(config, "suspect", 0, suffix)
+    check_after(config, path, damage, None)
+
+
+@damages
+@which_file
+def test_a_sealed_block_while_it_is_in_use(config: TierConfig, suffix: str, damage: Damage) -> None:
+    make(config)
+    with opened(config) as store:
+        path = file_of(config, "sealed", 0, suffix)
+        damage(path, file_of(config, "sealed", 1, suffix))
+        if damage is a_full_directory:
+            (path / "precious").unlink()
+        assert not store.check(block(0))
+        store.drop(block(0))
+        assert served(store, 0) is None
+        for number in HEALTHY:
+            assert served(store, number) == content(number, LENGTH)
+        if not path.is_dir():
+            is_right(store, 0, None)
+
+
+@damages
+@which_file
+def test_a_partial_found_at_the_start(config: TierConfig, suffix: str, damage: Damage) -> None:
+    data = pages(content(0, LENGTH))
+    with opened(config) as store:
+        for number in (0, 1):
+            partial = some(store.open_partial(block(number), LENGTH))
+            for index in (1, 4):
+                page = pages(content(number, LENGTH))[index]
+                partial.write_page(index, page, page_checksum(page))
+            store.close(partial)
+        seal(store, block(2), content(2, LENGTH))
+    path = file_of(config, "partial", 0, suffix)
+    damage(path, file_of(config, "partial", 1, suffix))
+    if damage is a_full_directory:
+        with pytest.raises(TierError, match=path.name), opened(config):
+            pass
+        (path / "precious").unlink()
+    with opened(config) as store:
+        for _ in range(2):
+            partial = some(store.open_partial(block(0), LENGTH))
+            for index, page in enumerate(data):
+                if not partial.has(index):
+                    partial.write_page(index, page, page_checksum(page))
+            try:
+                store.seal(partial)
+                break
+            except BlockCorruptError:
+                # What was read back is not what was written: begun anew.
+                continue
+            finally:
+                store.close(partial)
+        assert served(store, 0) == content(0, LENGTH) and store.check(block(0))
+        assert served(store, 2) == content(2, LENGTH)
+        partial = some(store.open_partial(block(1), LENGTH))
+        assert partial.has(1) and partial.has(4)
+        store.close(partial)
+
+
+@pytest.mark.parametrize("kind", ["sealed", "partial", "suspect"])
+def test_what_is_not_ours_is_removed_if_that_loses_nothing(config: TierConfig, kind: str) -> None:
+    make(config)
+    fan = Path(config.path, kind, "00")
+    long = "0" * 255
+    (fan / "notes.txt").write_bytes(b"x")
+    (fan / long).write_bytes(b"x")
+    (Path(os.fsdecode(bytes(fan) + b"/\xff\xfe"))).write_bytes(b"x")
+    (fan / "link").symlink_to("/etc/passwd")
+    os.mkfifo(fan / "fifo")
+    (fan / "directory").mkdir()
+    with opened(config) as store:
+        for number in (0, *HEALTHY):
+            assert served(store, number) == content(number, LENGTH)
+    assert len(list(fan.iterdir())) == (6 if kind == "sealed" else 0)
+    assert Path("/etc/passwd").exists()
+
+
+def test_a_directory_with_something_in_it_is_left_and_told(config: TierConfig) -> None:
+    make(config)
+    directory = Path(config.path, "sealed", "00", "photos")
+    directory.mkdir()
+    (directory / "precious").write_bytes(b"somebody's")
+    with pytest.raises(TierError, match="sealed/00/photos"), opened(config):
+        pass
+    assert (directory / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        lambda path: path.write_bytes(b"\x00\xff" * 50),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text('{"format": "1", "cluster_id": 5, "boot_id": null}'),
+        lambda path: path.write_text('{"format": 99, "cluster_id": "test", "boot_id": "x"}'),
+        lambda path: path.write_text('{"format": 1, "cluster_id": "another", "boot_id": "x"}'),
+        lambda path: a_symlink(path, Path("/etc/hostname")),
+        lambda path: a_fifo(path, path),
+        lambda path: an_empty_directory(path, path),
+    ],
+    ids=["empty", "cut off", "garbage", "list", "types", "newer", "foreign", "symlink", "fifo", "directory"],
+)
+def test_a_tier_file_that_is_none(config: TierConfig, spoil: Callable[[Path], None]) -> None:
+    make(config)
+    path = Path(config.path, "tier.json")
+    spoil(path)
+    before = sorted(Path(config.path).rglob("*"))
+    with pytest.raises(TierError, match="tier"), opened(config):
+        pass
+    assert read([config.path], block(1), LENGTH) is None, "nobody vouches for it"
+    assert sorted(Path(config.path).rglob("*")) == before, "nothing was touched"
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink()
+    # As its message says: without it, all is verified again.
+    with opened(config) as store:
+        for number in (0, *HEALTHY):
+            assert store.is_suspect(block(number)) and served(store, number) == content(number, LENGTH)
