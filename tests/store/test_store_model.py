@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cachefs.model import BlockCorruptError, BlockId, CapacityError
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, TierConfig, open_store, page_checksum
+from cachefs.store.space import estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages
 
 LENGTHS = [0, 1, PAGE, 2 * PAGE + 100, 4 * PAGE, 5 * PAGE - 1, 3 * PAGE, 6 * PAGE]
@@ -75,6 +77,10 @@ class StoreModel(RuleBasedStateMachine):
         kinds = ("sealed", "suspect", "partial")
         return [path for config in self.configs for kind in kinds for path in Path(config.path, kind, "00").iterdir()]
 
+    def pick(self, choice: int, among: Collection[int]) -> int:
+        """One of these, if there is any: what has an effect is more interesting than what has none."""
+        return sorted(among)[choice % len(among)] if among else choice
+
     # ---- filling ---------------------------------------------------------------------------------------------------
 
     @rule(number=NUMBERS, mode=MODES, share=st.sets(st.integers(0, 6)))
@@ -117,24 +123,27 @@ class StoreModel(RuleBasedStateMachine):
             self.spoiled_partials.discard(number)
             self.store.close(partial)
 
-    @rule(number=NUMBERS)
-    def stop_filling(self, number: int) -> None:
-        if number in self.partials:
-            self.store.close(self.partials.pop(number))
+    @rule(first=NUMBERS, mode=MODES)
+    def seal_several(self, first: int, mode: Promote) -> None:
+        for number in ALL[first:]:
+            self.seal(number, mode)
 
-    @rule(number=NUMBERS)
-    def give_up(self, number: int) -> None:
-        partial = self.partials.pop(number, None)
-        if partial is not None:
+    @precondition(lambda self: self.partials)
+    @rule(choice=NUMBERS, for_good=st.booleans())
+    def stop_filling(self, choice: int, for_good: bool) -> None:
+        number = self.pick(choice, self.partials)
+        partial = self.partials.pop(number)
+        if for_good:
             self.store.give_up(partial)
-            self.store.close(partial)
             self.spoiled_partials.discard(number)
             assert not self.files("partial", number)
+        self.store.close(partial)
 
     # ---- using -----------------------------------------------------------------------------------------------------
 
-    @rule(number=NUMBERS)
-    def hold(self, number: int) -> None:
+    @rule(choice=NUMBERS)
+    def hold(self, choice: int) -> None:
+        number = self.pick(choice, self.known)
         fd = SealedReader(self.store.paths).open(block(number), LENGTHS[number])
         if fd is None:
             return
@@ -145,17 +154,18 @@ class StoreModel(RuleBasedStateMachine):
             os.close(self.held.pop(number))
         self.held[number] = fd
 
-    @rule(number=NUMBERS)
-    def let_go(self, number: int) -> None:
-        if number in self.held:
-            os.close(self.held.pop(number))
+    @precondition(lambda self: self.held)
+    @rule(choice=NUMBERS)
+    def let_go(self, choice: int) -> None:
+        os.close(self.held.pop(self.pick(choice, self.held)))
 
     @rule(number=NUMBERS, retire=st.booleans())
     def visit(self, number: int, retire: bool) -> None:
         (self.store.retire if retire else self.store.visited)(block(number))
 
-    @rule(number=NUMBERS)
-    def drop(self, number: int) -> None:
+    @rule(choice=NUMBERS)
+    def drop(self, choice: int) -> None:
+        number = self.pick(choice, self.known)
         self.store.drop(block(number))
         assert not self.store.is_sealed(block(number)) and not self.files("sealed", number)
 
@@ -204,7 +214,11 @@ class StoreModel(RuleBasedStateMachine):
             if not self.files("partial", number):
                 self.spoiled_partials.discard(number)
 
-    @rule(number=NUMBERS)
+    @precondition(lambda self: self.store.suspects())
+    @rule(choice=NUMBERS)
+    def restore_one(self, choice: int) -> None:
+        self.restore(self.pick(choice, [int.from_bytes(each.key, "big") for each in self.store.suspects()]))
+
     def restore(self, number: int) -> None:
         if not self.store.is_suspect(block(number)):
             return
@@ -213,12 +227,11 @@ class StoreModel(RuleBasedStateMachine):
         if not good:
             self.forget(number)
 
-    @precondition(lambda self: self.known)
-    @rule(number=NUMBERS, at=st.integers(0, 7 * PAGE), sums=st.booleans())
-    def damage(self, number: int, at: int, sums: bool) -> None:
+    @precondition(lambda self: self.known - self.spoiled - self.held.keys())
+    @rule(choice=NUMBERS, at=st.integers(0, 7 * PAGE), sums=st.booleans())
+    def damage(self, choice: int, at: int, sums: bool) -> None:
         """A byte of a sealed or suspect block becomes another one."""
-        if number in self.held or number not in self.known or number in self.spoiled:
-            return
+        number = self.pick(choice, self.known - self.spoiled - self.held.keys())
         for kind in ("sealed", "suspect"):
             for path in self.files(kind, number, ".sums" if sums else ""):
                 size = path.stat().st_size
@@ -226,19 +239,21 @@ class StoreModel(RuleBasedStateMachine):
                     _flip(path, at % size)
                     self.spoiled.add(number)
 
-    @rule(number=NUMBERS, at=st.integers(0, 7 * PAGE))
-    def damage_partial(self, number: int, at: int) -> None:
+    @precondition(lambda self: self.partials.keys() - self.spoiled_partials)
+    @rule(choice=NUMBERS, at=st.integers(0, 7 * PAGE), then_seal=st.booleans())
+    def damage_partial(self, choice: int, at: int, then_seal: bool) -> None:
         """A byte of a page that is present, in a partial that is filled at the moment."""
-        partial = self.partials.get(number)
-        if partial is None or number in self.spoiled_partials:
-            return
+        number = self.pick(choice, self.partials.keys() - self.spoiled_partials)
+        partial = self.partials[number]
         for start, end in partial.present():
             offset, length = partial.page_span(start)
             for path in self.files("partial", number):
                 _flip(path, offset + at % length)
                 self.spoiled_partials.add(number)
             assert end > start
-            return
+            break
+        if then_seal:
+            self.seal(number, Promote.ALWAYS)
 
     @rule()
     def verify_and_repair(self) -> None:
@@ -285,10 +300,11 @@ class StoreModel(RuleBasedStateMachine):
             files = [path for kind in ("sealed", "suspect", "partial") for path in Path(config.path, kind).glob("00/*")]
             held = {path.name.removesuffix(".sums") for path in files}
             assert len(held) == status.sealed + status.suspect + status.partials
-            if not held:
-                assert status.used_bytes == status.reserved_bytes == 0
-            written = sum(path.stat().st_size for path in files if path.parent.parent.name != "partial")
-            assert status.used_bytes >= written - len(held) * PAGE
+            filling = {block(number).filename: partial for number, partial in self.partials.items()}
+            here = [partial for name, partial in filling.items() if name in held]
+            assert status.reserved_bytes == sum(estimate(each.length, each.page_count) for each in here)
+            at_rest = [path.stat().st_size for path in files if path.name.removesuffix(".sums") not in filling]
+            assert status.used_bytes <= sum(-(-size // PAGE) * PAGE for size in at_rest)
 
     @invariant()
     def a_block_is_in_one_place(self) -> None:
