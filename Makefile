@@ -1,16 +1,20 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`. Both can be repeated.
+# `make test-all` runs the tests that take minutes too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
