@@ -179,8 +179,9 @@ def remove_child(connection: sqlite3.Connection, parent: Ino, name: str) -> None
 def drop_unseen(
     connection: sqlite3.Connection, parent: Ino, listing: int, after: Ino, limit: int
 ) -> tuple[Ino | None, list[str]]:
-    """Of the next `limit` names after inode `after`: those that neither this listing nor any look since it began saw are
-    gone. Returns the last inode that was looked at, None at the end, and the names that are gone.
+    """Of the next `limit` names after inode `after`: what neither this listing nor any look since it began saw is gone.
+
+    Returns the last inode that was looked at, None at the end, and the names that are gone.
     """
     inos = connection.execute(
         "SELECT ino FROM inodes WHERE parent = ? AND ino > ? AND live = 1 ORDER BY ino LIMIT ?", (parent, after, limit)

@@ -1,4 +1,4 @@
-"""An S3 server in a process of its own, with one directory of as many keys as wanted: they are made up as they are listed.
+"""An S3 server in a process of its own, with one directory of any number of keys, made up as they are listed.
 
 The keys are `dir/000000000` and so on; what can be changed of them are three ranges of numbers. It knows ListObjectsV2,
 HEAD and GET with ranges, as our client uses them, and checks no signatures.
@@ -66,9 +66,7 @@ class HugeS3:
     def release(self) -> None:
         self._do("release")
 
-    def change(
-        self, *, removed: tuple[int, int] = (0, 0), changed: tuple[int, int] = (0, 0), added: int = 0
-    ) -> None:
+    def change(self, *, removed: tuple[int, int] = (0, 0), changed: tuple[int, int] = (0, 0), added: int = 0) -> None:
         """From now on: without the numbers of one range, others with another content, and more behind the last."""
         self._do("change", removed, changed, added)
 
