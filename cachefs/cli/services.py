@@ -142,7 +142,7 @@ def mount_options(function: params.F) -> params.F:
                 type=click.IntRange(min=1000),
                 default=ClientConfig.max_names,
                 show_default=True,
-                help="Names and attributes that the mount remembers, some 600 bytes each.",
+                help="Names and attributes that the mount remembers, some 1000 bytes each.",
             ),
             click.option("--no-allow-other", is_flag=True, help="Only the user who mounts may use the mount."),
             click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
