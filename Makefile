@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`. Both can be repeated.
+# `make test-all` runs the tests that take minutes too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -146,6 +146,13 @@ def mount_options(function: params.F) -> params.F:
             ),
             click.option("--no-passthrough", is_flag=True, help="Read everything through this process."),
             click.option("--read-ahead", type=params.SIZE, default="1M", show_default=True, help="Of the kernel."),
+            click.option(
+                "--max-names",
+                type=click.IntRange(min=1000),
+                default=ClientConfig.max_names,
+                show_default=True,
+                help="Names and attributes that the mount remembers, some 1000 bytes each.",
+            ),
             click.option("--no-allow-other", is_flag=True, help="Only the user who mounts may use the mount."),
             click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
         )
@@ -170,6 +177,7 @@ def mount(
     open_wait: int,
     no_passthrough: bool,
     read_ahead: int,
+    max_names: int,
     no_allow_other: bool,
     allow_nonempty: bool,
     insecure: bool,
@@ -181,7 +189,7 @@ def mount(
     params.check_insecure(insecure, master=master_address)
     config = MountConfig(
         mountpoint=os.path.abspath(mountpoint),
-        client=ClientConfig(master_address, worker_socket),
+        client=ClientConfig(master_address, worker_socket, max_names=max_names),
         source=f"cachefs:{path}",
         path=path,
         options=MountOptions(

@@ -15,7 +15,7 @@ class ClientConfig:
     with_worker: bool = True
     """False: names and attributes only."""
     max_names: int = 500_000
-    """Names and attributes kept, about 600 bytes each."""
+    """Names and attributes kept, about 1000 bytes each."""
     patience_s: float = 30.0
     """How long a lost master or worker is waited for before the caller gets an error."""
     first_contact_s: float = 30.0

@@ -17,11 +17,12 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from cachefs.master.load import Load
-from cachefs.master.watchers import MOST_NAMES, Watchers
+from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
 from cachefs.meta import Found, Inode, Merged, MetaStore, Mount
 from cachefs.model import (
@@ -433,12 +434,12 @@ class Namespace:
                 listing.changed += len(merged.new) + len(merged.moved)
                 self._tell(directory, merged)
                 listing.advance()
-        count, gone = await self._writer.run(lambda: store.finish_listing(ino, number, started_ns, MOST_NAMES))
-        listing.changed += count
-        if count > len(gone):
-            self.watchers.tell_everything()
-        else:
+        after: Ino | None = NO_INO
+        while after is not None:
+            after, gone = await self._writer.run(partial(store.drop_unseen, ino, number, after, _CHUNK))
+            listing.changed += len(gone)
             self.watchers.tell(ino, gone)
+        await self._writer.run(lambda: store.end_listing(ino, started_ns))
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 

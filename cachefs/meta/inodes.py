@@ -144,7 +144,7 @@ def merge(
 ) -> Merged:
     """Write what was found in a directory, inside the caller's transaction.
 
-    `listing` marks the rows as seen by that listing (see `finish_listing`). With `shadow`, a name found twice in one
+    `listing` marks the rows as seen by that listing (see `drop_unseen`). With `shadow`, a name found twice in one
     listing is a directory that shadows an object of the same name: in whichever order they come, the directory stays.
     """
     merged = Merged([], [], [])
@@ -184,19 +184,30 @@ def remove_child(connection: sqlite3.Connection, parent: Ino, name: str) -> None
     connection.execute("UPDATE inodes SET live = 0 WHERE parent = ? AND name = ? AND live = 1", (parent, name))
 
 
-def finish_listing(
-    connection: sqlite3.Connection, parent: Ino, listing: int, started_ns: int, most_names: int
-) -> tuple[int, list[str]]:
-    """A listing came to its good end: what it did not see, and nobody else did since it began, is gone.
+def drop_unseen(
+    connection: sqlite3.Connection, parent: Ino, listing: int, after: Ino, limit: int
+) -> tuple[Ino | None, list[str]]:
+    """Of the next `limit` names after inode `after`: what neither this listing nor any look since it began saw is gone.
 
-    Returns how many names are gone, and the first `most_names` of them.
+    Returns the last inode that was looked at, None at the end, and the names that are gone.
     """
-    gone = "parent = ? AND live = 1 AND seen < ?"
-    rows = connection.execute(f"SELECT name FROM inodes WHERE {gone} LIMIT ?", (parent, listing, most_names))
-    names = [str(name) for (name,) in rows]
-    count = connection.execute(f"UPDATE inodes SET live = 0 WHERE {gone}", (parent, listing)).rowcount
-    connection.execute("UPDATE inodes SET listed_ns = ? WHERE ino = ?", (started_ns, parent))
-    return count, names
+    inos = connection.execute(
+        "SELECT ino FROM inodes WHERE parent = ? AND ino > ? AND live = 1 ORDER BY ino LIMIT ?", (parent, after, limit)
+    ).fetchall()
+    if not inos:
+        return None, []
+    last = Ino(inos[-1][0])
+    gone = "parent = ? AND ino > ? AND ino <= ? AND live = 1 AND seen < ?"
+    scope = (parent, after, last, listing)
+    names = [str(name) for (name,) in connection.execute(f"SELECT name FROM inodes WHERE {gone}", scope)]
+    if names:
+        connection.execute(f"UPDATE inodes SET live = 0 WHERE {gone}", scope)
+    return last, names
+
+
+def end_listing(connection: sqlite3.Connection, directory: Ino, started_ns: int) -> None:
+    """All that a listing found is written, and what it did not see is dropped."""
+    connection.execute("UPDATE inodes SET listed_ns = ? WHERE ino = ?", (started_ns, directory))
 
 
 def counts(connection: sqlite3.Connection, mount_id: int) -> tuple[int, int]:

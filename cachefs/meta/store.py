@@ -142,12 +142,22 @@ class MetaStore:
         with self._transaction() as db:
             return inodes.merge(db, parent, origin, found, listing, time.time_ns())
 
-    def finish_listing(
-        self, parent: Ino, listing: int, started_ns: int, most_names: int = 1000
-    ) -> tuple[int, list[str]]:
-        """The listing is complete: names it did not see are gone. Returns their number, and at most `most_names`."""
+    def drop_unseen(
+        self, parent: Ino, listing: int, after: Ino = NO_INO, limit: int = 1000
+    ) -> tuple[Ino | None, list[str]]:
+        """Once all was added that a listing found: what it did not see is gone, of the next `limit` names after inode
+        `after`. Returns where to go on, None at the end, and the names that are gone.
+
+        In portions, since others wait for each transaction, and the write-ahead log holds all of it. What a listing
+        that is interrupted here has dropped is gone all the same; the rest is found by the next one.
+        """
         with self._transaction() as db:
-            return inodes.finish_listing(db, parent, listing, started_ns, most_names)
+            return inodes.drop_unseen(db, parent, listing, after, limit)
+
+    def end_listing(self, directory: Ino, started_ns: int) -> None:
+        """The listing that began at this Unix time is complete: the directory is as old as that."""
+        with self._transaction() as db:
+            inodes.end_listing(db, directory, started_ns)
 
     def put_child(self, parent: Inode, origin: str, found: Found) -> Merged:
         """Write one name that the under-store was asked about."""

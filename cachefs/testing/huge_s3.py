@@ -1,212 +1,283 @@
-"""An S3 server with one directory of as many objects as are asked for, none of which takes any room.
+"""An S3 server in a process of its own, with one directory of any number of keys, made up as they are listed.
 
-It is a process of its own, so that its memory and its CPU time are not those of whoever measures. It answers what a
-reader asks: ListObjectsV2, HEAD and GET of ranges; signatures are not looked at.
+The keys are `dir/000000000` and so on; what can be changed of them are three ranges of numbers. It knows ListObjectsV2,
+HEAD and GET with ranges, as our client uses them, and checks no signatures.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
-import re
+import os
+import select
+import subprocess
+import sys
 import threading
-import urllib.request
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from cachefs.model import CachefsError
+
 BUCKET = "huge"
-DIRECTORY = "dir/"
-PAGE = 1000
-_TIME = "2026-01-02T03:04:05.000Z"
-_HTTP_TIME = "Fri, 02 Jan 2026 03:04:05 GMT"
+DIRECTORY = "dir"
+_DIGITS = 9
+_LIMIT_S = 120.0
 
 
-def name(number: int) -> str:
-    return f"f{number:07}"
+def name_of(number: int) -> str:
+    return f"{number:0{_DIGITS}}"
 
 
-def size(number: int) -> int:
-    """Bytes of the first version of an object; each later one has one more."""
-    return 100 + number % 1000
+def content_of(number: int, *, changed: bool = False) -> bytes:
+    return f"{'changed' if changed else 'content'} {number}\n".encode()
 
 
 class HugeS3:
-    """Made by `running_huge_s3`."""
+    """Made by `running_huge_s3`. Every method returns when the server has done it."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
         self.url = f"s3://{BUCKET}"
-        self.ufs_options = {"endpoint_url": endpoint, "key": "any", "secret": "any"}
+        # One page may be held for as long as a test takes.
+        self.options = {
+            "endpoint_url": f"http://127.0.0.1:{self._answer()}",
+            "anon": "true",
+            "read_timeout": "300",
+            "deadline": "600",
+        }
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Tells a cachefs process how to reach it."""
+        return {"CACHEFS_UFS_OPTIONS": json.dumps(self.options)}
 
     def hold(self, page: int) -> None:
-        """Answer no page of a listing after the first `page` ones of each, until `release`."""
-        self._tell(hold=page)
-
-    def release(self) -> None:
-        self._tell(hold=-1)
-
-    def change(self, *, gone: list[int] | None = None, changed: list[int] | None = None) -> None:
-        """These objects are gone; those have another content."""
-        self._tell(gone=gone or [], changed=changed or [])
-
-    def pages(self) -> int:
-        """Pages of listings that were answered."""
-        return int(self._tell()["pages"])
+        """Answer no page of the directory from this one on, until `release`. The first page is 0."""
+        self._do("hold", page)
 
     def wait_held(self) -> None:
-        """Return when a listing waits at the page it is held at."""
-        self._tell(wait_held=True)
+        """Return when somebody waits for a page that is held."""
+        self._do("wait_held")
 
-    def _tell(self, **what: Any) -> Any:
-        request = urllib.request.Request(f"{self.endpoint}/-/control", data=json.dumps(what).encode())
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+    def release(self) -> None:
+        self._do("release")
+
+    def change(self, *, removed: tuple[int, int] = (0, 0), changed: tuple[int, int] = (0, 0), added: int = 0) -> None:
+        """From now on: without the numbers of one range, others with another content, and more behind the last."""
+        self._do("change", removed, changed, added)
+
+    def pages(self) -> int:
+        """Pages of the directory that were answered."""
+        return int(self._do("pages"))
+
+    def _do(self, *command: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], _LIMIT_S)
+        line = self._process.stdout.readline() if readable else b""
+        if not line:
+            raise CachefsError("the huge S3 server does not answer")
+        return json.loads(line)
 
 
-class _State:
+@contextmanager
+def running_huge_s3(count: int) -> Iterator[HugeS3]:
+    """A server with `count` keys. It ends with the block, and also when we are killed."""
+    command = [sys.executable, "-m", "cachefs.testing.huge_s3", str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield HugeS3(process)
+        finally:
+            process.kill()
+
+
+# ---- the server's process --------------------------------------------------------------------------------------------
+
+
+class _Directory:
+    """What is in it, and which of its pages may be answered."""
+
     def __init__(self, count: int) -> None:
-        self.count = count
-        self.gone: set[int] = set()
-        self.versions: dict[int, int] = {}
-        self.hold = -1
-        self.held = 0
+        self._count = count
+        self._removed = self._changed = range(0)
+        self._added = 0
+        self._held_from: int | None = None
+        self._waiting = 0
+        self._moved = threading.Condition()
         self.pages = 0
-        self.moved = threading.Condition()
+        self._modified = int(time.time()) - 100
 
-    def control(self, what: dict[str, Any]) -> dict[str, Any]:
-        with self.moved:
-            self.hold = what.get("hold", self.hold)
-            self.gone.update(what.get("gone", ()))
-            for number in what.get("changed", ()):
-                self.versions[number] = self.versions.get(number, 0) + 1
-            self.moved.notify_all()
-            if what.get("wait_held"):
-                self.moved.wait_for(lambda: self.held)
-            return {"pages": self.pages}
+    def hold(self, page: int) -> None:
+        with self._moved:
+            self._held_from = page
 
-    def wait_for_page(self, page: int) -> None:
-        with self.moved:
-            self.held += 1
-            self.moved.notify_all()
-            self.moved.wait_for(lambda: not 0 <= self.hold <= page)
-            self.held -= 1
+    def wait_held(self) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: self._waiting > 0)
+
+    def release(self) -> None:
+        with self._moved:
+            self._held_from = None
+            self._moved.notify_all()
+
+    def change(self, removed: tuple[int, int], changed: tuple[int, int], added: int) -> None:
+        self._removed, self._changed, self._added = range(*removed), range(*changed), added
+
+    def turn(self, page: int) -> None:
+        """Return when this page may be answered."""
+
+        def is_free() -> bool:
+            return self._held_from is None or page < self._held_from
+
+        with self._moved:
+            if not is_free():
+                self._waiting += 1
+                self._moved.notify_all()
+                self._moved.wait_for(is_free)
+                self._waiting -= 1
             self.pages += 1
 
-    def object(self, key: str) -> tuple[int, str] | None:
-        """(size, etag)."""
-        found = re.fullmatch(re.escape(DIRECTORY) + r"f(\d{7})", key)
-        number = int(found[1]) if found else self.count
-        return self.describe(number) if number < self.count and number not in self.gone else None
+    def numbers(self, first: int) -> Iterator[int]:
+        """Those that exist, from this one on."""
+        end = self._count + self._added
+        removed = self._removed
+        if not removed:
+            return iter(range(first, end))
+        before, behind = range(first, min(end, removed.start)), range(max(first, removed.stop), end)
+        return itertools.chain(before, behind)
 
-    def describe(self, number: int) -> tuple[int, str]:
-        version = self.versions.get(number, 0)
-        return size(number) + version, f"{number:024x}{version:08x}"
+    def find(self, name: str) -> int | None:
+        number = int(name) if len(name) == _DIGITS and name.isdecimal() else -1
+        is_there = 0 <= number < self._count + self._added and number not in self._removed
+        return number if is_there else None
+
+    def content(self, number: int) -> bytes:
+        return content_of(number, changed=number in self._changed)
+
+    def etag(self, number: int) -> str:
+        return f'"{"b" if number in self._changed else "a"}{number}"'
+
+    @property
+    def modified(self) -> time.struct_time:
+        return time.gmtime(self._modified)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    state: _State
-
-    def do_POST(self) -> None:
-        what = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._answer(200, json.dumps(self.state.control(what)).encode())
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    # Head and body in one packet: otherwise each answer would wait for an acknowledgement of its first half.
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    directory: _Directory
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         key = unquote(parts.path).removeprefix(f"/{BUCKET}").removeprefix("/")
-        query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-        if not key:
-            self._answer(200, self._list(query) if "list-type" in query else b"")
-            return
-        found = self.state.object(key)
-        if found is None:
-            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-            return
-        length, etag = found
-        headers = {"ETag": f'"{etag}"', "Last-Modified": _HTTP_TIME, "Accept-Ranges": "bytes"}
-        content = (key.encode() * (length // len(key) + 1))[:length]
-        if self.command == "GET" and "Range" in self.headers:
-            first, last = (int(each) for each in self.headers["Range"].removeprefix("bytes=").split("-"))
-            headers["Content-Range"] = f"bytes {first}-{last}/{length}"
-            self._answer(206, content[first : last + 1], headers)
+        if key:
+            self._object(key)
         else:
-            self._answer(200, content, headers)
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            self._send(200, self._list(query), {"Content-Type": "application/xml"})
+
+    do_HEAD = do_GET
 
     def _list(self, query: dict[str, str]) -> bytes:
-        prefix, most = query.get("prefix", ""), min(PAGE, int(query.get("max-keys", PAGE)))
-        inner, token = "", None
-        if prefix == DIRECTORY:
-            start = int(query.get("continuation-token", 0))
-            if most == PAGE:
-                self.state.wait_for_page(start // PAGE)
-            end = min(self.state.count, start + most)
-            inner = "".join(self._content(number) for number in range(start, end) if number not in self.state.gone)
-            token = end if end < self.state.count else None
-        elif DIRECTORY.startswith(prefix):
-            inner = f"<CommonPrefixes><Prefix>{DIRECTORY}</Prefix></CommonPrefixes>"
-        more = f"<NextContinuationToken>{token}</NextContinuationToken>" if token is not None else ""
-        return (
-            f"<?xml version='1.0'?><ListBucketResult><Name>{BUCKET}</Name><Prefix>{prefix}</Prefix>"
-            f"<IsTruncated>{'true' if more else 'false'}</IsTruncated>{more}{inner}</ListBucketResult>"
-        ).encode()
-
-    def _content(self, number: int) -> str:
-        length, etag = self.state.describe(number)
-        return (
-            f"<Contents><Key>{DIRECTORY}{name(number)}</Key><LastModified>{_TIME}</LastModified>"
-            f"<ETag>&quot;{etag}&quot;</ETag><Size>{length}</Size></Contents>"
+        prefix, most = query.get("prefix", ""), int(query.get("max-keys", 1000))
+        after = query.get("continuation-token") or query.get("start-after", "")
+        inside = f"{DIRECTORY}/"
+        rows: list[str] = []
+        token = ""
+        if prefix == "" and "delimiter" in query:
+            rows.append(f"<CommonPrefixes><Prefix>{inside}</Prefix></CommonPrefixes>")
+        elif prefix in ("", inside):
+            first = int(after.removeprefix(inside)) + 1 if after else 0
+            if most > 1:
+                self.directory.turn(first // most)
+            modified = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", self.directory.modified)
+            numbers = self.directory.numbers(first)
+            last = first
+            for last in itertools.islice(numbers, most):
+                rows.append(
+                    f"<Contents><Key>{inside}{name_of(last)}</Key><LastModified>{modified}</LastModified>"
+                    f"<ETag>{self.directory.etag(last).replace(chr(34), '&quot;')}</ETag>"
+                    f"<Size>{len(self.directory.content(last))}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+                )
+            if next(numbers, None) is not None:
+                token = f"<NextContinuationToken>{inside}{name_of(last)}</NextContinuationToken>"
+        elif self.directory.find(prefix.removeprefix(inside)) is not None:
+            number = int(prefix.removeprefix(inside))
+            rows.append(f"<Contents><Key>{prefix}</Key><Size>{len(self.directory.content(number))}</Size></Contents>")
+        text = (
+            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<Name>{BUCKET}</Name><Prefix>{prefix}</Prefix><KeyCount>{len(rows)}</KeyCount><MaxKeys>{most}</MaxKeys>"
+            f"<IsTruncated>{'true' if token else 'false'}</IsTruncated>{token}{''.join(rows)}</ListBucketResult>"
         )
+        return text.encode()
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def _object(self, key: str) -> None:
+        number = self.directory.find(key.removeprefix(f"{DIRECTORY}/"))
+        if number is None:
+            self._send(404, b"<Error><Code>NoSuchKey</Code><Message>no such key</Message></Error>", {})
+            return
+        content, etag = self.directory.content(number), self.directory.etag(number)
+        if self.headers["If-Match"] not in (None, etag, etag.strip('"')):
+            self._send(412, b"<Error><Code>PreconditionFailed</Code><Message>changed</Message></Error>", {})
+            return
+        modified = time.strftime("%a, %d %b %Y %H:%M:%S GMT", self.directory.modified)
+        facts = {"ETag": etag, "Last-Modified": modified, "Accept-Ranges": "bytes"}
+        wanted = self.headers["Range"]
+        if wanted is None:
+            self._send(200, content, facts)
+            return
+        first, last = (int(end) for end in wanted.removeprefix("bytes=").split("-"))
+        last = min(last, len(content) - 1)
+        facts["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self._send(206, content[first : last + 1], facts)
+
+    def _send(self, status: int, content: bytes, facts: dict[str, str]) -> None:
         self.send_response(status)
-        for header, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(header, value)
+        for name, value in facts.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            # Who asked may have been killed meanwhile.
-            with suppress(ConnectionError):
-                self.wfile.write(body)
+            self.wfile.write(content)
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            super().handle()
+
+    def finish(self) -> None:
+        with suppress(OSError):
+            super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-
-def _serve(count: int, link: Connection) -> None:
-    handler = type("Handler", (_Handler,), {"state": _State(count)})
-    server = _Server(("127.0.0.1", 0), handler)
+def _main() -> None:
+    directory = _Handler.directory = _Directory(int(sys.argv[1]))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    link.send(server.server_address[1])
-    # Until the other side is gone, in whatever way.
-    try:
-        link.recv()
-    except EOFError:
-        pass
+    print(server.server_address[1], flush=True)
+    # Commands come one by one from the process that started this one; when it is gone, this one ends.
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        if name == "pages":
+            print(directory.pages, flush=True)
+        else:
+            getattr(directory, name)(*arguments)
+            print("null", flush=True)
+    os._exit(0)
 
 
-@contextmanager
-def running_huge_s3(count: int) -> Iterator[HugeS3]:
-    """`count` objects in one directory. It ends with the block, and by itself if this process is killed."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(count, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield HugeS3(f"http://127.0.0.1:{ours.recv()}")
-    finally:
-        ours.close()
-        process.join(10)
-        process.kill()
-        process.join()
-        process.close()
+if __name__ == "__main__":
+    _main()

@@ -50,7 +50,14 @@ def root(store: MetaStore) -> Inode:
 def list_all(store: MetaStore, found: list[Found]) -> None:
     listing = store.begin_listing()
     store.add_listed(root(store), ORIGIN, found, listing)
-    store.finish_listing(ROOT_INO, listing, 1)
+    finish_listing(store, listing, 1)
+
+
+def finish_listing(store: MetaStore, listing: int, started_ns: int) -> None:
+    after: Ino | None = NO_INO
+    while after is not None:
+        after, _ = store.drop_unseen(ROOT_INO, listing, after, 2)
+    store.end_listing(ROOT_INO, started_ns)
 
 
 def names(store: MetaStore) -> dict[str, Ino]:
@@ -100,15 +107,31 @@ def test_only_a_complete_listing_removes_names(store: MetaStore) -> None:
     listing = store.begin_listing()
     store.add_listed(root(store), ORIGIN, [file("a")], listing)
     assert set(names(store)) == {"a", "b"}
-    store.finish_listing(ROOT_INO, listing, 2)
+    finish_listing(store, listing, 2)
     assert set(names(store)) == {"a"}
+
+
+def test_names_that_are_gone_go_in_portions_and_what_is_found_meanwhile_stays(store: MetaStore) -> None:
+    list_all(store, [file(f"{number:02}") for number in range(25)])
+    listing = store.begin_listing()
+    store.add_listed(root(store), ORIGIN, [file(f"{number:02}") for number in range(0, 25, 5)], listing)
+    after, gone = store.drop_unseen(ROOT_INO, listing, NO_INO, 10)
+    assert gone == ["01", "02", "03", "04", "06", "07", "08", "09"]
+    assert set(names(store)) == {"00", "05"} | {f"{number:02}" for number in range(10, 25)}
+    # Not complete yet: who asks is not told that this is all.
+    assert root(store).listed_ns == 1
+    store.put_child(root(store), ORIGIN, file("13"))
+    while after is not None:
+        after, gone = store.drop_unseen(ROOT_INO, listing, after, 10)
+        assert len(gone) <= 10 and "13" not in gone
+    assert set(names(store)) == {"00", "05", "10", "13", "15", "20"}
 
 
 def test_a_name_that_appears_behind_a_running_listing_is_kept(store: MetaStore) -> None:
     listing = store.begin_listing()
     store.add_listed(root(store), ORIGIN, [file("b")], listing)
     store.put_child(root(store), ORIGIN, file("a"))
-    store.finish_listing(ROOT_INO, listing, 1)
+    finish_listing(store, listing, 1)
     assert set(names(store)) == {"a", "b"}
 
 
@@ -117,7 +140,7 @@ def test_a_directory_shadows_an_object_of_the_same_name(store: MetaStore, order:
     listing = store.begin_listing()
     for found in order:
         store.add_listed(root(store), ORIGIN, [found], listing)
-    store.finish_listing(ROOT_INO, listing, 1)
+    finish_listing(store, listing, 1)
     x = store.child(ROOT_INO, "x")
     assert x is not None and x.attr.is_dir
 
@@ -245,7 +268,7 @@ class NamespaceModel(RuleBasedStateMachine):
         found = list(self.bucket.values())
         for start in range(0, len(found), chunk):
             self.store.add_listed(root(self.store), ORIGIN, found[start : start + chunk], listing)
-        self.store.finish_listing(ROOT_INO, listing, listing)
+        finish_listing(self.store, listing, listing)
         self.known = dict(self.bucket)
 
     @rule()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from botocore.utils import parse_timestamp
 from obstore.exceptions import GenericError
 
 from cachefs.model import (
@@ -28,7 +29,7 @@ from cachefs.testing.faulty_s3 import Fault, FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.understore_contract import Behind, UnderStoreContract, list_all, names
 from cachefs.ufs import UnderStore, open_under_store, s3, s3_ranges
-from cachefs.ufs.s3 import open_s3
+from cachefs.ufs.s3 import open_s3, parse_time
 
 
 @pytest.fixture
@@ -449,3 +450,25 @@ async def test_wrong_settings(url: str, options: dict[str, str], key: str) -> No
     with pytest.raises(ConfigError, match=key):
         async with open_under_store(url, options):
             pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-02-29T23:59:59.000Z",
+        "2009-10-12T17:50:30Z",
+        "2009-10-12T17:50:30.123456Z",
+        "2009-10-12T17:50:30+02:00",
+        "Mon, 12 Oct 2009 17:50:30 GMT",
+        "1255369830",
+        1255369830,
+    ],
+)
+def test_times_are_read_as_botocore_reads_them(text: str | int) -> None:
+    parsed, expected = parse_time(text), parse_timestamp(text)
+    assert parsed == expected and parsed.utcoffset() == expected.utcoffset()
+
+
+def test_what_is_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="Invalid timestamp"):
+        parse_time("2024-13-45Tnonsense-Z")
