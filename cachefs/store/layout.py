@@ -33,8 +33,6 @@ _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOATIME_FL = 0x80
 _FLAGS = struct.Struct("@i")
-OPEN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-"""How files of a tier are opened for reading: whatever may lie there under that name, opening does not wait."""
 FAN_OUT = tuple(f"{value:02x}" for value in range(256))
 
 
@@ -89,7 +87,7 @@ class Layout:
     def read_tier_file(self) -> TierFile | None:
         """None when there is none. Raises TierError as `parse_tier_file`."""
         try:
-            fd = os.open(TIER_FILE, OPEN_FILE, dir_fd=self.tier_fd)
+            fd = os.open(TIER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.tier_fd)
         except FileNotFoundError:
             return None
         with open(fd, "rb") as file:
@@ -147,8 +145,7 @@ def tier_errors(what: str) -> Iterator[None]:
 
 
 def unlink_if_exists(name: str, dir_fd: int) -> None:
-    # A directory in its place is none of ours: it is told of at the next start.
-    with suppress(FileNotFoundError, IsADirectoryError):
+    with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=dir_fd)
 
 

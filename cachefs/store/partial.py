@@ -26,10 +26,11 @@ from contextlib import contextmanager
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError, div_up
 from cachefs.store import sums
 from cachefs.store.diskfull import capacity_errors
-from cachefs.store.layout import OPEN_FILE, Layout, data_name, sums_name, unlink_if_exists
+from cachefs.store.layout import Layout, data_name, sums_name, unlink_if_exists
 from cachefs.store.sums import Buffer, page_checksum
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -303,11 +304,11 @@ def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
     the page cache what readers use. Reads must be aligned, as those of `verify_pages` are. Raises OSError.
     """
     try:
-        fd = os.open(name, OPEN_FILE | os.O_DIRECT, dir_fd=dir_fd)
+        fd = os.open(name, _READ | os.O_DIRECT, dir_fd=dir_fd)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(name, OPEN_FILE, dir_fd=dir_fd)
+        fd = os.open(name, _READ, dir_fd=dir_fd)
     try:
         yield fd
     finally:
@@ -353,6 +354,6 @@ def _read_into(fd: int, buffer: memoryview, offset: int, span: int) -> memoryvie
 
 
 def _open_shared(layout: Layout, name: str) -> int:
-    fd = os.open(name, OPEN_FILE, dir_fd=layout.partial_fd)
+    fd = os.open(name, _READ, dir_fd=layout.partial_fd)
     fcntl.flock(fd, fcntl.LOCK_SH)
     return fd

@@ -6,12 +6,13 @@ import fcntl
 import logging
 import os
 from collections.abc import Sequence
-from stat import S_ISREG
 
 from cachefs.model import BlockId, TierError
-from cachefs.store.layout import OPEN_FILE, SUMS_SUFFIX, TIER_FILE, data_name, parse_tier_file, running_boot_id
+from cachefs.store.layout import SUMS_SUFFIX, TIER_FILE, data_name, parse_tier_file, running_boot_id
 
 logger = logging.getLogger(__name__)
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class SealedReader:
@@ -39,7 +40,7 @@ class SealedReader:
 
     def _open(self, path: str, length: int) -> int | None:
         try:
-            fd = os.open(path, OPEN_FILE)
+            fd = os.open(path, _READ)
         except OSError:
             return None
         try:
@@ -47,12 +48,7 @@ class SealedReader:
             stat = os.fstat(fd)
             # Checked after locking: an eviction that came before has taken the name away, and none can come now.
             # Without checksums beside it, whatever this file holds was never sealed.
-            if (
-                S_ISREG(stat.st_mode)
-                and stat.st_nlink == 1
-                and stat.st_size == length
-                and os.access(path + SUMS_SUFFIX, os.F_OK)
-            ):
+            if stat.st_nlink == 1 and stat.st_size == length and os.access(path + SUMS_SUFFIX, os.F_OK):
                 return fd
         except OSError:
             pass
@@ -63,7 +59,7 @@ class SealedReader:
         for path in list(self._unproven):
             where = os.path.join(path, TIER_FILE)
             try:
-                with open(os.open(where, OPEN_FILE), "rb") as file:
+                with open(where, "rb") as file:
                     tier_file = parse_tier_file(file.read(), where)
             except (OSError, TierError):
                 continue

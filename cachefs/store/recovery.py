@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from cachefs.model import BlockId, TierError
+from cachefs.model import BlockId
 from cachefs.store.layout import FAN_OUT, SUMS_SUFFIX, unlink_if_exists
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def scan(directory_fd: int) -> Iterator[tuple[BlockId, os.stat_result]]:
             other = data if data != name else name + SUMS_SUFFIX
             block = BlockId.from_filename(data)
             if block is None or other not in names or not data.startswith(fan):
-                logger.info("removed leftover file=%r", f"{fan}/{name}")
+                logger.info("removed leftover file=%s/%s", fan, name)
                 unlink_if_exists(f"{fan}/{name}", directory_fd)
             elif data == name:
                 yield block, os.stat(f"{fan}/{name}", dir_fd=directory_fd, follow_symlinks=False)
@@ -55,30 +55,8 @@ def empty(directory_fd: int) -> None:
 
 
 def _names(directory_fd: int, fan: str) -> list[str]:
-    """The files there. What is something else is removed.
-
-    Raises TierError for a directory with something in it: that belongs to somebody.
-    """
-    names = []
     fd = os.open(fan, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
     try:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if entry.is_file(follow_symlinks=False):
-                    names.append(entry.name)
-                elif entry.is_dir(follow_symlinks=False):
-                    _remove_directory(entry.name, fd)
-                else:
-                    logger.info("removed leftover file=%r", f"{fan}/{entry.name}")
-                    unlink_if_exists(entry.name, fd)
+        return os.listdir(fd)
     finally:
         os.close(fd)
-    return names
-
-
-def _remove_directory(name: str, parent_fd: int) -> None:
-    try:
-        os.rmdir(name, dir_fd=parent_fd)
-    except OSError as error:
-        where = os.path.join(os.readlink(f"/proc/self/fd/{parent_fd}"), name)
-        raise TierError(f"{where} is a directory that is not empty; a tier has its directory for itself") from error

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import xxhash
 
 from cachefs.model import BlockCorruptError, BlockId, Geometry
-from cachefs.store.layout import OPEN_FILE
 
 _MAGIC = b"cfsums\r\n"
 _VERSION = 1
@@ -120,7 +119,7 @@ def decode(data: bytes, block: BlockId) -> Sums:
 def read(block: BlockId, name: str, dir_fd: int) -> Sums:
     """Read and parse a file. Raises BlockCorruptError, also when it is missing or cannot be read."""
     try:
-        fd = os.open(name, OPEN_FILE, dir_fd=dir_fd)
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             data = bytearray()
             while chunk := os.read(fd, _READ_CHUNK):

@@ -30,7 +30,6 @@ from cachefs.store import recovery, sums
 from cachefs.store.config import TierConfig, check_capacity, check_medium
 from cachefs.store.layout import (
     FORMAT_VERSION,
-    OPEN_FILE,
     Layout,
     TierFile,
     data_name,
@@ -45,6 +44,7 @@ from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
 
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _IDLE_EVERY_S = 5.0
 
 
@@ -334,7 +334,7 @@ class Tier:
     def _evict(self, directory_fd: int, block: BlockId) -> bool:
         """Unlink a block that nobody reads; False if somebody does."""
         try:
-            fd = os.open(data_name(block), OPEN_FILE, dir_fd=directory_fd)
+            fd = os.open(data_name(block), _READ, dir_fd=directory_fd)
         except FileNotFoundError:
             return True
         try:
@@ -350,7 +350,7 @@ class Tier:
 
     def _can_evict(self, block: BlockId) -> bool:
         try:
-            fd = os.open(data_name(block), OPEN_FILE, dir_fd=self._layout.sealed_fd)
+            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
         except OSError:
             return False
         try:
@@ -438,7 +438,7 @@ class Tier:
         """
         try:
             known = sums.read(block, sums_name(block), self._layout.sealed_fd)
-            fd = os.open(data_name(block), OPEN_FILE, dir_fd=self._layout.sealed_fd)
+            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
         except FileNotFoundError as error:
             raise BlockMissingError(f"{block.filename}: went away") from error
         try:
@@ -479,7 +479,7 @@ class Tier:
             block = self._unsynced.popleft()
             try:
                 for name in (data_name(block), sums_name(block)):
-                    fd = os.open(name, OPEN_FILE, dir_fd=self._layout.sealed_fd)
+                    fd = os.open(name, _READ, dir_fd=self._layout.sealed_fd)
                     try:
                         os.fsync(fd)
                     finally:
