@@ -230,12 +230,23 @@ class Tier:
                 raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
             try:
                 partial.verify()
+                self._check_name(partial)
             except BlockCorruptError:
                 self._drop_partial(partial)
                 raise
             partial.finish()
             with self._lock:
                 self._publish(partial)
+
+    def _check_name(self, partial: Partial) -> None:
+        """What was verified is the open file; the name is what readers will open. Raises BlockCorruptError, OSError."""
+        own = os.fstat(partial.read_fd)
+        try:
+            named = os.stat(data_name(partial.block), dir_fd=self._layout.partial_fd, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise BlockCorruptError(f"{partial.block.filename}: its file is gone") from error
+        if (named.st_dev, named.st_ino) != (own.st_dev, own.st_ino):
+            raise BlockCorruptError(f"{partial.block.filename}: another file has taken its name")
 
     def _publish(self, partial: Partial) -> None:
         block = partial.block
@@ -453,10 +464,10 @@ class Tier:
         try:
             known = sums.read(block, sums_name(block), self._layout.sealed_fd)
             fd = os.open(data_name(block), READ_FLAGS, dir_fd=self._layout.sealed_fd)
-        except FileNotFoundError as error:
-            raise BlockMissingError(f"{block.filename}: went away") from error
-        except OSError as error:
-            raise BlockCorruptError(f"{block.filename}: cannot be read: {error.strerror}") from error
+        except (BlockCorruptError, OSError) as error:
+            if not self.is_sealed(block):
+                raise BlockMissingError(f"{block.filename}: went away") from error
+            raise BlockCorruptError(f"{block.filename}: cannot be read: {error}") from error
         try:
             partial = other.open_partial(block, known.length, evict=evict)
             if partial is None:
