@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError
 from cachefs.policy import Promote
@@ -25,14 +25,17 @@ from cachefs.store import sums as sums_module
 from cachefs.store.space import allocated_bytes, estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages
 
-LENGTHS = [0, 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE + 100, 4 * PAGE, 5 * PAGE - 1, 5 * PAGE, 5 * PAGE]
-"""Of block n. A quarter of the upper tier at most, as others are admitted only below."""
+LENGTHS = [0, 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE + 100, *[4 * PAGE, 5 * PAGE - 1, 5 * PAGE] * 3]
+"""Of block n. A quarter of the upper tier at most, as others are admitted only below; together more than both hold."""
 CONTENTS = [content(number, length) for number, length in enumerate(LENGTHS)]
 EVERY = range(len(LENGTHS))
-CAPACITIES = (20 * PAGE, 24 * PAGE)
-NUMBERS = st.integers(0, len(LENGTHS) - 1)
-LARGE = st.integers(4, len(LENGTHS) - 1)
+CAPACITIES = (24 * PAGE, 29 * PAGE)
+NUMBERS = st.sampled_from(range(len(LENGTHS)))
+LARGE = st.sampled_from(range(5, len(LENGTHS)))
 MODES = st.sampled_from([Promote.ALWAYS, Promote.ALWAYS, Promote.IF_SPACE, Promote.NEVER])
+SHARES = st.sets(st.integers(0, 4), min_size=1, max_size=3)
+"""Pages of a block."""
+WAYS = st.sampled_from(["flip", "flip", "truncate", "foreign", "replace", "delete"])
 SUMS = [
     sums_module.encode(
         sums_module.encode_header(block(number), LENGTHS[number], PAGE),
@@ -100,6 +103,8 @@ class StoreModel(RuleBasedStateMachine):
         self.start()
 
     def start(self) -> None:
+        self.age = 0
+        """Steps since."""
         self.stack = ExitStack()
         self.store = self.stack.enter_context(open_store(self.configs, GEOMETRY, CLUSTER))
         self.reader = SealedReader(self.store.paths)
@@ -238,8 +243,31 @@ class StoreModel(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.open)))
         return number, self.open[number][0]
 
+    @rule(number=LARGE, mode=MODES, share=SHARES, close=st.booleans())
+    def begin(self, number: int, mode: Promote, share: set[int], close: bool) -> None:
+        """Open it and write some of it; let go of, it is what the next one resumes."""
+        if len(self.open) > 2 and number not in self.open:
+            self.fill(min(self.open))
+        self.open_partial(number, mode)
+        if number in self.open:
+            self.write_pages(number, share)
+            if close:
+                self.close_one(number)
+            self.learn()
+
+    @rule(numbers=st.lists(LARGE, min_size=1, max_size=3, unique=True), share=SHARES)
+    def begin_and_leave(self, numbers: list[int], share: set[int]) -> None:
+        for number in numbers:
+            self.begin(number, Promote.ALWAYS, share, True)
+
+    @precondition(lambda self: self.dormant)
+    @rule(data=st.data(), mode=MODES, share=SHARES, close=st.booleans())
+    def resume(self, data: st.DataObject, mode: Promote, share: set[int], close: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.dormant)))
+        self.begin(number, mode, share, close)
+
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), share=st.sets(st.integers(0, 4), min_size=1, max_size=3))
+    @rule(data=st.data(), share=SHARES)
     def write(self, data: st.DataObject, share: set[int]) -> None:
         self.write_pages(data.draw(st.sampled_from(sorted(self.open))), share)
         self.learn()
@@ -279,6 +307,10 @@ class StoreModel(RuleBasedStateMachine):
         partial = self.open[number][0]
         tier = self.home(number)
         assert tier is not None
+        if not partial.complete:
+            with pytest.raises(BlockCorruptError, match="not complete"):
+                self.store.seal(partial)
+            assert self.home(number) is not None
         filled = self.write_pages(number, range(partial.page_count))
         path = self.path(tier, "partial", number)
         good = path.exists() and inode_of(path) == inode_behind(partial.read_fd)
@@ -299,16 +331,6 @@ class StoreModel(RuleBasedStateMachine):
             self.close_one(number)
         self.learn([number] if partial.sealed else [])
         assert partial.sealed == (self.sealed[number] == {tier})
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def seal_too_early(self, data: st.DataObject) -> None:
-        number, partial = self.draw_open(data)
-        if not partial.complete:
-            with pytest.raises(BlockCorruptError, match="not complete"):
-                self.store.seal(partial)
-            assert self.home(number) is not None
-            self.learn()
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -350,7 +372,8 @@ class StoreModel(RuleBasedStateMachine):
             self.close_one(number)
         self.learn()
 
-    @rule(number=LARGE, mode=MODES)
+    @precondition(lambda self: len(self.open) < 3)
+    @rule(number=NUMBERS, mode=MODES)
     def put(self, number: int, mode: Promote) -> None:
         """All of it at once: what makes the tiers fill up."""
         if number not in self.open:
@@ -358,21 +381,34 @@ class StoreModel(RuleBasedStateMachine):
         if number in self.open:
             self.fill(number)
 
-    @rule(numbers=st.lists(LARGE, min_size=4, max_size=6, unique=True))
-    def put_many(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self.put(number, Promote.ALWAYS)
+    @rule(first=LARGE, count=st.integers(1, 9), mode=MODES)
+    def put_many(self, first: int, count: int, mode: Promote) -> None:
+        """As a job that reads one file after the other."""
+        large = range(5, len(LENGTHS))
+        for at in range(count):
+            self.put(large[(first + at) % len(large)], mode)
+
+    @rule(first=LARGE)
+    def put_all(self, first: int) -> None:
+        self.put_many(first, 9, Promote.ALWAYS)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    @rule(number=NUMBERS)
-    def hold(self, number: int) -> None:
+    @precondition(lambda self: any(self.sealed.values()))
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
         """A mount opens it, and keeps reading whatever becomes of the name."""
+        number = self.draw_sealed(data)
+        if len(self.kept) > 2:
+            os.close(self.kept.pop(0)[0])
         fd = self.reader.open(block(number), LENGTHS[number])
         if fd is not None:
             self.kept.append((fd, number))
 
-    @precondition(lambda self: self.open)
+    def draw_sealed(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from([number for number in EVERY if self.sealed[number]]))
+
+    @precondition(lambda self: any(partials[0].complete for partials in self.open.values()))
     @rule(data=st.data())
     def hold_partial(self, data: st.DataObject) -> None:
         """What the worker passes to a mount, once every page is there."""
@@ -386,21 +422,21 @@ class StoreModel(RuleBasedStateMachine):
         fd, _ = self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
         os.close(fd)
 
-    @rule(number=NUMBERS)
-    def visited(self, number: int) -> None:
+    @rule(number=NUMBERS, retire=st.booleans())
+    def visited(self, number: int, retire: bool) -> None:
         self.store.visited(block(number))
-        self.learn()
-
-    @rule(number=NUMBERS)
-    def retire(self, number: int) -> None:
-        self.store.retire(block(number))
-        self.retired |= {(tier, number) for tier in self.sealed[number]}
+        if retire:
+            self.store.retire(block(number))
+            self.retired |= {(tier, number) for tier in self.sealed[number]}
+        assert self.store.sync_sealed() == []
         self.learn()
 
     # ---- going and moving ------------------------------------------------------------------------------------------
 
-    @rule(number=NUMBERS)
-    def drop(self, number: int) -> None:
+    @precondition(lambda self: any(self.sealed.values()))
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        number = self.draw_sealed(data)
         before = self.sealed[number]
         self.store.drop(block(number))
         self.has_gone(number, before)
@@ -445,14 +481,13 @@ class StoreModel(RuleBasedStateMachine):
         known = sums_module.decode(self.path(tier, "partial", number, ".sums").read_bytes(), block(number))
         return {page for page, checksum in enumerate(known.checksums) if checksum is not None}
 
-    @rule()
-    def sync(self) -> None:
-        assert self.store.sync_sealed() == []
-        self.learn()
-
     # ---- looking for damage ----------------------------------------------------------------------------------------
 
-    @rule(number=NUMBERS)
+    @precondition(lambda self: self.store.suspects())
+    @rule(data=st.data())
+    def look_at_suspect(self, data: st.DataObject) -> None:
+        self.restore(data.draw(st.sampled_from(sorted(map(number_of, self.store.suspects())))))
+
     def restore(self, number: int) -> None:
         """What the worker does before it uses a block of an earlier boot."""
         good = {tier for tier in self.suspect_now(number) if self.is_good(tier, "suspect", number)}
@@ -465,7 +500,6 @@ class StoreModel(RuleBasedStateMachine):
             self.spoilt.discard(inode)
         self.learn([number])
 
-    @rule(number=NUMBERS)
     def scrub(self, number: int) -> None:
         """Look at a block, and drop it if it is damaged; as `cachefs verify --repair` for all."""
         before = self.sealed[number]
@@ -480,6 +514,11 @@ class StoreModel(RuleBasedStateMachine):
             self.has_gone(number, before)
             self.learn([number])
 
+    @rule(data=st.data())
+    def scrub_some(self, data: st.DataObject) -> None:
+        for number in sorted(data.draw(st.sets(NUMBERS, max_size=4))):
+            self.scrub(number)
+
     @rule()
     def repair(self) -> None:
         """`cachefs verify --repair`: after it, all that is sealed is right."""
@@ -493,11 +532,28 @@ class StoreModel(RuleBasedStateMachine):
 
     # ---- damage ----------------------------------------------------------------------------------------------------
 
-    @rule(
-        data=st.data(),
-        how=st.sampled_from(["flip", "flip", "truncate", "foreign", "replace", "delete"]),
-        directory=st.sampled_from(["sealed", "sealed", "suspect", "partial"]),
-    )
+    @rule(data=st.data(), how=WAYS)
+    def damage_sealed(self, data: st.DataObject, how: str) -> None:
+        self.damage(data, how, "sealed")
+
+    @precondition(lambda self: self.open or self.dormant)
+    @rule(data=st.data(), how=WAYS, fill=st.booleans())
+    def damage_partial(self, data: st.DataObject, how: str, fill: bool) -> None:
+        """When it is sealed, that is noticed."""
+        self.damage(data, how, "partial")
+        if fill and self.open:
+            self.fill(data.draw(st.sampled_from(sorted(self.open))))
+
+    @precondition(lambda self: any(self.sealed.values()) and self.age > 8)
+    @rule(data=st.data(), hows=st.lists(WAYS, max_size=3), crash=st.booleans())
+    def lose_power(self, data: st.DataObject, hows: list[str], crash: bool) -> None:
+        """A reboot, with what it does to files; some before the worker starts, some after."""
+        for how in hows[:1]:
+            self.damage(data, how, "sealed")
+        self.restart(crash, True)
+        for how in hows[1:]:
+            self.damage(data, how, "suspect")
+
     def damage(self, data: st.DataObject, how: str, directory: str) -> None:
         places = [
             (tier, number, suffix)
@@ -540,7 +596,11 @@ class StoreModel(RuleBasedStateMachine):
 
     # ---- ending and starting ---------------------------------------------------------------------------------------
 
-    @rule(crash=st.booleans(), reboot=st.booleans())
+    @precondition(lambda self: self.age > 5)
+    @rule(crash=st.booleans())
+    def restart_soon(self, crash: bool) -> None:
+        self.restart(crash, False)
+
     def restart(self, crash: bool, reboot: bool) -> None:
         sealed = {home for home in self.homes() if self.has_files(home[0], "sealed", home[1])}
         suspect = {home for home in self.homes() if self.has_files(home[0], "suspect", home[1])}
@@ -633,6 +693,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @invariant()
     def the_ledger_is_right(self) -> None:
+        self.age += 1
         for tier, opened in enumerate(self.store.tiers):
             status = opened.status()
             reserved = [self.promised(number) for number in self.open if self.home(number) == tier]
@@ -659,13 +720,11 @@ def test_a_store_against_a_model() -> None:
     StoreModel.directory = Path(tempfile.mkdtemp(prefix="cachefs-model-", dir=places[0]))
     (StoreModel.directory / "elsewhere").mkdir()
     try:
-        from hypothesis.stateful import run_state_machine_as_test
-
         run_state_machine_as_test(
             StoreModel,
             settings=settings(
-                max_examples=60,
-                stateful_step_count=40,
+                max_examples=80,
+                stateful_step_count=50,
                 deadline=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
             ),
