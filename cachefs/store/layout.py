@@ -12,8 +12,10 @@ happens to the path that led to it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,11 +30,14 @@ TIER_FILE = "tier.json"
 SUMS_SUFFIX = ".sums"
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
+_MAX_TIER_FILE_BYTES = 64 * 1024
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOATIME_FL = 0x80
 _FLAGS = struct.Struct("@i")
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""For files of a tier. O_NONBLOCK, as a FIFO that somebody put in a file's place would hold up whoever opens it."""
 FAN_OUT = tuple(f"{value:02x}" for value in range(256))
 
 
@@ -43,6 +48,10 @@ class TierFile(msgspec.Struct, frozen=True):
     cluster_id: str
     boot_id: str
     """Of the kernel under which everything in sealed/ was written or verified."""
+
+
+class _AnyFormat(msgspec.Struct):
+    format: int
 
 
 def running_boot_id() -> str:
@@ -65,12 +74,29 @@ def sums_name(block: BlockId) -> str:
 def parse_tier_file(data: bytes, where: str) -> TierFile:
     """Raises TierError for a damaged file or a newer format; `where` names the file in the message."""
     try:
-        tier_file = msgspec.json.decode(data, type=TierFile)
-    except msgspec.MsgspecError as error:
+        # By itself: of another format, nothing else needs to be where we know it.
+        version = msgspec.json.decode(data, type=_AnyFormat).format
+        if version != FORMAT_VERSION:
+            raise TierError(f"{where} has format {version}; this version reads format {FORMAT_VERSION}")
+        return msgspec.json.decode(data, type=TierFile)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise TierError(f"{where} is damaged ({error}); remove it to have the cached files verified again") from error
-    if tier_file.format != FORMAT_VERSION:
-        raise TierError(f"{where} has format {tier_file.format}; this version reads format {FORMAT_VERSION}")
-    return tier_file
+
+
+def load_tier_file(name: str, where: str, dir_fd: int | None = None) -> TierFile | None:
+    """None when there is none. Raises TierError as `parse_tier_file`, and when it cannot be read."""
+    with tier_errors(where):
+        try:
+            fd = os.open(name, READ_FLAGS, dir_fd=dir_fd)
+        except FileNotFoundError:
+            return None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise TierError(f"{where} is not a plain file; remove it to have the cached files verified again")
+            data = os.read(fd, _MAX_TIER_FILE_BYTES)
+        finally:
+            os.close(fd)
+    return parse_tier_file(data, where)
 
 
 @dataclass(frozen=True)
@@ -85,18 +111,14 @@ class Layout:
     suspect_fd: int
 
     def read_tier_file(self) -> TierFile | None:
-        """None when there is none. Raises TierError as `parse_tier_file`."""
-        try:
-            fd = os.open(TIER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.tier_fd)
-        except FileNotFoundError:
-            return None
-        with open(fd, "rb") as file:
-            return parse_tier_file(file.read(), os.path.join(self.path, TIER_FILE))
+        """As `load_tier_file`."""
+        return load_tier_file(TIER_FILE, os.path.join(self.path, TIER_FILE), self.tier_fd)
 
     def write_tier_file(self, tier_file: TierFile) -> None:
         """Replace tier.json atomically, and durably where the medium is durable."""
         temporary = TIER_FILE + ".new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        unlink_if_exists(temporary, self.tier_fd)
         with open(os.open(temporary, flags, _FILE_MODE, dir_fd=self.tier_fd), "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(tier_file), indent=2) + b"\n")
             file.flush()
@@ -141,12 +163,33 @@ def tier_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TierError(f"{what}: {error.strerror or error}") from error
+        reason = f"{what}: {error.strerror or error}"
+        if isinstance(error.filename, str) and error.filename not in what:
+            reason += f": {error.filename!a}"
+        raise TierError(reason) from error
 
 
 def unlink_if_exists(name: str, dir_fd: int) -> None:
-    with suppress(FileNotFoundError):
+    """Remove a file, or an empty directory in its place; OSError, naming it, for one with something in it."""
+    try:
         os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        try:
+            os.rmdir(name, dir_fd=dir_fd)
+        except OSError as error:
+            raise OSError(error.errno, f"not made by cachefs, and {error.strerror}", full_name(name, dir_fd)) from error
+
+
+def is_in_the_way(error: OSError) -> bool:
+    """Whether `unlink_if_exists` failed since somebody put a directory with something in it where our files go."""
+    return error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
+
+
+def full_name(name: str, dir_fd: int) -> str:
+    """For messages about a name below a descriptor."""
+    return os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), name)
 
 
 def _lock(tier_fd: int, path: str) -> None:
@@ -184,4 +227,12 @@ def _switch_off_access_times(tier_fd: int) -> None:
 def _make_directory(name: str, tier_fd: int) -> int:
     with suppress(FileExistsError):
         os.mkdir(name, _DIRECTORY_MODE, dir_fd=tier_fd)
-    return os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=tier_fd)
+    return open_directory(name, tier_fd)
+
+
+def open_directory(name: str, dir_fd: int) -> int:
+    """Raises OSError with the full name."""
+    try:
+        return os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, full_name(name, dir_fd)) from error

@@ -26,11 +26,10 @@ from contextlib import contextmanager
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError, div_up
 from cachefs.store import sums
 from cachefs.store.diskfull import capacity_errors
-from cachefs.store.layout import Layout, data_name, sums_name, unlink_if_exists
+from cachefs.store.layout import READ_FLAGS, Layout, data_name, sums_name, unlink_if_exists
 from cachefs.store.sums import Buffer, page_checksum
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -239,7 +238,7 @@ def create_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
         try:
             write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
         except FileExistsError:
-            os.unlink(name, dir_fd=layout.partial_fd)
+            unlink_if_exists(name, layout.partial_fd)
             write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
         try:
             if page_count > 1:
@@ -304,11 +303,11 @@ def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
     the page cache what readers use. Reads must be aligned, as those of `verify_pages` are. Raises OSError.
     """
     try:
-        fd = os.open(name, _READ | os.O_DIRECT, dir_fd=dir_fd)
+        fd = os.open(name, READ_FLAGS | os.O_DIRECT, dir_fd=dir_fd)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(name, _READ, dir_fd=dir_fd)
+        fd = os.open(name, READ_FLAGS, dir_fd=dir_fd)
     try:
         yield fd
     finally:
@@ -354,6 +353,6 @@ def _read_into(fd: int, buffer: memoryview, offset: int, span: int) -> memoryvie
 
 
 def _open_shared(layout: Layout, name: str) -> int:
-    fd = os.open(name, _READ, dir_fd=layout.partial_fd)
+    fd = os.open(name, READ_FLAGS, dir_fd=layout.partial_fd)
     fcntl.flock(fd, fcntl.LOCK_SH)
     return fd

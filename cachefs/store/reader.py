@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Sequence
 
 from cachefs.model import BlockId, TierError
-from cachefs.store.layout import SUMS_SUFFIX, TIER_FILE, data_name, parse_tier_file, running_boot_id
+from cachefs.store.layout import READ_FLAGS, SUMS_SUFFIX, TIER_FILE, data_name, load_tier_file, running_boot_id
 
 logger = logging.getLogger(__name__)
-
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class SealedReader:
@@ -40,15 +39,20 @@ class SealedReader:
 
     def _open(self, path: str, length: int) -> int | None:
         try:
-            fd = os.open(path, _READ)
+            fd = os.open(path, READ_FLAGS)
         except OSError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            stat = os.fstat(fd)
+            found = os.fstat(fd)
             # Checked after locking: an eviction that came before has taken the name away, and none can come now.
             # Without checksums beside it, whatever this file holds was never sealed.
-            if stat.st_nlink == 1 and stat.st_size == length and os.access(path + SUMS_SUFFIX, os.F_OK):
+            if (
+                stat.S_ISREG(found.st_mode)
+                and found.st_nlink == 1
+                and found.st_size == length
+                and os.access(path + SUMS_SUFFIX, os.F_OK)
+            ):
                 return fd
         except OSError:
             pass
@@ -59,10 +63,9 @@ class SealedReader:
         for path in list(self._unproven):
             where = os.path.join(path, TIER_FILE)
             try:
-                with open(where, "rb") as file:
-                    tier_file = parse_tier_file(file.read(), where)
-            except (OSError, TierError):
+                tier_file = load_tier_file(where, where)
+            except TierError:
                 continue
-            if tier_file.boot_id == self._boot_id:
+            if tier_file is not None and tier_file.boot_id == self._boot_id:
                 self._unproven.remove(path)
                 self._sealed.append(os.path.join(path, "sealed", ""))

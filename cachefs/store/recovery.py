@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from cachefs.model import BlockId
-from cachefs.store.layout import FAN_OUT, SUMS_SUFFIX, unlink_if_exists
+from cachefs.store.layout import FAN_OUT, SUMS_SUFFIX, open_directory, unlink_if_exists
 
 logger = logging.getLogger(__name__)
 
@@ -16,16 +16,16 @@ def scan(directory_fd: int) -> Iterator[tuple[BlockId, os.stat_result]]:
     """The blocks below sealed/, partial/ or suspect/ that have both their files, with the stat of the data file.
 
     Removes everything else: data without checksums is a miss, checksums without data are nothing, and other names are
-    not ours.
+    not ours. Raises OSError for a directory with something in it: somebody may want that.
     """
     for fan in FAN_OUT:
-        names = set(_names(directory_fd, fan))
-        for name in names:
+        plain = _entries(directory_fd, fan)
+        for name in plain:
             data = name.removesuffix(SUMS_SUFFIX)
             other = data if data != name else name + SUMS_SUFFIX
             block = BlockId.from_filename(data)
-            if block is None or other not in names or not data.startswith(fan):
-                logger.info("removed leftover file=%s/%s", fan, name)
+            if block is None or not (plain[name] and plain.get(other)) or not data.startswith(fan):
+                logger.info("removed leftover file=%s/%a", fan, name)
                 unlink_if_exists(f"{fan}/{name}", directory_fd)
             elif data == name:
                 yield block, os.stat(f"{fan}/{name}", dir_fd=directory_fd, follow_symlinks=False)
@@ -55,8 +55,14 @@ def empty(directory_fd: int) -> None:
 
 
 def _names(directory_fd: int, fan: str) -> list[str]:
-    fd = os.open(fan, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
+    return list(_entries(directory_fd, fan))
+
+
+def _entries(directory_fd: int, fan: str) -> dict[str, bool]:
+    """The names, and whether each is a plain file: the usual file systems tell that without a look at the file."""
+    fd = open_directory(fan, directory_fd)
     try:
-        return os.listdir(fd)
+        with os.scandir(fd) as entries:
+            return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     finally:
         os.close(fd)

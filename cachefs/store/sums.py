@@ -23,6 +23,7 @@ sealed block is the one of its partial, with every mark set.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -99,6 +100,23 @@ def decode(data: bytes, block: BlockId) -> Sums:
     A damaged entry reads as an absent page. Raises BlockCorruptError for anything else that is wrong: truncated,
     foreign, of another version, or too long.
     """
+    length, page_size = _decode_header(data, block)
+    if len(data) != _expected_bytes(data, block):
+        raise BlockCorruptError(f"{block.filename}: checksums have another length than their header says")
+    header = data[:HEADER_BYTES]
+    checksums: list[int | None] = []
+    for page, (checksum, mark) in enumerate(_ENTRY.iter_unpack(data[HEADER_BYTES:])):
+        checksums.append(checksum if mark == _mark(header, page, checksum) else None)
+    return Sums(length, page_size, checksums)
+
+
+def _expected_bytes(data: bytes, block: BlockId) -> int:
+    length, page_size = _decode_header(data, block)
+    return file_size(Geometry(page_size=page_size).page_count(length))
+
+
+def _decode_header(data: bytes, block: BlockId) -> tuple[int, int]:
+    """(length of the block, page size), bytes."""
     if len(data) < HEADER_BYTES:
         raise BlockCorruptError(f"{block.filename}: checksums are cut off")
     header = data[:HEADER_BYTES]
@@ -107,23 +125,23 @@ def decode(data: bytes, block: BlockId) -> Sums:
         raise BlockCorruptError(f"{block.filename}: checksums are damaged or of another version")
     if key != block.key or block_index != block.block_index or page_size == 0:
         raise BlockCorruptError(f"{block.filename}: checksums are those of another block")
-    page_count = Geometry(page_size=page_size).page_count(length)
-    if len(data) != file_size(page_count):
-        raise BlockCorruptError(f"{block.filename}: checksums have {len(data)} bytes")
-    checksums: list[int | None] = []
-    for page, (checksum, mark) in enumerate(_ENTRY.iter_unpack(data[HEADER_BYTES:])):
-        checksums.append(checksum if mark == _mark(header, page, checksum) else None)
-    return Sums(length, page_size, checksums)
+    return length, page_size
 
 
 def read(block: BlockId, name: str, dir_fd: int) -> Sums:
     """Read and parse a file. Raises BlockCorruptError, also when it is missing or cannot be read."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
+        # O_NONBLOCK: a FIFO in its place would hold us up.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
         try:
-            data = bytearray()
-            while chunk := os.read(fd, _READ_CHUNK):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise BlockCorruptError(f"{block.filename}: checksums are not in a plain file")
+            data = bytearray(os.read(fd, HEADER_BYTES))
+            # What is there by mistake may be large: no more than there should be, and a byte to notice it.
+            left = _expected_bytes(bytes(data), block) + 1 - len(data)
+            while left > 0 and (chunk := os.read(fd, min(left, _READ_CHUNK))):
                 data += chunk
+                left -= len(chunk)
         finally:
             os.close(fd)
     except OSError as error:

@@ -11,12 +11,14 @@ How the parts stay consistent:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import logging
 import math
 import os
 import secrets
+import stat
 import threading
 import time
 from collections import deque
@@ -30,9 +32,11 @@ from cachefs.store import recovery, sums
 from cachefs.store.config import TierConfig, check_capacity, check_medium
 from cachefs.store.layout import (
     FORMAT_VERSION,
+    READ_FLAGS,
     Layout,
     TierFile,
     data_name,
+    is_in_the_way,
     open_layout,
     running_boot_id,
     sums_name,
@@ -44,8 +48,9 @@ from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
 
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _IDLE_EVERY_S = 5.0
+_NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+"""Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
 
 
 class TierStatus(NamedTuple):
@@ -225,12 +230,23 @@ class Tier:
                 raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
             try:
                 partial.verify()
+                self._check_name(partial)
             except BlockCorruptError:
                 self._drop_partial(partial)
                 raise
             partial.finish()
             with self._lock:
                 self._publish(partial)
+
+    def _check_name(self, partial: Partial) -> None:
+        """What was verified is the open file; the name is what readers will open. Raises BlockCorruptError, OSError."""
+        own = os.fstat(partial.read_fd)
+        try:
+            named = os.stat(data_name(partial.block), dir_fd=self._layout.partial_fd, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise BlockCorruptError(f"{partial.block.filename}: its file is gone") from error
+        if (named.st_dev, named.st_ino) != (own.st_dev, own.st_ino):
+            raise BlockCorruptError(f"{partial.block.filename}: another file has taken its name")
 
     def _publish(self, partial: Partial) -> None:
         block = partial.block
@@ -334,8 +350,11 @@ class Tier:
     def _evict(self, directory_fd: int, block: BlockId) -> bool:
         """Unlink a block that nobody reads; False if somebody does."""
         try:
-            fd = os.open(data_name(block), _READ, dir_fd=directory_fd)
-        except FileNotFoundError:
+            fd = os.open(data_name(block), READ_FLAGS, dir_fd=directory_fd)
+        except OSError as error:
+            if error.errno not in _NOTHING_TO_READ:
+                raise
+            self._unlink(directory_fd, block)
             return True
         try:
             try:
@@ -350,7 +369,7 @@ class Tier:
 
     def _can_evict(self, block: BlockId) -> bool:
         try:
-            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
+            fd = os.open(data_name(block), READ_FLAGS, dir_fd=self._layout.sealed_fd)
         except OSError:
             return False
         try:
@@ -362,8 +381,13 @@ class Tier:
         return True
 
     def _unlink(self, directory_fd: int, block: BlockId) -> None:
-        unlink_if_exists(data_name(block), directory_fd)
-        unlink_if_exists(sums_name(block), directory_fd)
+        for name in (data_name(block), sums_name(block)):
+            try:
+                unlink_if_exists(name, directory_fd)
+            except OSError as error:
+                if not is_in_the_way(error):
+                    raise
+                logger.warning("left where it is file=%s error=%s", error.filename, error.strerror)
 
     # ---- verifying -------------------------------------------------------------------------------------------------
 
@@ -406,7 +430,8 @@ class Tier:
         try:
             expected = sums.read(block, sums_name(block), directory_fd)
             with open_uncached(data_name(block), directory_fd) as fd:
-                if os.fstat(fd).st_size != expected.length:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_size != expected.length:
                     raise BlockCorruptError(f"{block.filename}: has another length than its checksums")
                 verify_pages(block, fd, expected)
         except (BlockCorruptError, OSError) as error:
@@ -438,9 +463,11 @@ class Tier:
         """
         try:
             known = sums.read(block, sums_name(block), self._layout.sealed_fd)
-            fd = os.open(data_name(block), _READ, dir_fd=self._layout.sealed_fd)
-        except FileNotFoundError as error:
-            raise BlockMissingError(f"{block.filename}: went away") from error
+            fd = os.open(data_name(block), READ_FLAGS, dir_fd=self._layout.sealed_fd)
+        except (BlockCorruptError, OSError) as error:
+            if not self.is_sealed(block):
+                raise BlockMissingError(f"{block.filename}: went away") from error
+            raise BlockCorruptError(f"{block.filename}: cannot be read: {error}") from error
         try:
             partial = other.open_partial(block, known.length, evict=evict)
             if partial is None:
@@ -449,8 +476,7 @@ class Tier:
                 for page, checksum in enumerate(known.checksums):
                     if checksum is None:
                         raise BlockCorruptError(f"{block.filename}: page {page} has no checksum")
-                    offset, span = partial.page_span(page)
-                    partial.write_page(page, os.pread(fd, span, offset), checksum)
+                    partial.write_page(page, _read_page(fd, known, page, block), checksum)
                 other.seal(partial)
             finally:
                 other.close(partial)
@@ -479,7 +505,7 @@ class Tier:
             block = self._unsynced.popleft()
             try:
                 for name in (data_name(block), sums_name(block)):
-                    fd = os.open(name, _READ, dir_fd=self._layout.sealed_fd)
+                    fd = os.open(name, READ_FLAGS, dir_fd=self._layout.sealed_fd)
                     try:
                         os.fsync(fd)
                     finally:
@@ -503,14 +529,14 @@ class Tier:
             recovery.move_all(self._layout.sealed_fd, self._layout.suspect_fd)
         for source_fd in (self._layout.partial_fd, self._layout.suspect_fd):
             recovery.rejoin(self._layout.sealed_fd, source_fd)
-        for block, stat in recovery.scan(self._layout.partial_fd):
-            self._dormant[block] = size = stat.st_blocks * 512
+        for block, found in recovery.scan(self._layout.partial_fd):
+            self._dormant[block] = size = found.st_blocks * 512
             self._space.used += size
-        for block, stat in recovery.scan(self._layout.suspect_fd):
-            self._suspect[block] = size = allocated_bytes(stat) + estimate(0, 1)
+        for block, found in recovery.scan(self._layout.suspect_fd):
+            self._suspect[block] = size = allocated_bytes(found) + estimate(0, 1)
             self._space.used += size
-        for block, stat in recovery.scan(self._layout.sealed_fd):
-            self._add_sealed(block, stat, self._geometry.page_count(stat.st_size))
+        for block, found in recovery.scan(self._layout.sealed_fd):
+            self._add_sealed(block, found, self._geometry.page_count(found.st_size))
         if known is None or known.boot_id != boot_id:
             # Last: a mount uses the tier directly as soon as it carries this boot's id.
             self._layout.write_tier_file(TierFile(FORMAT_VERSION, self._cluster_id, boot_id))
@@ -521,6 +547,18 @@ class Tier:
             for partial in list(self._open.values()):
                 self._put_to_sleep(partial)
                 partial.close()
+
+
+def _read_page(fd: int, known: sums.Sums, page: int, block: BlockId) -> bytes:
+    """Raises BlockCorruptError for what is cut off or cannot be read."""
+    offset, span = known.geometry.page_span(known.length, page)
+    try:
+        data = os.pread(fd, span, offset)
+    except OSError as error:
+        raise BlockCorruptError(f"{block.filename}: page {page} cannot be read: {error.strerror}") from error
+    if len(data) != span:
+        raise BlockCorruptError(f"{block.filename}: page {page} is cut off")
+    return data
 
 
 @contextmanager

@@ -6,14 +6,18 @@ Nothing wrong is read, nothing waits for ever, and what cannot be understood is 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from cachefs.model import BlockCorruptError, TierError
+from cachefs.model import BlockCorruptError, BlockMissingError, CapacityError, TierError
+from cachefs.policy import Promote
 from cachefs.store import Store, TierConfig, open_store, page_checksum
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 
@@ -59,6 +63,12 @@ def foreign(path: Path, other: Path) -> None:
     path.write_bytes(other.read_bytes())
 
 
+def replaced(path: Path, other: Path) -> None:
+    data = other.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
 def a_symlink(path: Path, other: Path) -> None:
     path.unlink()
     path.symlink_to(other)
@@ -80,7 +90,7 @@ def a_full_directory(path: Path, other: Path) -> None:
 
 
 DAMAGES = [
-    *(gone, emptied, cut_off, longer, a_byte_flipped, garbage, foreign),
+    *(gone, emptied, cut_off, longer, a_byte_flipped, garbage, foreign, replaced),
     *(a_symlink, a_fifo, an_empty_directory, a_full_directory),
 ]
 damages = pytest.mark.parametrize("damage", DAMAGES)
@@ -99,9 +109,28 @@ def nothing_waits_for_ever() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(scope="module")
+def two_tiers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Made once: a tier has 768 directories."""
+    directory = tmp_path_factory.mktemp("tiers")
+    return directory / "tier", directory / "lower"
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> TierConfig:
-    return TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+def config(two_tiers: tuple[Path, Path]) -> TierConfig:
+    """An empty tier."""
+    for tier in two_tiers:
+        for path in (*tier.glob("tier.json*"), *tier.glob("*/00/*")):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    return TierConfig("ssd", str(two_tiers[0]), 64 * PAGE)
+
+
+@pytest.fixture
+def lower(two_tiers: tuple[Path, Path]) -> TierConfig:
+    return TierConfig("ssd", str(two_tiers[1]), 64 * PAGE)
 
 
 @contextmanager
@@ -276,6 +305,15 @@ def test_a_directory_with_something_in_it_is_left_and_told(config: TierConfig) -
     assert (directory / "precious").exists()
 
 
+def open_it(config: TierConfig) -> None:
+    with opened(config):
+        pass
+
+
+def contents_of(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -285,20 +323,26 @@ def test_a_directory_with_something_in_it_is_left_and_told(config: TierConfig) -
         lambda path: path.write_text("[]"),
         lambda path: path.write_text('{"format": "1", "cluster_id": 5, "boot_id": null}'),
         lambda path: path.write_text('{"format": 99, "cluster_id": "test", "boot_id": "x"}'),
+        lambda path: path.write_text('{"format": 99, "elsewhere": []}'),
         lambda path: path.write_text('{"format": 1, "cluster_id": "another", "boot_id": "x"}'),
+        lambda path: path.write_bytes(b'{"format": 1, "cluster_id": "\xff\xfe", "boot_id": "x"}'),
+        lambda path: path.write_text('{"format": 1, "cluster_id": "test", "boot_id": "x", "more": ' + "[" * 50_000),
         lambda path: a_symlink(path, Path("/etc/hostname")),
         lambda path: a_fifo(path, path),
         lambda path: an_empty_directory(path, path),
     ],
-    ids=["empty", "cut off", "garbage", "list", "types", "newer", "foreign", "symlink", "fifo", "directory"],
+    ids=[
+        *("empty", "cut off", "garbage", "list", "types", "newer", "quite another", "foreign", "not utf-8", "too deep"),
+        *("symlink", "fifo", "directory"),
+    ],
 )
 def test_a_tier_file_that_is_none(config: TierConfig, spoil: Callable[[Path], None]) -> None:
     make(config)
     path = Path(config.path, "tier.json")
     spoil(path)
     before = sorted(Path(config.path).rglob("*"))
-    with pytest.raises(TierError, match="tier"), opened(config):
-        pass
+    with pytest.raises(TierError, match="belongs to cluster" if b"another" in contents_of(path) else str(path)):
+        open_it(config)
     assert read([config.path], block(1), LENGTH) is None, "nobody vouches for it"
     assert sorted(Path(config.path).rglob("*")) == before, "nothing was touched"
     if path.is_dir():
@@ -309,3 +353,232 @@ def test_a_tier_file_that_is_none(config: TierConfig, spoil: Callable[[Path], No
     with opened(config) as store:
         for number in (0, *HEALTHY):
             assert store.is_suspect(block(number)) and served(store, number) == content(number, LENGTH)
+
+
+def test_a_newer_format_is_not_called_damaged(config: TierConfig) -> None:
+    """To remove the file would be the wrong advice: going back to the newer version keeps everything."""
+    make(config)
+    Path(config.path, "tier.json").write_text('{"format": 2, "owner": {"cluster": "test"}}')
+    with pytest.raises(TierError, match="has format 2; this version reads format 1"), opened(config):
+        pass
+
+
+def test_what_an_unfinished_start_left_in_the_way_of_the_tier_file(config: TierConfig) -> None:
+    make(config)
+    path = Path(config.path, "tier.json.new")
+    for stranger in (emptied, a_byte_flipped, a_symlink, a_fifo, an_empty_directory):
+        path.write_bytes(b"half of it")
+        stranger(path, Path("/etc/hostname"))
+        another_boot(config)
+        with opened(config) as store:
+            assert served(store, 1) == content(1, LENGTH)
+        assert not path.exists() and Path("/etc/hostname").is_file()
+    path.mkdir()
+    (path / "precious").write_bytes(b"somebody's")
+    another_boot(config)
+    with pytest.raises(TierError, match=r"tier\.json\.new"), opened(config):
+        pass
+    assert (path / "precious").exists()
+
+
+@pytest.mark.parametrize("name", ["sealed", "partial", "suspect", "staging", "sealed/00", "partial/7f", "suspect/ff"])
+@pytest.mark.parametrize("stranger", ["file", "symlink", "fifo"])
+def test_a_directory_of_ours_that_is_none_is_named(
+    config: TierConfig, name: str, stranger: str, tmp_path: Path
+) -> None:
+    make(config)
+    path = Path(config.path, name)
+    path.rename(tmp_path / "aside")
+    if stranger == "file":
+        path.write_bytes(b"x")
+    elif stranger == "symlink":
+        path.symlink_to(tmp_path / "aside")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(TierError, match=str(path)), opened(config):
+        pass
+    assert os.path.lexists(path)
+    path.unlink()
+    (tmp_path / "aside").rename(path)
+    with opened(config) as store:
+        for number in (0, *HEALTHY):
+            assert served(store, number) == content(number, LENGTH)
+
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else needs root")
+
+
+def as_nobody(work: Callable[[], None]) -> None:
+    """In another process: root may read everything."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.fixture
+def config_of_nobody() -> Iterator[TierConfig]:
+    directory = tempfile.mkdtemp()
+    os.chmod(directory, 0o777)
+    yield TierConfig("ssd", os.path.join(directory, "tier"), 64 * PAGE)
+    shutil.rmtree(directory)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["tier.json", "sealed", "partial/00", "sealed/80"])
+def test_what_may_not_be_read_is_named(config_of_nobody: TierConfig, name: str) -> None:
+    config = config_of_nobody
+
+    def work() -> None:
+        make(config)
+        path = Path(config.path, name)
+        mode = path.stat().st_mode
+        path.chmod(0)
+        with pytest.raises(TierError, match=str(path)), opened(config):
+            pass
+        path.chmod(mode)
+        with opened(config) as store:
+            for number in (0, *HEALTHY):
+                assert served(store, number) == content(number, LENGTH)
+
+    as_nobody(work)
+
+
+@needs_root
+@which_file
+@pytest.mark.parametrize("running", [True, False], ids=["in use", "at the start"])
+def test_a_block_that_may_not_be_read_is_damaged(config_of_nobody: TierConfig, suffix: str, running: bool) -> None:
+    config = config_of_nobody
+
+    def work() -> None:
+        make(config)
+        path = file_of(config, "sealed", 0, suffix)
+        if not running:
+            path.chmod(0)
+        with opened(config) as store:
+            path.chmod(0)
+            assert not store.check(block(0))
+            assert served(store, 0) in (None, content(0, LENGTH))
+            store.drop(block(0))
+            is_right(store, 0, None)
+            for number in HEALTHY:
+                assert served(store, number) == content(number, LENGTH)
+
+    as_nobody(work)
+
+
+def test_checksums_of_any_length_cost_what_they_should(config: TierConfig) -> None:
+    """A sparse file of a terabyte would take all memory if it was read."""
+    make(config)
+    with opened(config) as store:
+        os.truncate(file_of(config, "sealed", 0, ".sums"), 1 << 40)
+        assert not store.check(block(0))
+        store.drop(block(0))
+        is_right(store, 0, None)
+
+
+# ---- making room ---------------------------------------------------------------------------------------------------
+
+
+@damages
+@which_file
+def test_evicting_what_is_damaged(config: TierConfig, suffix: str, damage: Damage) -> None:
+    make(config)
+    with opened(config) as store:
+        path = file_of(config, "sealed", 0, suffix)
+        damage(path, file_of(config, "sealed", 1, suffix))
+        if damage is a_full_directory:
+            (path / "precious").unlink()
+        # All the room there is: everything has to go.
+        partials = [some(store.open_partial(block(number), 15 * PAGE)) for number in range(10, 14)]
+        assert store.blocks() == [] and store.tiers[0].status().used_bytes == 0
+        for partial in partials:
+            store.close(partial)
+        assert not os.path.lexists(path)
+        is_right(store, 0, None)
+
+
+@pytest.mark.expect_warnings("what is damaged is told")
+@damages
+@which_file
+def test_moving_down_what_is_damaged(config: TierConfig, lower: TierConfig, suffix: str, damage: Damage) -> None:
+    """It does not arrive below, and the disk below is not blamed for it."""
+    upper = TierConfig("ssd", config.path, 19 * PAGE)
+    make(upper)
+    with open_store([upper, lower], GEOMETRY, CLUSTER) as store:
+        path = file_of(upper, "sealed", 0, suffix)
+        damage(path, file_of(upper, "sealed", 1, suffix))
+        assert store.move_down(Promote.IF_SPACE) > 0
+        assert store.admits(LENGTH, Promote.IF_SPACE), "both tiers are in use"
+        if damage is longer and not suffix:
+            # Every page of it is right, and only those are copied.
+            assert served(store, 0) == content(0, LENGTH)
+            return
+        assert not store.tiers[1].is_sealed(block(0))
+        for number in HEALTHY:
+            assert served(store, number) == content(number, LENGTH)
+        for which, _ in store.blocks():
+            if not store.check(which):
+                store.drop(which)
+        assert served(store, 0) is None
+        for number in HEALTHY:
+            assert served(store, number) == content(number, LENGTH)
+
+
+@pytest.mark.expect_warnings("a directory that stays is told")
+def test_a_full_directory_in_the_place_of_a_block_in_use_stays(config: TierConfig) -> None:
+    """It is neither removed nor the end of the worker: what goes in there fails, the rest is as ever."""
+    make(config)
+    with opened(config) as store:
+        path = file_of(config, "sealed", 0, "")
+        a_full_directory(path, path)
+        assert not store.check(block(0)) and served(store, 0) is None
+        assert not store.is_sealed(block(0))
+        with pytest.raises(OSError):
+            seal(store, block(0), content(0, LENGTH))
+        for number in HEALTHY:
+            assert served(store, number) == content(number, LENGTH)
+        is_right(store, 3, None)
+    assert (path / "precious").exists()
+
+
+@which_file
+@damages
+def test_a_partial_whose_files_were_replaced_is_never_sealed_wrong(
+    config: TierConfig, suffix: str, damage: Damage
+) -> None:
+    """What was verified is what gets the name."""
+    make(config)
+    with opened(config) as store:
+        data = content(7, LENGTH)
+        partial = some(store.open_partial(block(7), LENGTH))
+        for index, page in enumerate(pages(data)):
+            partial.write_page(index, page, page_checksum(page))
+        path = file_of(config, "partial", 7, suffix)
+        damage(path, file_of(config, "sealed", 1, suffix))
+        if damage is a_full_directory:
+            (path / "precious").unlink()
+        with suppress(BlockCorruptError, CapacityError, OSError):
+            store.seal(partial)
+        store.close(partial)
+        assert served(store, 7) in (data, None)
+        if store.is_sealed(block(7)) and not store.check(block(7)):
+            store.drop(block(7))
+        is_right(store, 7, data)
+
+
+def test_what_goes_before_it_is_moved_is_missing_and_not_damaged(config: TierConfig, lower: TierConfig) -> None:
+    make(config)
+    with open_store([config, lower], GEOMETRY, CLUSTER) as store:
+        store.drop(block(0))
+        with pytest.raises(BlockMissingError):
+            store.tiers[0].copy_to(block(0), store.tiers[1], evict=False)
