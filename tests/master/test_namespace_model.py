@@ -25,7 +25,7 @@ from cachefs.master import namespace as namespace_module
 from cachefs.master.namespace import MountedStore, Namespace
 from cachefs.master.watchers import Watcher
 from cachefs.master.writer import Writer
-from cachefs.meta import open_meta_store
+from cachefs.meta import MetaStore, open_meta_store
 from cachefs.model import NO_INO, ROOT_INO, Attr, CachefsError, Ino, NotFoundError, UnavailableError
 from cachefs.net import open_background
 from cachefs.testing.outage import Outage
@@ -41,7 +41,7 @@ Version = int | str | None
 step = st.one_of(
     st.tuples(st.just("write"), st.sampled_from(OFTEN), st.sampled_from(("a", "b"))),
     st.tuples(st.sampled_from(("delete", "mkdir")), st.sampled_from(OFTEN), st.sampled_from(NAMES)),
-    st.tuples(st.just("lookup"), st.sampled_from(OFTEN), st.sampled_from(("a", "b"))),
+    st.tuples(st.sampled_from(("lookup", "peek")), st.sampled_from(OFTEN), st.sampled_from(("a", "b"))),
     st.tuples(st.just("lookup"), st.sampled_from(OFTEN), st.sampled_from(NAMES)),
     st.tuples(st.sampled_from(("list", "refresh")), st.sampled_from(OFTEN), st.just("")),
     st.sampled_from([(what, "", "") for what in ("refresh all", "load", "expire", "expire", "outage", "restart")]),
@@ -69,6 +69,8 @@ class World:
         self.client: dict[tuple[Ino, str], Ino] = {}
         self.contents: dict[Ino, tuple[str, Version]] = {}
         """What each inode number meant when it was first seen."""
+        self.is_client = True
+        """Whether the one who looks now is the client that remembers; the looks of others change what it must know."""
         self.store: Outage
         self.namespace: Namespace
         self.watcher: Watcher
@@ -132,7 +134,8 @@ class World:
     async def look(self, parent: Ino, path: str, name: str) -> Attr | None:
         attr = await self.namespace.lookup(parent, name)
         self.met(path, attr)
-        self.client[(parent, name)] = attr.ino if attr else NO_INO
+        if self.is_client:
+            self.client[(parent, name)] = attr.ino if attr else NO_INO
         return attr
 
     async def lookup(self, directory: str, name: str) -> None:
@@ -175,6 +178,14 @@ class World:
                 for name in names:
                     self.client.pop((ino, name), None)
 
+    def check_client(self, meta: MetaStore) -> None:
+        """It knows nothing else than the master does."""
+        for (parent, name), ino in self.client.items():
+            inode = meta.get(parent)
+            if inode is not None and inode.live:
+                known = meta.child(parent, name)
+                assert ino == (known.attr.ino if known else NO_INO), (parent, name)
+
 
 def any_missing(world: World, directory: str) -> bool:
     parts = directory.split("/")
@@ -198,16 +209,10 @@ async def run(interval_s: float, steps: list[tuple[str, str, str]], root: Path, 
                 with world.namespace.watchers.watch() as world.watcher:
                     # A client asks for everything anew after a restart.
                     world.client.clear()
-                    ended = await play(world, script, interval_s, clock)
-                    await world.settle()
-                    for (parent, name), ino in world.client.items():
-                        inode = meta.get(parent)
-                        known = meta.child(parent, name) if inode is not None and inode.live else None
-                        if inode is not None and inode.live:
-                            assert ino == (known.attr.ino if known else NO_INO), (parent, name)
+                    ended = await play(world, meta, script, clock)
 
 
-async def play(world: World, script: object, interval_s: float, clock: Clock) -> bool:
+async def play(world: World, meta: MetaStore, script: object, clock: Clock) -> bool:
     """True at the end of the script, False for a restart."""
     for what, directory, name in script:  # type: ignore[attr-defined]
         with suppress(NotFoundError, UnavailableError, CachefsError):
@@ -216,6 +221,12 @@ async def play(world: World, script: object, interval_s: float, clock: Clock) ->
                     world.change(what, directory, name)
                 case "lookup":
                     await world.lookup(directory, name)
+                case "peek":
+                    world.is_client = False
+                    try:
+                        await world.lookup(directory, name)
+                    finally:
+                        world.is_client = True
                 case "list":
                     await world.list(directory)
                 case "refresh":
@@ -234,6 +245,7 @@ async def play(world: World, script: object, interval_s: float, clock: Clock) ->
                 case "restart":
                     return False
         await world.settle()
+        world.check_client(meta)
     return True
 
 
