@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -153,6 +153,10 @@ class StoreModel(RuleBasedStateMachine):
         """Of its partial."""
         return next((index for index, tier in enumerate(self.store.tiers) if tier.holds(block(number))), None)
 
+    def home_of(self, partial: Partial) -> int:
+        path = os.readlink(f"/proc/self/fd/{partial.read_fd}")
+        return next(tier for tier, config in enumerate(self.configs) if path.startswith(config.path + "/"))
+
     def being_read(self, number: int) -> bool:
         read = {inode_behind(fd) for fd, _ in self.kept}
         return any(inode_of(self.path(tier, "sealed", number)) in read for tier in self.sealed[number])
@@ -214,6 +218,7 @@ class StoreModel(RuleBasedStateMachine):
             partial = self.store.open_partial(block(number), LENGTHS[number], mode)
         except CapacityError:
             assert not self.sealed[number] and number not in self.open
+            assert self.home(number) == before or number in self.unsure, "it can be resumed later"
             if mode is Promote.ALWAYS:
                 suspects = any(self.suspect_now(number) for number in EVERY)
                 assert self.open or self.kept or suspects, "there was room to be made"
@@ -226,6 +231,15 @@ class StoreModel(RuleBasedStateMachine):
             return
         assert partial is not None
         assert mode is not Promote.NEVER or before is not None
+        if before is not None and number not in self.open and self.home_of(partial) != before:
+            # No room to go on where it is, so it was begun anew elsewhere; the model knows one partial of a block only.
+            fresh = self.store.tiers[self.home_of(partial)]
+            self.store.give_up(partial)
+            self.store.close(partial)
+            assert not fresh.holds(block(number))
+            self.forget_evicted_partials()
+            self.learn(evictable)
+            return
         self.open.setdefault(number, []).append(partial)
         assert all(other is partial for other in self.open[number])
         self.dormant.pop(number, None)
@@ -540,9 +554,12 @@ class StoreModel(RuleBasedStateMachine):
     @rule(data=st.data(), how=WAYS, fill=st.booleans())
     def damage_partial(self, data: st.DataObject, how: str, fill: bool) -> None:
         """When it is sealed, that is noticed."""
-        self.damage(data, how, "partial")
         if fill and self.open:
-            self.fill(data.draw(st.sampled_from(sorted(self.open))))
+            number, _ = self.draw_open(data)
+            self.damage(data, how, "partial", number)
+            self.fill(number)
+        else:
+            self.damage(data, how, "partial")
 
     @precondition(lambda self: any(self.sealed.values()) and self.age > 8)
     @rule(data=st.data(), hows=st.lists(WAYS, max_size=3), crash=st.booleans())
@@ -554,13 +571,13 @@ class StoreModel(RuleBasedStateMachine):
         for how in hows[1:]:
             self.damage(data, how, "suspect")
 
-    def damage(self, data: st.DataObject, how: str, directory: str) -> None:
+    def damage(self, data: st.DataObject, how: str, directory: str, only: int | None = None) -> None:
         places = [
             (tier, number, suffix)
             for tier in (0, 1)
             for number in EVERY
             for suffix in ("", ".sums")
-            if self.path(tier, directory, number, suffix).exists()
+            if only in (None, number) and self.path(tier, directory, number, suffix).exists()
         ]
         if not places:
             return
@@ -600,6 +617,18 @@ class StoreModel(RuleBasedStateMachine):
     @rule(crash=st.booleans())
     def restart_soon(self, crash: bool) -> None:
         self.restart(crash, False)
+
+    @precondition(lambda self: any(tiers == {0} for tiers in self.sealed.values()) and self.age > 5)
+    @rule(data=st.data(), reboot=st.booleans())
+    def die_while_moving(self, data: st.DataObject, reboot: bool) -> None:
+        """Between the copy and the eviction."""
+        number = data.draw(st.sampled_from([number for number in EVERY if self.sealed[number] == {0}]))
+        with suppress(BlockCorruptError, BlockMissingError, CapacityError):
+            self.store.tiers[0].copy_to(block(number), self.store.tiers[1], evict=False)
+        if number not in self.written and self.home(number) == 1:
+            # Given up half way: a page of it is damaged.
+            self.written[number] = self.pages_on_disk(1, number)
+        self.restart(True, reboot)
 
     def restart(self, crash: bool, reboot: bool) -> None:
         sealed = {home for home in self.homes() if self.has_files(home[0], "sealed", home[1])}
@@ -678,6 +707,7 @@ class StoreModel(RuleBasedStateMachine):
                 continue
             try:
                 assert self.sealed[number], "what the store does not know is not read"
+                assert os.fstat(fd).st_size == LENGTHS[number]
                 self.reads_right(fd, number)
             finally:
                 os.close(fd)
