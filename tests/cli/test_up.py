@@ -40,6 +40,8 @@ DATA = {
     "empty": b"",
     "näme with späces": b"utf-8",
     "deep/er/and/deeper/leaf": b"leaf",
+    "x" * 255: b"as long as a name can be",
+    **{f"sizes/{size}": content(size, size) for size in (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE - 1)},
 }
 
 

@@ -295,3 +295,17 @@ async def test_a_worker_is_known_by_the_port_it_got(data: Path, tmp_path: Path) 
     async with cluster_of(data, tmp_path) as (cluster, client):
         (worker,) = (await client.master_status()).workers
         assert worker.address == str(cluster.worker_address) and not worker.address.endswith(":0")
+
+
+@pytest.mark.parametrize("chunk", [1000, PAGE, 5 * PAGE + 3])
+async def test_contents_that_end_at_pages_and_blocks(data: Path, tmp_path: Path, chunk: int) -> None:
+    sizes = [1, *(unit * times + more for unit in (PAGE, BLOCK) for times in (1, 2) for more in (-1, 0, 1))]
+    for size in sizes:
+        (data / str(size)).write_bytes(HUGE[:size])
+    async with cluster_of(data, tmp_path) as (_, client):
+        for size in sizes:
+            attr = await client.metadata.resolve(f"/{size}")
+            for _ in range(2):
+                # As it comes, and as it is kept then.
+                assert await read_all(client, attr, chunk) == HUGE[:size]
+                assert await client.promote(attr.ino) is (size <= BLOCK)

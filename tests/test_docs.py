@@ -1,0 +1,30 @@
+"""The documents say what is so: every promise of semantics.md names tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+SEMANTICS = TESTS.parent / "docs" / "semantics.md"
+
+
+def test_every_promise_names_its_test() -> None:
+    place = ""
+    for line in SEMANTICS.read_text().splitlines():
+        if not line.startswith("|") or line.startswith(("|---", "| promise |")):
+            continue
+        _, named = line.strip("| ").rsplit(" | ", 1)
+        names = re.findall(r"`([^`]+)`", named)
+        assert names, f"no test is named: {line}"
+        for name in names:
+            path, *parts = name.split("::")
+            place = path or place
+            where = TESTS / place
+            if where.is_dir():
+                assert any(where.glob("test_*.py")), name
+                continue
+            assert where.is_file(), f"{name}: {line}"
+            text = where.read_text()
+            for part in parts:
+                assert re.search(rf"^\s*(async def|def|class) {part}\b", text, re.MULTILINE), f"{name}: {line}"
