@@ -247,6 +247,8 @@ class Tier:
             raise BlockCorruptError(f"{partial.block.filename}: its file is gone") from error
         if (named.st_dev, named.st_ino) != (own.st_dev, own.st_ino):
             raise BlockCorruptError(f"{partial.block.filename}: another file has taken its name")
+        if own.st_size != partial.length:
+            raise BlockCorruptError(f"{partial.block.filename}: its file has {own.st_size} bytes")
 
     def _publish(self, partial: Partial) -> None:
         block = partial.block
