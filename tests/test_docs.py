@@ -10,13 +10,13 @@ SEMANTICS = TESTS.parent / "docs" / "semantics.md"
 
 
 def test_every_promise_names_its_test() -> None:
-    place = ""
     for line in SEMANTICS.read_text().splitlines():
         if not line.startswith("|") or line.startswith(("|---", "| promise |")):
             continue
         _, named = line.strip("| ").rsplit(" | ", 1)
         names = re.findall(r"`([^`]+)`", named)
         assert names, f"no test is named: {line}"
+        place = ""
         for name in names:
             path, *parts = name.split("::")
             place = path or place

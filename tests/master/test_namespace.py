@@ -92,6 +92,17 @@ async def test_a_listing_is_followed_while_it_runs(tmp_path: Path) -> None:
         assert len(await it.names(after=first[-1].attr.ino)) == 1500 or len(first) != 1000
 
 
+async def test_a_directory_is_read_in_the_order_in_which_names_were_found(tmp_path: Path) -> None:
+    async with scene(tmp_path, sync_interval_s=0) as it:
+        for name in "bd":
+            (it.root / name).touch()
+        first = await it.names()
+        for name in "ace":
+            (it.root / name).touch()
+            assert await it.namespace.lookup(ROOT_INO, name) is not None
+        assert await it.names() == [*first, "a", "c", "e"]
+
+
 async def test_a_follower_that_leaves_does_not_stop_the_listing(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         for number in range(1500):

@@ -161,8 +161,9 @@ class StoreModel(RuleBasedStateMachine):
         return next(tier for tier, config in enumerate(self.configs) if path.startswith(config.path + "/"))
 
     def being_read(self, number: int) -> bool:
+        """Every copy of it: one that is not may go."""
         read = {inode_behind(fd) for fd, _ in self.kept}
-        return any(inode_of(self.path(tier, "sealed", number)) in read for tier in self.sealed[number])
+        return all(inode_of(self.path(tier, "sealed", number)) in read for tier in self.sealed[number])
 
     # ---- what a step may change ------------------------------------------------------------------------------------
 
