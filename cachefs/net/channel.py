@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -49,6 +49,8 @@ class Answer(Generic[R]):
     """Descriptors passed over a unix socket. Received ones belong to the caller."""
     close_fds: bool = False
     """Of the sender: close `fds` once they are sent, or cannot be."""
+    on_sent: Callable[[], None] | None = None
+    """Of the sender: called once it is sent, or cannot be."""
 
 
 class Channel:

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import trio
@@ -59,6 +60,28 @@ _BACKLOG = 256
 _session_ids = itertools.count(1)
 
 
+class _Unsent:
+    """Answers that wait until the other side takes them."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._room = trio.Event()
+
+    def add(self, count: int) -> None:
+        self._bytes += count
+
+    def remove(self, count: int) -> None:
+        self._bytes -= count
+        if self._bytes <= MAX_UNSENT_BYTES:
+            self._room.set()
+
+    async def wait_for_room(self) -> None:
+        while self._bytes > MAX_UNSENT_BYTES:
+            if self._room.is_set():
+                self._room = trio.Event()
+            await self._room.wait()
+
+
 class Session:
     """One connection, as handlers see it."""
 
@@ -69,6 +92,15 @@ class Session:
         self.credentials = credentials
         """(pid, uid, gid) on unix sockets."""
         self.closed = trio.Event()
+        self._payloads = _Unsent()
+
+    async def room_for_payload(self, count: int) -> Callable[[], None]:
+        """Wait until less than `MAX_UNSENT_BYTES` are being made, or wait to be sent, for this connection; then make
+        `count` bytes. What is returned is to be called once, when they are sent (`Answer.on_sent`) or given up.
+        """
+        await self._payloads.wait_for_room()
+        self._payloads.add(count)
+        return partial(self._payloads.remove, count)
 
 
 class Service:
@@ -118,28 +150,6 @@ class _Credit:
             self._more = trio.Event()
             await self._more.wait()
         self._left -= 1
-
-
-class _Unsent:
-    """Answers that wait until the other side takes them."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._room = trio.Event()
-
-    def add(self, count: int) -> None:
-        self._bytes += count
-
-    def remove(self, count: int) -> None:
-        self._bytes -= count
-        if self._bytes <= MAX_UNSENT_BYTES:
-            self._room.set()
-
-    async def wait_for_room(self) -> None:
-        while self._bytes > MAX_UNSENT_BYTES:
-            if self._room.is_set():
-                self._room = trio.Event()
-            await self._room.wait()
 
 
 class _Running:
@@ -237,6 +247,8 @@ class _ServedConnection:
         finally:
             if answer.close_fds:
                 close_all(answer.fds)
+            if answer.on_sent is not None:
+                answer.on_sent()
 
     async def _send(self, head: bytes, payload: Body = b"", fds: Sequence[int] = ()) -> None:
         cost = len(head) + len(fds) * _DESCRIPTOR_COST

@@ -16,7 +16,7 @@ from contextlib import suppress
 import trio
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
-from cachefs.net import Answer, Flights
+from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
@@ -122,8 +122,9 @@ class Blocks:
             return PromoteReply(True)
         raise BlockCorruptError(f"{block.filename}: the tier damages what is written to it")
 
-    async def fetch(self, request: Fetch, reader: int) -> Answer[FetchReply]:
-        """Make a range readable. `reader` tells one mount from another, for read-ahead. Raises as `Filler.fetch`."""
+    async def fetch(self, request: Fetch, session: Session) -> Answer[FetchReply]:
+        """Make a range readable. Raises as `Filler.fetch`."""
+        reader = session.id
         source = await self._sources.resolve(request.ino)
         key, size = source.attr.key, source.attr.size_bytes
         length = self._geometry.block_length(size, request.block_index)
@@ -165,8 +166,14 @@ class Blocks:
                 if not self._store.is_sealed(block):
                     break
         content_offset = request.block_index * self._geometry.block_size + request.offset
-        data = await self._read_through.read(source, content_offset, request.length, reader)
-        return Answer(FetchReply(0, []), data)
+        # However many ask at once and do not read: they get one answer after the other.
+        sent = await session.room_for_payload(request.length)
+        try:
+            data = await self._read_through.read(source, content_offset, request.length, reader)
+        except BaseException:
+            sent()
+            raise
+        return Answer(FetchReply(0, []), data, on_sent=sent)
 
     def opened(self, blocks: list[BlockId], reader: int) -> None:
         """A mount tells what it has opened sealed, some while ago."""

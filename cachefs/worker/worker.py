@@ -64,7 +64,7 @@ class Worker:
 
     async def fetch(self, request: m.Fetch, session: Session) -> Answer[m.FetchReply]:
         self._check_namespace(session)
-        return await self._blocks.fetch(request, session.id)
+        return await self._blocks.fetch(request, session)
 
     def _check_namespace(self, session: Session) -> None:
         """Called without a checkpoint before the number is looked up. Raises NamespaceChangedError."""

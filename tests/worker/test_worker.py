@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from cachefs.model import Attr, BlockCorruptError, MiB, StaleError
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
+from cachefs.wire import Connection, Hello, Kind
 from cachefs.wire.messages import Fetch
 
 SMALL = random.Random(1).randbytes(PAGE // 2)
@@ -309,3 +311,30 @@ async def test_contents_that_end_at_pages_and_blocks(data: Path, tmp_path: Path,
                 # As it comes, and as it is kept then.
                 assert await read_all(client, attr, chunk) == HUGE[:size]
                 assert await client.promote(attr.ino) is (size <= BLOCK)
+
+
+async def test_answers_that_nobody_reads_are_not_made(data: Path, tmp_path: Path) -> None:
+    """Two hundred requests for a megabyte each, all at once; those of another mount are answered meanwhile."""
+    async with cluster_of(data, tmp_path, promote=Promote.NEVER) as (cluster, client):
+        attr = await client.metadata.resolve("/huge")
+        with socket.socket(socket.AF_UNIX) as greedy:
+            greedy.connect(cluster.worker_config.socket)
+            asking = Connection(asking=True)
+            greedy.sendall(asking.hello(Hello("client")))
+            requests = [Fetch(attr.ino, number % 2, 0, BLOCK, 0) for number in range(200)]
+            heads = [asking.head(Kind.REQUEST, number, request) for number, request in enumerate(requests, 1)]
+            greedy.sendall(b"".join(heads))
+            reads = -1
+            while (counters := (await cluster.worker_status()).counters).under_store_reads != reads:
+                reads = counters.under_store_reads
+                assert await read_all(client, await client.metadata.resolve("/small")) == SMALL
+                await trio.testing.wait_all_tasks_blocked(0.1)
+            assert 10 * MiB < counters.under_store_bytes < 40 * MiB
+            greedy.setblocking(False)
+            left = len(requests)
+            with trio.fail_after(60):
+                while left:
+                    await trio.lowlevel.wait_readable(greedy)
+                    with asking.get_buffer() as buffer:
+                        count = greedy.recv_into(buffer)
+                    left -= sum(frame.kind is Kind.REPLY for frame in asking.buffer_updated(count))
