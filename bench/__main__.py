@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large file (default 1024)")
     parser.add_argument("--dir", default=None, help="where to measure; default: the directory for temporary files")
     parser.add_argument("--tier", choices=["ssd", "mem"], default="ssd", help="kind of tier; mem needs --dir on tmpfs")
-    parser.add_argument("--no-passthrough", action="store_true", help="measure the cached mode instead")
+    parser.add_argument("--cached", action="store_true", help="measure the cached mode instead")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     terminate_as_interrupt()
@@ -80,7 +80,7 @@ def main() -> None:
         make_data(native, arguments.size)
         # A block larger than a quarter of the tier would not be admitted.
         tier = f"{arguments.tier}:{directory / 'tier'}:{5 * arguments.size + 1024}M"
-        flags = ["--no-passthrough"] if arguments.no_passthrough else []
+        flags = ["--open-mode", "cached"] if arguments.cached else []
         with running_up(f"file://{native}", directory, tier, flags=flags) as up:
             cache_everything(up)
             measured = measure(up.mountpoint, native)

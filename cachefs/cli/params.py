@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -67,11 +68,18 @@ def _sync_interval(key: str, text: str) -> float:
     return -1.0 if text.strip() == "-1" else parse_duration(key, text)
 
 
+def _octal(key: str, text: str) -> int:
+    if not re.fullmatch("0?[0-7]{1,3}", text):
+        raise ConfigError(key, text, "an octal number from 000 to 777")
+    return int(text, 8)
+
+
 SIZE = _Parsed("SIZE", parse_size)
 DURATION = _Parsed("DURATION", parse_duration)
 SYNC_INTERVAL = _Parsed("DURATION", _sync_interval)
 ADDRESS = _Parsed("HOST:PORT", _address)
 TIER = _Parsed("KIND:DIR:SIZE", _tier)
+OCTAL = _Parsed("OCTAL", _octal)
 KEY_VALUE = _Parsed("NAME=VALUE", _key_value)
 MOUNT = _Parsed("PATH=URL", _mount)
 

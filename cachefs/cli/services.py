@@ -11,8 +11,8 @@ import trio
 
 from cachefs.cli import params
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
-from cachefs.client import ClientConfig
-from cachefs.fuse import Mount, MountConfig, MountOptions, OperationsConfig, run_mount
+from cachefs.cli.mount_options import mount_config, mount_options, with_profile
+from cachefs.fuse import ChosenMode, Mount, run_mount
 from cachefs.master import MasterConfig, run_master
 from cachefs.model import ConfigError
 from cachefs.net import Address, TcpAddress
@@ -132,75 +132,49 @@ def worker(
     run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)
 
 
-def mount_options(function: params.F) -> params.F:
-    """The flags of `cachefs mount` that `cachefs up` has too."""
-    for option in reversed(
-        (
-            click.option("--path", default="/", show_default=True, help="Directory of the namespace to mount."),
-            click.option(
-                "--open-wait",
-                type=params.SIZE,
-                default="8M",
-                show_default=True,
-                help="Files up to this size are made local before their open returns.",
-            ),
-            click.option("--no-passthrough", is_flag=True, help="Read everything through this process."),
-            click.option("--read-ahead", type=params.SIZE, default="1M", show_default=True, help="Of the kernel."),
-            click.option(
-                "--max-names",
-                type=click.IntRange(min=1000),
-                default=ClientConfig.max_names,
-                show_default=True,
-                help="Names and attributes that the mount remembers, some 1000 bytes each.",
-            ),
-            click.option("--no-allow-other", is_flag=True, help="Only the user who mounts may use the mount."),
-            click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
-        )
-    ):
-        function = option(function)
-    return function
-
-
 @click.command()
 @click.argument("mountpoint")
 @click.option("--master", "master_address", type=params.ADDRESS, required=True)
 @click.option("--worker-socket", metavar="PATH", help="Default: that of the worker the master knows on this node.")
+@click.option(
+    "--promote",
+    type=click.Choice([each.value for each in Promote]),
+    show_default="that of the worker",
+    help="Whether the worker keeps what is read through this mount.",
+)
 @mount_options
 @params.insecure_option
 @log_level_option
 @supervised_option
+@click.pass_context
 def mount(
+    ctx: click.Context,
+    /,
     mountpoint: str,
     master_address: Address,
     worker_socket: str | None,
-    path: str,
-    open_wait: int,
-    no_passthrough: bool,
-    read_ahead: int,
-    max_names: int,
-    no_allow_other: bool,
-    allow_nonempty: bool,
+    promote: str | None,
     insecure: bool,
     log_level: str,
     supervised_fd: int | None,
+    **mount_flags: Any,
 ) -> None:
     """Mount the namespace, read only, and serve it until it is unmounted."""
     set_up_logging("mount", log_level)
     params.check_insecure(insecure, master=master_address)
-    config = MountConfig(
-        mountpoint=os.path.abspath(mountpoint),
-        client=ClientConfig(master_address, worker_socket, max_names=max_names),
-        source=f"cachefs:{path}",
-        path=path,
-        options=MountOptions(
-            allow_other=not no_allow_other, read_ahead_kb=read_ahead // 1024, allow_nonempty=allow_nonempty
-        ),
-        operations=OperationsConfig(open_wait_bytes=open_wait, passthrough=not no_passthrough),
-    )
+    flags = with_profile(ctx, mount_flags)
+    config = mount_config(mountpoint, master_address, worker_socket, flags, promote=promote)
 
     async def service(report: Report) -> None:
-        def ready(mounted: Mount, passthrough: bool) -> None:
-            report({"mountpoint": mounted.mountpoint, "passthrough": passthrough, "connection": mounted.connection})
+        def ready(mounted: Mount, chosen: ChosenMode) -> None:
+            report(
+                {
+                    "mountpoint": mounted.mountpoint,
+                    "open_mode": chosen.mode.value,
+                    "why": chosen.why,
+                    "connection": mounted.connection,
+                }
+            )
 
         await run_mount(config, ready)
 

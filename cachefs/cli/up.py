@@ -21,9 +21,11 @@ import trio
 from cachefs.cli import params
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
-from cachefs.cli.services import log_level_option, mount_options, supervised_option
+from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
+from cachefs.cli.services import log_level_option, supervised_option
 from cachefs.fuse import FS_TYPE, abort, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size
+from cachefs.net import TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 
@@ -131,7 +133,8 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
                         report(
                             {
                                 "mountpoint": config.mountpoint,
-                                "passthrough": mount.facts["passthrough"],
+                                "open_mode": mount.facts["open_mode"],
+                                "why": mount.facts["why"],
                                 "master": instance.master,
                             }
                         )
@@ -203,7 +206,10 @@ async def _child(
 @mount_options
 @log_level_option
 @supervised_option
+@click.pass_context
 def up(
+    ctx: click.Context,
+    /,
     url: str,
     mountpoint: str,
     tier: TierConfig | None,
@@ -224,7 +230,10 @@ def up(
     set_up_logging("up", log_level)
     if "://" not in url:
         raise ConfigError("URL", url, "s3://BUCKET/PREFIX or file:///DIRECTORY")
-    _check_machine(mountpoint, mount_flags["allow_nonempty"])
+    flags = with_profile(ctx, mount_flags)
+    # What is wrong with a flag is told before anything is started.
+    mount_config(mountpoint, TcpAddress("127.0.0.1", 0), None, flags)
+    _check_machine(mountpoint, flags["allow_nonempty"])
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
     _check_not_running(directory)
     if tier is None:
@@ -240,7 +249,7 @@ def up(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
         ),
-        mount_flags=_mount_flags(mount_flags),
+        mount_flags=as_arguments(flags),
         log_level=log_level,
     )
     if supervised_fd is None:
@@ -286,14 +295,3 @@ def _default_tier(path: str) -> TierConfig:
     )
     capacity = (shutil.disk_usage(path).free + held) // 2
     return TierConfig("ssd", path, capacity)
-
-
-def _mount_flags(given: Mapping[str, Any]) -> tuple[str, ...]:
-    flags: list[str] = []
-    for name, value in given.items():
-        option = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(option)
-        elif value is not False:
-            flags += [option, str(value)]
-    return tuple(flags)

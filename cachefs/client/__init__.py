@@ -1,10 +1,21 @@
 """What any front end uses: a cache of names and attributes, sealed files by descriptor, reads through the worker."""
 
 from cachefs.client.client import Client, open_client
-from cachefs.client.config import ClientConfig
+from cachefs.client.config import ClientConfig, Timeouts
 from cachefs.client.dirs import DirReader
-from cachefs.client.files import ContentReader
+from cachefs.client.files import ContentReader, read_exactly
 from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.view import View
 
-__all__ = ["ChangedName", "Client", "ClientConfig", "ContentReader", "DirReader", "Metadata", "View", "open_client"]
+__all__ = [
+    "ChangedName",
+    "Client",
+    "ClientConfig",
+    "ContentReader",
+    "DirReader",
+    "Metadata",
+    "Timeouts",
+    "View",
+    "open_client",
+    "read_exactly",
+]

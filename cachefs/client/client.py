@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -93,6 +93,7 @@ class Client:
             namespace_id=cluster.namespace_id,
             sync_interval_s=cluster.sync_interval_s,
             max_names=self._config.max_names,
+            timeouts=self._config.timeouts,
             patience_s=self._config.patience_s,
             on_foreign=on_foreign,
             nursery=self._nursery,
@@ -100,7 +101,16 @@ class Client:
         worker = None
         if self._worker_socket is not None:
             worker = Pool(UnixAddress(self._worker_socket), hello, _CONNECT_TIMEOUT_S, self._nursery)
-        view = View(epoch, cluster, metadata, worker, self._sealed, self._config.patience_s, self._is_current)
+        view = View(
+            epoch,
+            cluster,
+            metadata,
+            worker,
+            self._sealed,
+            promote=self._config.promote,
+            patience_s=self._config.patience_s,
+            is_current=self._is_current,
+        )
         return view
 
     async def _is_current(self, view: View) -> bool:
@@ -137,6 +147,15 @@ class Client:
     def worker(self) -> Pool:
         """Raises UnavailableError when this client was made without one."""
         return self.view.worker
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Paths of the tiers of this node's worker, the first the fastest."""
+        return self._sealed.tiers
+
+    def open_sealed_only_in(self, tiers: Sequence[str]) -> None:
+        """Of the sealed files of other tiers the worker passes descriptors, in cached mode."""
+        self._sealed.restrict(tiers)
 
     def open_sealed(self, attr: Attr) -> int | None:
         """As `View.open_sealed`."""
@@ -212,12 +231,16 @@ class Client:
     # ---- what is the same in every namespace -----------------------------------------------------------------------
 
     def count_open(self, attr: Attr, *, passthrough: bool) -> None:
-        """A file was opened: the worker is told soon, so that it evicts others, and counts."""
+        """A file was opened: the worker is told soon, and counts."""
         self._opens["passthrough" if passthrough else "cached"] += 1
         if passthrough:
-            self._opened.add(BlockId(attr.key, 0))
-            if len(self._opened) >= _OPENED_MANY:
-                self._many_opened.set()
+            self.note_use(attr)
+
+    def note_use(self, attr: Attr) -> None:
+        """A sealed file was used: the worker is told soon, so that it evicts others."""
+        self._opened.add(BlockId(attr.key, 0))
+        if len(self._opened) >= _OPENED_MANY:
+            self._many_opened.set()
 
     async def holders(self, attr: Attr, block_index: int) -> list[str]:
         """Names of the workers that said they hold a block of this content. Raises TransportError."""

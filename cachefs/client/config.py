@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cachefs.model import ConfigError
 from cachefs.net import Address
+from cachefs.wire.messages import PromoteMode
+
+MAX_TIMEOUT_S = 365 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """For how many seconds answers are believed, by us and by the kernel. None: the cluster's sync interval."""
+
+    attr_s: float | None = None
+    entry_s: float | None = None
+    negative_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("attr_s", "entry_s", "negative_s"):
+            seconds = getattr(self, key)
+            if seconds is not None and not 0 <= seconds <= MAX_TIMEOUT_S:
+                raise ConfigError(key.replace("_s", "_timeout"), f"{seconds:g}s", "0 to 365d")
 
 
 @dataclass(frozen=True)
@@ -16,6 +35,9 @@ class ClientConfig:
     """False: names and attributes only."""
     max_names: int = 500_000
     """Names and attributes kept, about 1000 bytes each."""
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    promote: PromoteMode | None = None
+    """Whether the worker keeps what is read by this client; None: as the worker was told."""
     patience_s: float = 30.0
     """How long a lost master or worker is waited for before the caller gets an error."""
     first_contact_s: float = 30.0

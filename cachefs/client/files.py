@@ -11,7 +11,7 @@ import trio
 
 from cachefs.model import Attr, BlockSlice, Geometry, MiB, RemoteProtocolError
 from cachefs.net import Answer
-from cachefs.wire.messages import Fetch, FetchReply
+from cachefs.wire.messages import Fetch, FetchReply, PromoteMode
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,18 @@ class ContentReader:
     under-store, and that descriptor is not used again.
     """
 
-    def __init__(self, attr: Attr, geometry: Geometry, fetch: Callable[[Fetch], Awaitable[Answer[FetchReply]]]) -> None:
+    def __init__(
+        self,
+        attr: Attr,
+        geometry: Geometry,
+        fetch: Callable[[Fetch], Awaitable[Answer[FetchReply]]],
+        promote: PromoteMode | None = None,
+    ) -> None:
+        """`promote`: other than what the worker was told."""
         self.attr = attr
         self._geometry = geometry
         self._fetch = fetch
+        self._promote = promote
         self._views: dict[int, _BlockView] = {}
         self._retired: list[int] = []
         """Descriptors that were replaced; a read in a thread may still use them."""
@@ -93,7 +101,9 @@ class ContentReader:
     async def _read_slice(self, piece: BlockSlice) -> Data:
         view = self._views.setdefault(piece.block_index, _BlockView())
         if not self._covers(view, piece):
-            request = Fetch(self.attr.ino, piece.block_index, piece.offset, piece.length, view.serial)
+            request = Fetch(
+                self.attr.ino, piece.block_index, piece.offset, piece.length, view.serial, promote=self._promote
+            )
             answer = await self._fetch(request)
             if answer.message.serial == 0:
                 if len(answer.payload) != piece.length:
@@ -115,7 +125,11 @@ class ContentReader:
 
     async def _read_through(self, piece: BlockSlice, serial: int) -> Data:
         """The bytes from the under-store, as those of that descriptor cannot be read."""
-        request = Fetch(self.attr.ino, piece.block_index, piece.offset, piece.length, serial, unreadable=True)
+        request = Fetch(
+            *(self.attr.ino, piece.block_index, piece.offset, piece.length, serial),
+            unreadable=True,
+            promote=self._promote,
+        )
         payload = (await self._fetch(request)).payload
         if len(payload) != piece.length:
             raise RemoteProtocolError(f"worker sent other than the {piece.length} bytes asked for")

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
+from cachefs.client.config import Timeouts
 from cachefs.client.patience import patiently
 from cachefs.model import (
     NO_INO,
@@ -107,13 +108,19 @@ class Metadata:
         namespace_id: str,
         sync_interval_s: float,
         max_names: int,
+        timeouts: Timeouts,
         patience_s: float,
         on_foreign: Callable[[], Awaitable[None]],
         nursery: trio.Nursery,
     ) -> None:
         self.namespace_id = namespace_id
-        self.ttl_s = FOREVER_S if sync_interval_s < 0 else sync_interval_s
-        """Seconds for which an answer may be believed, by us and by the kernel."""
+        ttl_s = FOREVER_S if sync_interval_s < 0 else sync_interval_s
+        self.ttl_s = ttl_s if timeouts.attr_s is None else timeouts.attr_s
+        """Seconds for which attributes may be believed, by us and by the kernel."""
+        self.entry_ttl_s = ttl_s if timeouts.entry_s is None else timeouts.entry_s
+        """The same for what a name points at."""
+        self.negative_ttl_s = ttl_s if timeouts.negative_s is None else timeouts.negative_s
+        """The same for names that do not exist."""
         self._master = master
         self._max_names = max_names
         self.patience_s = patience_s
@@ -394,7 +401,8 @@ class Metadata:
         if before is not None and before.ino != ino:
             # Superseded, or one of two answers came late: to be asked for.
             self._attrs.pop(before.ino, None)
-        self._names[(parent, name)] = _Name(ino, trio.current_time() + self.ttl_s, self._generation)
+        ttl_s = self.negative_ttl_s if ino == NO_INO else self.entry_ttl_s
+        self._names[(parent, name)] = _Name(ino, trio.current_time() + ttl_s, self._generation)
         self._names.move_to_end((parent, name))
         if len(self._names) > self._max_names:
             self._names.popitem(last=False)

@@ -19,7 +19,7 @@ from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, Unavailable
 from cachefs.net import Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
-from cachefs.wire.messages import ClusterInfo, Fetch, FetchReply, Promote
+from cachefs.wire.messages import ClusterInfo, Fetch, FetchReply, Promote, PromoteMode
 
 R = TypeVar("R")
 
@@ -36,6 +36,8 @@ class View:
         metadata: Metadata,
         worker: Pool | None,
         sealed: SealedReader,
+        *,
+        promote: PromoteMode | None,
         patience_s: float,
         is_current: Callable[[View], Awaitable[bool]],
     ) -> None:
@@ -45,6 +47,7 @@ class View:
         self.metadata = metadata
         self._worker = worker
         self._sealed = sealed
+        self._promote = promote
         self._patience_s = patience_s
         self._is_current = is_current
 
@@ -70,11 +73,11 @@ class View:
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
-        return (await self._ask_worker(Promote(ino))).message.sealed
+        return (await self._ask_worker(Promote(ino, self._promote))).message.sealed
 
     def open_content(self, attr: Attr) -> ContentReader:
         """For reading through the worker. Close it when it is not used any more."""
-        return ContentReader(attr, self.cluster.geometry, self._fetch)
+        return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote)
 
     async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
         return await self._ask_worker(request)

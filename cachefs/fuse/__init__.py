@@ -6,8 +6,20 @@ Owns /dev/fuse: mounting, the session on it, passthrough's backing files, and th
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.errno import errno_of
 from cachefs.fuse.kernel import KernelSession, SessionOptions
+from cachefs.fuse.modes import ChosenMode, OpenMode
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount, is_mounted
-from cachefs.fuse.mounting import Mount, MountError, MountOptions, Probe, abort, mount, open_device, probe, unmount
+from cachefs.fuse.mounting import (
+    Mount,
+    MountError,
+    MountOptions,
+    Probe,
+    abort,
+    max_read_limit,
+    mount,
+    open_device,
+    probe,
+    unmount,
+)
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
 from cachefs.fuse.protocol import (
     ROOT_NODE,
@@ -27,6 +39,7 @@ __all__ = [
     "AttrReply",
     "BackingRegistry",
     "CacheOperations",
+    "ChosenMode",
     "DirEntry",
     "EntryReply",
     "KernelSession",
@@ -36,6 +49,7 @@ __all__ = [
     "MountInfo",
     "MountOptions",
     "OpenDirReply",
+    "OpenMode",
     "OpenReply",
     "Operations",
     "OperationsConfig",
@@ -47,6 +61,7 @@ __all__ = [
     "errno_of",
     "find_mount",
     "is_mounted",
+    "max_read_limit",
     "mount",
     "open_device",
     "probe",

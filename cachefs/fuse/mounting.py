@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
+from cachefs.fusewire import PAGE_SIZE
 from cachefs.model import CachefsError, ConfigError, MiB
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _BDI = Path("/sys/class/bdi")
+_MAX_PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
+_MAX_PAGES = 256
+"""Before Linux 6.13, which made it a setting."""
 _CAP_SYS_ADMIN = 21
 # The new mount API; the numbers are the same on every architecture, and glibc wraps them only since 2.36.
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
@@ -56,7 +60,7 @@ class MountOptions:
     default_permissions: bool = True
     """The kernel checks mode bits, so that we are not asked (ACCESS)."""
     max_read: int = MiB
-    """Bytes in the largest READ; the connection's max_pages bounds it too."""
+    """Bytes in the largest READ, up to `max_read_limit`."""
     read_ahead_kb: int | None = 1024
     """For cached mode; the kernel's own 128 KiB halves sequential throughput. None leaves it alone."""
     allow_nonempty: bool = False
@@ -65,8 +69,9 @@ class MountOptions:
     """Take away a cachefs mount whose server is gone ("Transport endpoint is not connected") before mounting."""
 
     def __post_init__(self) -> None:
-        if not 4096 <= self.max_read <= 2**31:
-            raise ConfigError("max_read", self.max_read, "4096 to 2 GiB, in bytes")
+        if not PAGE_SIZE <= self.max_read <= max_read_limit():
+            accepted = f"{PAGE_SIZE} to {max_read_limit()} bytes; the sysctl fs.fuse.max_pages_limit sets the limit"
+            raise ConfigError("max_read", self.max_read, accepted)
         if self.read_ahead_kb is not None and not 0 <= self.read_ahead_kb <= 2**20:
             raise ConfigError("read_ahead_kb", self.read_ahead_kb, "0 to 1048576")
 
@@ -103,6 +108,15 @@ class Probe:
     def passthrough_possible(self) -> bool:
         """False rules it out; true leaves it to the kernel's configuration and the cache's file system."""
         return self.can_mount and self.kernel >= (6, 9)
+
+
+def max_read_limit() -> int:
+    """Bytes of the largest READ that this kernel sends."""
+    try:
+        pages = int(_MAX_PAGES_LIMIT.read_text())
+    except (OSError, ValueError):
+        pages = _MAX_PAGES
+    return pages * PAGE_SIZE
 
 
 def probe() -> Probe:

@@ -11,6 +11,8 @@ How a file is opened (the kernel allows one mode per inode at a time, from the f
     sealed on this node                  -> passthrough
     size <= open_wait                    -> have the worker promote it, then passthrough
     otherwise, or no room for it         -> cached: READs are answered from what the worker confirms
+
+In no-open mode nothing is opened: a READ names the node (see `node_reads`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import trio
 
 from cachefs.client import ChangedName, Client, ContentReader, DirReader, View
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
+from cachefs.fuse.modes import ChosenMode, OpenMode
+from cachefs.fuse.node_reads import NodeReads
 from cachefs.fuse.protocol import (
     ROOT_NODE,
     AttrReply,
@@ -35,7 +39,17 @@ from cachefs.fuse.protocol import (
     OpenReply,
     StatfsReply,
 )
-from cachefs.model import Attr, Entry, Ino, MiB, NamespaceChangedError, NotADirectory, NotFoundError, StaleError
+from cachefs.model import (
+    Attr,
+    ConfigError,
+    Entry,
+    Ino,
+    MiB,
+    NamespaceChangedError,
+    NotADirectory,
+    NotFoundError,
+    StaleError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +63,20 @@ _EPOCH_SHIFT = 48
 class OperationsConfig:
     open_wait_bytes: int = 8 * MiB
     """Files up to this size are made local before their open returns: they never cost a READ."""
-    passthrough: bool = True
-    """Off: every file is read in cached mode. For kernels before 6.9, and for comparison."""
+    open_mode: OpenMode = OpenMode.AUTO
+    uid: int | None = None
+    """Shown as the owner of everything; None: what the under-store says."""
+    gid: int | None = None
+    umask: int = 0
+    """Permission bits that nobody gets."""
+
+    def __post_init__(self) -> None:
+        for key in ("uid", "gid"):
+            number = getattr(self, key)
+            if number is not None and not 0 <= number < 2**32 - 1:
+                raise ConfigError(key, number, "0 to 4294967294")
+        if not 0 <= self.umask <= 0o777:
+            raise ConfigError("umask", f"{self.umask:o}", "0 to 777, octal")
 
 
 class Notices(Protocol):
@@ -90,17 +116,24 @@ class CacheOperations:
         self._path = path
         self._root: tuple[View, Ino] | None = None
         self._backings = backings
-        self._passthrough = config.passthrough
+        self._passthrough = False
+        self._node_reads: NodeReads | None = None
         self._config = config
+        self._changes_owner = (config.uid, config.gid, config.umask) != (None, None, 0)
         self._nursery = nursery
         self._handles = itertools.count(1)
         self._open: dict[int, _Open] = {}
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, tuple[View, DirReader]] = {}
 
-    def set_passthrough(self, offered: bool) -> None:
-        """What INIT told: whether the kernel can read backing files by itself on this connection."""
-        self._passthrough = self._passthrough and offered
+    def set_mode(self, chosen: ChosenMode) -> None:
+        """What was decided after INIT; before, files are opened in cached mode."""
+        self._passthrough = chosen.mode is OpenMode.PASSTHROUGH
+        if self._passthrough:
+            self._client.open_sealed_only_in(chosen.tiers)
+        if chosen.mode is OpenMode.NO_OPEN:
+            self._node_reads = NodeReads(self._client, self._config.open_wait_bytes)
+            self._nursery.start_soon(self._node_reads.close_idle)
 
     def watch(self, notices: Notices) -> None:
         """From now on take back what the kernel was told of names that change."""
@@ -186,22 +219,31 @@ class CacheOperations:
         return await self._ask(parent, ask)
 
     def _entry(self, view: View, attr: Attr | None) -> EntryReply:
-        ttl_s = view.metadata.ttl_s
         if attr is None:
-            return EntryReply(0, None, ttl_s, ttl_s)
-        return EntryReply(self._node(view, attr.ino), attr, ttl_s, ttl_s)
+            return EntryReply(0, None, 0.0, view.metadata.negative_ttl_s)
+        metadata = view.metadata
+        return EntryReply(self._node(view, attr.ino), self._shown(attr), metadata.ttl_s, metadata.entry_ttl_s)
+
+    def _shown(self, attr: Attr) -> Attr:
+        """With the owner and the permissions that were asked for."""
+        if not self._changes_owner:
+            return attr
+        config = self._config
+        uid = attr.uid if config.uid is None else config.uid
+        gid = attr.gid if config.gid is None else config.gid
+        return Attr(attr.ino, attr.kind, attr.size_bytes, attr.mtime_ns, attr.mode & ~config.umask, uid, gid, attr.key)
 
     def getattr_nowait(self, node: int) -> AttrReply:
         opened = self._open.get(node)
         if opened is not None:
             # Of what is open we know all there is to know, whether the master is there or not.
-            return AttrReply(node, opened.attr, opened.view.metadata.ttl_s)
+            return AttrReply(node, self._shown(opened.attr), opened.view.metadata.ttl_s)
         view, ino = self._place_nowait(node)
-        return AttrReply(node, view.metadata.attr_nowait(ino), view.metadata.ttl_s)
+        return AttrReply(node, self._shown(view.metadata.attr_nowait(ino)), view.metadata.ttl_s)
 
     async def getattr(self, node: int) -> AttrReply:
         async def ask(view: View, ino: Ino) -> AttrReply:
-            return AttrReply(node, await view.metadata.attr(ino), view.metadata.ttl_s)
+            return AttrReply(node, self._shown(await view.metadata.attr(ino)), view.metadata.ttl_s)
 
         return await self._ask(node, ask)
 
@@ -281,9 +323,13 @@ class CacheOperations:
             os.close(fd)
 
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
+        if self._node_reads is not None:
+            return self._node_reads.read_nowait(*self._place_nowait(fh), offset, size)
         return self._read_open(fh)[1].read_nowait(offset, size)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
+        if self._node_reads is not None:
+            return await self._node_reads.read(*await self._place(fh), offset, size)
         opened, reader = self._read_open(fh)
         try:
             return await reader.read(offset, size)
@@ -346,12 +392,15 @@ class CacheOperations:
         return opened
 
     def _dir_entries(self, view: View, reader: DirReader, entries: list[Entry]) -> list[DirEntry]:
-        ttl_s = view.metadata.ttl_s
+        attr_ttl_s, entry_ttl_s = view.metadata.ttl_s, view.metadata.entry_ttl_s
         return [
             # Of a name that has changed since it was listed the kernel learns no more than that.
             DirEntry(name.encode(), self._node(view, attr.ino), attr.kind, attr.ino)
             if reader.is_outdated(name)
-            else DirEntry(name.encode(), self._node(view, attr.ino), attr.kind, attr.ino, attr, ttl_s, ttl_s)
+            else DirEntry(
+                *(name.encode(), self._node(view, attr.ino), attr.kind, attr.ino),
+                *(self._shown(attr), attr_ttl_s, entry_ttl_s),
+            )
             for name, attr in ((entry.name, entry.attr) for entry in entries)
         ]
 
@@ -376,6 +425,8 @@ class CacheOperations:
                 opened.reader.close()
         for _, reader in self._dirs.values():
             reader.close()
+        if self._node_reads is not None:
+            self._node_reads.close()
         self._open.clear()
         self._by_handle.clear()
         self._dirs.clear()

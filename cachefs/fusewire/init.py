@@ -64,6 +64,8 @@ class InitOptions:
     """Listings bring attributes along, at the kernel's choice, which sees who looks at them."""
     no_open: bool = False
     """No OPEN and RELEASE at all: reads carry the node id only, and the page cache is kept. Excludes passthrough."""
+    ignored: int = 0
+    """`InitFlag`s that the kernel offers and we do as if it did not: to see what becomes of it on an older one."""
 
     def __post_init__(self) -> None:
         for key, low, high in (
@@ -166,7 +168,7 @@ def negotiate(init: InitRequest, options: InitOptions) -> Negotiated:
         wanted |= InitFlag.PASSTHROUGH
     if options.no_open:
         wanted |= InitFlag.NO_OPEN_SUPPORT
-    flags = wanted & init.flags
+    flags = wanted & init.flags & ~options.ignored
     return Negotiated(
         minor=min(init.minor, KERNEL_MINOR),
         flags=int(flags),

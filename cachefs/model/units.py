@@ -39,6 +39,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes / 1024:.1f} TiB"
 
 
+def format_duration(seconds: float) -> str:
+    """What `parse_duration` reads: "7200s", "0.25s"."""
+    return f"{seconds:.6f}".rstrip("0").rstrip(".") + "s"
+
+
 def parse_duration(key: str, text: str) -> float:
     """Seconds from "60", "500ms", "30s", "5m", "2h", "1d". `key` names the setting in the error.
 

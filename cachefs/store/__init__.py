@@ -3,7 +3,7 @@
 from cachefs.store.config import TierConfig, parse_tier
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
-from cachefs.store.reader import SealedReader
+from cachefs.store.reader import SealedReader, a_file_of_tier
 from cachefs.store.store import Store, open_store
 from cachefs.store.sums import page_checksum
 from cachefs.store.tier import Tier, TierStatus
@@ -15,6 +15,7 @@ __all__ = [
     "Tier",
     "TierConfig",
     "TierStatus",
+    "a_file_of_tier",
     "open_store",
     "page_checksum",
     "parse_tier",

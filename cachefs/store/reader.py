@@ -14,11 +14,17 @@ from cachefs.store.layout import READ_FLAGS, SUMS_SUFFIX, TIER_FILE, data_name, 
 logger = logging.getLogger(__name__)
 
 
+def a_file_of_tier(path: str) -> str:
+    """A regular file that is in every tier, on the file system where its blocks are."""
+    return os.path.join(path, TIER_FILE)
+
+
 class SealedReader:
     """Opens sealed blocks of the tiers at these paths, which a worker on this machine owns."""
 
     def __init__(self, tier_paths: Sequence[str]) -> None:
         self._boot_id = running_boot_id()
+        self.tiers = tuple(tier_paths)
         self._unproven = list(tier_paths)
         """Not seen to carry the running boot's id yet."""
         self._sealed: list[str] = []
@@ -36,6 +42,11 @@ class SealedReader:
             if fd is not None:
                 return fd
         return None
+
+    def restrict(self, tier_paths: Sequence[str]) -> None:
+        """From now on look only into these."""
+        self._unproven = list(tier_paths)
+        self._sealed = []
 
     def _open(self, path: str, length: int) -> int | None:
         try:

@@ -6,7 +6,7 @@ are `str`: keys and names that are not valid UTF-8 are hidden where they enter, 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,6 +21,9 @@ InoField = Annotated[Ino, msgspec.Meta(ge=0, le=2**63 - 1)]
 Key = Annotated[ContentKey, msgspec.Meta(min_length=16, max_length=16)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+PromoteMode = Literal["always", "if-space", "never"]
+"""Whether a worker keeps what it reads; see `cachefs.policy.Promote`."""
 
 BlockName = tuple[Key, Index]
 """A `BlockId` on the wire."""
@@ -337,6 +340,8 @@ class Promote(Request[PromoteReply], frozen=True):
     """
 
     ino: InoField
+    promote: PromoteMode | None = None
+    """None: as the worker was told."""
 
 
 class FetchReply(msgspec.Struct, frozen=True, array_like=True):
@@ -365,6 +370,7 @@ class Fetch(Request[FetchReply], frozen=True):
     held: int
     unreadable: bool = False
     """Reading through the descriptor held failed: answer with the bytes, and see what is damaged."""
+    promote: PromoteMode | None = None
 
 
 class VerifyProgress(msgspec.Struct, frozen=True):

@@ -15,11 +15,12 @@ from contextlib import suppress
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
 from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
+from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler, Job
@@ -66,12 +67,13 @@ class Blocks:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    async def promote(self, ino: Ino, reader: int) -> PromoteReply:
+    async def promote(self, request: PromoteRequest, reader: int) -> PromoteReply:
         """Make a content of one block local; not sealed means not admitted. `reader` tells one mount from another.
 
         Raises as `Filler.fetch`.
         """
-        source = await self._sources.resolve(ino)
+        source = await self._sources.resolve(request.ino)
+        mode = self._mode(request)
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
@@ -82,10 +84,10 @@ class Blocks:
                 return PromoteReply(True)
             if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
                 is_fetched_ahead = block in self._whole
-                if not is_fetched_ahead and not self._admits(attr.size_bytes):
+                if not is_fetched_ahead and not self._admits(attr.size_bytes, mode):
                     return PromoteReply(False)
                 try:
-                    await self._whole.join(block, lambda: self._filler.keep_whole(block, source, attr.size_bytes))
+                    await self._whole.join(block, lambda: self._filler.keep_whole(block, source, attr.size_bytes, mode))
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
@@ -96,7 +98,7 @@ class Blocks:
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return PromoteReply(False)
                 continue
-            job = await self._job(block, source)
+            job = await self._job(block, source, mode)
             if job is None:
                 if self._store.is_sealed(block):
                     continue
@@ -151,7 +153,7 @@ class Blocks:
                     with suppress(BlockCorruptError, CapacityError):
                         await self._whole.join(block, trio.lowlevel.checkpoint)
                     continue
-                job = await self._job(block, source)
+                job = await self._job(block, source, self._mode(request))
                 if job is not None:
                     try:
                         return await self._fetch_into(job, pages, request.held, reader)
@@ -197,7 +199,9 @@ class Blocks:
         if not self._has_room(length):
             return False
         try:
-            await self._whole.join(block, lambda: self._filler.keep_whole(block, source, length, ahead=True))
+            await self._whole.join(
+                block, lambda: self._filler.keep_whole(block, source, length, Promote.IF_SPACE, ahead=True)
+            )
         except CapacityError:
             return False
         self._counters.files_ahead += 1
@@ -250,7 +254,7 @@ class Blocks:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    async def _job(self, block: BlockId, source: Source) -> Job | None:
+    async def _job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
         """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment."""
         job = self._jobs.get(block)
         if job is not None and not job.ended:
@@ -258,12 +262,10 @@ class Blocks:
             job.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        if not self._admits(length):
+        if not self._admits(length, mode):
             return None
         try:
-            partial = await trio.to_thread.run_sync(
-                self._store.open_partial, block, length, self._config.promote, limiter=self._disk
-            )
+            partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, mode, limiter=self._disk)
         except CapacityError as error:
             self._counters.not_admitted += 1
             logger.info("not admitted block=%s error=%s", block.filename, error)
@@ -278,8 +280,11 @@ class Blocks:
         job = self._jobs[block] = Job(partial, source, block.block_index * self._geometry.block_size)
         return job
 
-    def _admits(self, length: int) -> bool:
-        admitted = self._store.admits(length, self._config.promote)
+    def _mode(self, request: Fetch | PromoteRequest) -> Promote:
+        return self._config.promote if request.promote is None else Promote(request.promote)
+
+    def _admits(self, length: int, mode: Promote) -> bool:
+        admitted = self._store.admits(length, mode)
         self._counters.not_admitted += not admitted
         return admitted
 

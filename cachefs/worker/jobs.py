@@ -78,7 +78,6 @@ class Filler:
         sources: Sources,
         counters: Counters,
         *,
-        promote: Promote,
         demand_slots: int,
         background_slots: int,
         on_changed: Callable[[Source], Awaitable[None]],
@@ -89,7 +88,6 @@ class Filler:
         self._sources = sources
         self._counters = counters
         self._nursery = nursery
-        self._promote = promote
         self._demand = trio.CapacityLimiter(demand_slots)
         self._background = trio.CapacityLimiter(background_slots)
         self._disk = trio.CapacityLimiter(4)
@@ -140,13 +138,14 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
-    async def keep_whole(self, block: BlockId, source: Source, length: int, *, ahead: bool = False) -> None:
+    async def keep_whole(
+        self, block: BlockId, source: Source, length: int, promote: Promote, *, ahead: bool = False
+    ) -> None:
         """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
 
         Most of what a small file costs are wake-ups of threads: one is enough. `ahead`: nobody waits for it, nothing is
         evicted, and the caller bounds how many there are. Raises as `fetch` and `seal`.
         """
-        promote = Promote.IF_SPACE if ahead else self._promote
         async with nullcontext() if ahead else self._demand:
             data = await self.read(source, 0, length)
             try:

@@ -60,7 +60,7 @@ class Worker:
 
     async def promote(self, request: m.Promote, session: Session) -> m.PromoteReply:
         self._check_namespace(session)
-        return await self._blocks.promote(request.ino, session.id)
+        return await self._blocks.promote(request, session.id)
 
     async def fetch(self, request: m.Fetch, session: Session) -> Answer[m.FetchReply]:
         self._check_namespace(session)
@@ -155,7 +155,6 @@ async def run_worker(
                         store,
                         sources,
                         counters,
-                        promote=config.promote,
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
                         on_changed=on_changed,

@@ -122,7 +122,8 @@ def assert_nothing_left(mountpoint: Path, directory: Path) -> None:
 def test_every_byte_read_cold_and_warm_by_four_processes(bucket: Bucket, tmp_path: Path) -> None:
     before = bucket.contents()
     with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
-        assert process.facts["passthrough"] is True
+        assert process.facts["open_mode"] == "passthrough"
+        assert process.facts["why"] == "the kernel reads cached files by itself"
         read_by_processes(mountpoint, list(DATA), 4)
         cold = report(process)
         total = sum(map(len, DATA.values()))

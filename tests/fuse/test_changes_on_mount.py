@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from cachefs.client import ClientConfig
-from cachefs.fuse import Mount, MountConfig, OperationsConfig, find_mount, kernel, probe, run_mount
+from cachefs.fuse import ChosenMode, Mount, MountConfig, OperationsConfig, find_mount, kernel, probe, run_mount
 from cachefs.model import ROOT_INO, Attr, Ino
 from cachefs.net import Hello, open_background, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
@@ -86,7 +86,7 @@ async def scene(
             )
 
             async def serve(task_status: trio.TaskStatus[None]) -> None:
-                def ready(mounted: Mount, passthrough: bool) -> None:
+                def ready(mounted: Mount, chosen: ChosenMode) -> None:
                     task_status.started()
 
                 with it.mounting:

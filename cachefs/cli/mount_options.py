@@ -1,0 +1,209 @@
+"""The flags that `cachefs mount` and `cachefs up` share: how the file system behaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from cachefs.cli import params
+from cachefs.client import ClientConfig, Timeouts
+from cachefs.fuse import MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
+from cachefs.fusewire import InitFlag, InitOptions
+from cachefs.model import ConfigError, format_duration
+from cachefs.net import Address
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "training": {
+        "attr_timeout": 2 * 3600.0,
+        "entry_timeout": 2 * 3600.0,
+        "negative_timeout": 2 * 3600.0,
+        "read_ahead": 8 << 20,
+    }
+}
+"""Other defaults, by the parameters of `mount_options`. What is asked for by name goes before them."""
+
+_OPTIONS = (
+    click.option("--path", default="/", show_default=True, help="Directory of the namespace to mount."),
+    click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        help="Other defaults. training: names and attributes are believed for 2 hours, and 8M are read ahead.",
+    ),
+    click.option(
+        "--open-mode",
+        type=click.Choice([mode.value for mode in OpenMode]),
+        default=OpenMode.AUTO.value,
+        show_default=True,
+        help="How files are opened. auto: by passthrough where it is possible. no-open: without asking this process, "
+        "for data that never changes.",
+    ),
+    click.option(
+        "--open-wait",
+        type=params.SIZE,
+        default="8M",
+        show_default=True,
+        help="Files up to this size are made local before their open returns.",
+    ),
+    click.option(
+        "--max-read",
+        type=params.SIZE,
+        default="1M",
+        show_default=True,
+        help="Bytes in one READ of the kernel, in cached mode; from 4K to what the sysctl fs.fuse.max_pages_limit "
+        "allows.",
+    ),
+    click.option(
+        "--read-ahead",
+        type=params.SIZE,
+        default="1M",
+        show_default=True,
+        help="How far the kernel reads ahead of a sequential reader, in cached mode; 0 to 1T.",
+    ),
+    click.option(
+        "--max-background",
+        type=click.IntRange(1, 65535),
+        default=InitOptions.max_background,
+        show_default=True,
+        help="READs that the kernel sends ahead of readers at once, in cached mode.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        default=MountConfig.threads,
+        show_default=True,
+        help="Threads for reads of cached files that have to wait for a disk, in cached mode.",
+    ),
+    click.option(
+        "--attr-timeout",
+        type=params.DURATION,
+        show_default="--sync-interval",
+        help="How long sizes and times are believed without asking the master; 0 to 365d.",
+    ),
+    click.option(
+        "--entry-timeout",
+        type=params.DURATION,
+        show_default="--sync-interval",
+        help="The same for what a name points at.",
+    ),
+    click.option(
+        "--negative-timeout",
+        type=params.DURATION,
+        show_default="--sync-interval",
+        help="The same for names that do not exist.",
+    ),
+    click.option(
+        "--max-names",
+        type=click.IntRange(min=1000),
+        default=ClientConfig.max_names,
+        show_default=True,
+        help="Names and attributes that the mount remembers, some 1000 bytes each.",
+    ),
+    click.option(
+        "--allow-other/--no-allow-other",
+        default=True,
+        show_default=True,
+        help="Whether others than the user who mounts may use the mount.",
+    ),
+    click.option("--uid", type=click.IntRange(0, 2**32 - 2), help="Owner of everything, as the mount shows it."),
+    click.option("--gid", type=click.IntRange(0, 2**32 - 2), help="Group of everything, as the mount shows it."),
+    click.option(
+        "--umask", type=params.OCTAL, default="000", show_default=True, help="Permission bits that nobody gets, octal."
+    ),
+    click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
+    click.option(
+        "--ignore-kernel-feature",
+        type=click.Choice([flag.name.lower().replace("_", "-") for flag in InitFlag if flag.name]),
+        multiple=True,
+        hidden=True,
+        help="Do as if the kernel did not offer it.",
+    ),
+)
+
+
+def mount_options(function: params.F) -> params.F:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def with_profile(ctx: click.Context, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `mount_options` with the defaults of the profile that was asked for."""
+    found = dict(flags)
+    for name, value in PROFILES.get(flags["profile"] or "", {}).items():
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            found[name] = value
+    found["profile"] = None
+    return found
+
+
+def mount_config(
+    mountpoint: str,
+    master: Address,
+    worker_socket: str | None,
+    flags: Mapping[str, Any],
+    *,
+    promote: str | None = None,
+) -> MountConfig:
+    """Raises ConfigError, with the name of the flag."""
+    read_ahead = flags["read_ahead"]
+    if read_ahead > 1 << 40:
+        raise ConfigError("--read-ahead", read_ahead, "0 to 1T")
+    ignored = 0
+    for name in flags["ignore_kernel_feature"]:
+        ignored |= InitFlag[name.upper().replace("-", "_")]
+    try:
+        return MountConfig(
+            mountpoint=os.path.abspath(mountpoint),
+            client=ClientConfig(
+                master,
+                worker_socket,
+                max_names=flags["max_names"],
+                timeouts=Timeouts(flags["attr_timeout"], flags["entry_timeout"], flags["negative_timeout"]),
+                promote=promote,  # type: ignore[arg-type]
+            ),
+            source=f"cachefs:{flags['path']}",
+            path=flags["path"],
+            options=MountOptions(
+                allow_other=flags["allow_other"],
+                max_read=flags["max_read"],
+                read_ahead_kb=read_ahead // 1024,
+                allow_nonempty=flags["allow_nonempty"],
+            ),
+            operations=OperationsConfig(
+                open_wait_bytes=flags["open_wait"],
+                open_mode=OpenMode(flags["open_mode"]),
+                uid=flags["uid"],
+                gid=flags["gid"],
+                umask=flags["umask"],
+            ),
+            session=SessionOptions(InitOptions(max_background=flags["max_background"], ignored=ignored)),
+            threads=flags["threads"],
+        )
+    except ConfigError as error:
+        raise ConfigError("--" + error.key.replace("_", "-"), error.value, error.accepted) from None
+
+
+def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flags as a child process is told them: each one that has a value, so that it decides nothing by itself."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        option = "--" + name.replace("_", "-")
+        if name == "allow_other":
+            arguments.append(option if value else "--no-allow-other")
+        elif value is True:
+            arguments.append(option)
+        elif value is None or value is False:
+            continue
+        elif name == "umask":
+            arguments += [option, f"{value:o}"]
+        elif name in ("attr_timeout", "entry_timeout", "negative_timeout"):
+            arguments += [option, format_duration(value)]
+        elif isinstance(value, tuple):
+            for each in value:
+                arguments += [option, str(each)]
+        else:
+            arguments += [option, str(value)]
+    return tuple(arguments)
