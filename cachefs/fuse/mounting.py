@@ -62,7 +62,8 @@ class MountOptions:
     max_read: int = MiB
     """Bytes in the largest READ, up to `max_read_limit`."""
     read_ahead_kb: int | None = 1024
-    """For cached mode; the kernel's own 128 KiB halves sequential throughput. None leaves it alone."""
+    """For cached mode; the kernel's own 128 KiB halves sequential throughput. None leaves it alone. Set by
+    `set_read_ahead`, once the session has begun."""
     allow_nonempty: bool = False
     """Mount over a directory that has entries, hiding them."""
     replace_dead: bool = False
@@ -163,10 +164,7 @@ def mount(fd: int, mountpoint: str | os.PathLike[str], source: str, options: Mou
     info = find_mount(path)
     if info is None:
         raise MountError(f"cannot mount on {path}: it was unmounted at once", errno.ENOENT)
-    mounted = Mount(path, source, info.device)
-    if options.read_ahead_kb is not None:
-        set_read_ahead(mounted, options.read_ahead_kb)
-    return mounted
+    return Mount(path, source, info.device)
 
 
 def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
@@ -188,7 +186,9 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
 
 
 def set_read_ahead(mounted: Mount, read_ahead_kb: int) -> None:
-    """How far the kernel reads ahead in cached mode, and how large its READs get. Raises OSError."""
+    """How far the kernel reads ahead in cached mode, and how large its READs get. After INIT, which sets it to the
+    kernel's own 128 KiB. Raises OSError.
+    """
     (_BDI / mounted.device / "read_ahead_kb").write_text(str(read_ahead_kb))
 
 

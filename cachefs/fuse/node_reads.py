@@ -91,14 +91,18 @@ class NodeReads:
                 content.retire()
 
     async def _opened(self, view: View, attr: Attr) -> _Content:
-        content = self._open_sealed(view, attr)
+        content = self._found(view, attr)
         if content is None and 0 < attr.size_bytes <= self._open_wait_bytes and attr.key:
             await view.promote(attr.ino)
-            content = self._open.get((view.epoch, attr.ino)) or self._open_sealed(view, attr)
+            content = self._found(view, attr)
         if content is None:
             content = self._keep(view, _Content(attr, -1, view.open_content(attr)))
             self._client.count_open(attr, passthrough=False)
         return content
+
+    def _found(self, view: View, attr: Attr) -> _Content | None:
+        # Another READ of the same file may have opened it while this one waited.
+        return self._open.get((view.epoch, attr.ino)) or self._open_sealed(view, attr)
 
     def _open_sealed(self, view: View, attr: Attr) -> _Content | None:
         fd = view.open_sealed(attr)

@@ -14,7 +14,17 @@ from cachefs.client import ClientConfig, open_client
 from cachefs.fuse.backing import BackingRegistry
 from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.modes import ChosenMode, OpenMode, choose_mode
-from cachefs.fuse.mounting import Mount, MountError, MountOptions, abort, mount, open_device, probe, unmount
+from cachefs.fuse.mounting import (
+    Mount,
+    MountError,
+    MountOptions,
+    abort,
+    mount,
+    open_device,
+    probe,
+    set_read_ahead,
+    unmount,
+)
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
 from cachefs.fusewire import PAGE_SIZE, Negotiated
 from cachefs.model import ConfigError
@@ -79,6 +89,8 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], No
                 mounted = await trio.to_thread.run_sync(mount, fd, config.mountpoint, config.source, config.options)
                 try:
                     negotiated = await nursery.start(_serve, session, nursery)
+                    if config.options.read_ahead_kb is not None:
+                        set_read_ahead(mounted, config.options.read_ahead_kb)
                     chosen = choose_mode(
                         *(config.operations.open_mode, negotiated, backings, client.tiers),
                         sys_admin=probe().sys_admin,

@@ -1,0 +1,124 @@
+"""The settings of a mount as `cachefs up` takes them: what it says at the start, profiles, and wrong values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cachefs.fuse import find_mount, max_read_limit, probe
+from cachefs.testing.processes import Running, mountpoint_below, running
+
+pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+
+
+@contextmanager
+def up(directory: Path, *flags: str) -> Iterator[tuple[Path, Running]]:
+    data = directory / "data"
+    data.mkdir(exist_ok=True)
+    (data / "file").write_bytes(b"content")
+    with mountpoint_below(directory) as mountpoint:
+        arguments = [data.as_uri(), mountpoint, "--state-dir", directory / "state", "--ufs-option", "settle=0"]
+        with running("up", *arguments, "--tier", f"ssd:{directory / 'tier'}:1G", *flags) as process:
+            yield mountpoint, process
+
+
+def sh(script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(["sh", "-c", script, "sh", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return (done.stdout + done.stderr).strip()
+
+
+def read_ahead_kb(mountpoint: Path) -> int:
+    info = find_mount(mountpoint)
+    assert info is not None
+    return int(Path(f"/sys/class/bdi/{info.device}/read_ahead_kb").read_text())
+
+
+def test_every_flag_reaches_the_mount(tmp_path: Path) -> None:
+    flags = ["--open-mode", "cached", "--read-ahead", "2M", "--max-read", "128K", "--max-background", "9"]
+    flags += ["--threads", "3", "--attr-timeout", "250ms", "--entry-timeout", "1h", "--negative-timeout", "0"]
+    flags += [
+        "--uid",
+        "12",
+        "--gid",
+        "34",
+        "--umask",
+        "077",
+        "--no-allow-other",
+        "--ignore-kernel-feature",
+        "passthrough",
+    ]
+    with up(tmp_path, *flags) as (mountpoint, process):
+        assert (process.facts["open_mode"], process.facts["why"]) == ("cached", "as asked for")
+        assert read_ahead_kb(mountpoint) == 2048
+        assert sh('stat -c "%u %g %A" "$1/file"; cat "$1/file"', mountpoint) == "12 34 -rw-------\ncontent"
+        info = find_mount(mountpoint)
+        assert info is not None
+        assert "max_read=131072" in info.options and "allow_other" not in info.options
+        # The children decide nothing by themselves: their command lines have all of it.
+        told = sh('ps -ww -eo args | grep -F "cachefs mount $1 " | grep -v grep', mountpoint).splitlines()[0]
+        for flag in ("--threads 3", "--max-background 9", "--attr-timeout 0.25s", "--negative-timeout 0s"):
+            assert flag in told
+
+
+def test_what_is_said_at_the_start(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    with mountpoint_below(tmp_path) as mountpoint:
+        command = [sys.executable, "-m", "cachefs", "up", data.as_uri(), str(mountpoint)]
+        command += ["--state-dir", str(tmp_path / "state"), "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
+        command += ["--ignore-kernel-feature", "passthrough"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        try:
+            said = [line for _, line in zip(range(2), process.stdout, strict=False)]
+        finally:
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+    assert "open_mode=cached" in said[1]
+    assert "why=the kernel does not offer passthrough: it is older than 6.9, or built without it" in said[1]
+
+
+def test_the_profile_for_training_and_what_is_asked_for_besides(tmp_path: Path) -> None:
+    with up(tmp_path, "--profile", "training", "--attr-timeout", "5s") as (mountpoint, process):
+        assert process.facts["open_mode"] == "passthrough"
+        assert read_ahead_kb(mountpoint) == 8192
+        told = sh('ps -ww -eo args | grep -F "cachefs mount $1 " | grep -v grep', mountpoint).splitlines()[0]
+        assert "--attr-timeout 5s --entry-timeout 7200s --negative-timeout 7200s" in told
+        assert "Read-only" in sh('touch "$1/new"', mountpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--open-mode", "pasthrough"], "'pasthrough' is not one of 'auto', 'passthrough', 'cached', 'no-open'"),
+        (["--max-read", "1K"], f"--max-read: 1024 is not accepted; expected 4096 to {max_read_limit()} bytes"),
+        (["--max-read", "1T"], f"expected 4096 to {max_read_limit()} bytes"),
+        (["--max-read", "lots"], "expected a size such as"),
+        (["--read-ahead", "2T"], "--read-ahead"),
+        (["--threads", "0"], "0 is not in the range 1<=x<=1024"),
+        (["--max-background", "70000"], "is not in the range 1<=x<=65535"),
+        (["--attr-timeout", "soon"], "expected a duration such as"),
+        (["--entry-timeout", "400d"], "expected 0 to 365d"),
+        (["--negative-timeout", "-1"], "expected a duration such as"),
+        (["--umask", "8"], "expected an octal number from 000 to 777"),
+        (["--umask", "1777"], "expected an octal number from 000 to 777"),
+        (["--uid", "-2"], "is not in the range"),
+        (["--gid", "nobody"], "is not a valid integer range"),
+        (["--profile", "trainig"], "is not 'training'"),
+        (["--promote", "sometimes"], "is not one of 'always', 'if-space', 'never'"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_starts(tmp_path: Path, flags: list[str], said: str) -> None:
+    with mountpoint_below(tmp_path) as mountpoint:
+        command = [sys.executable, "-m", "cachefs", "up", tmp_path.as_uri(), str(mountpoint), *flags]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode != 0
+    assert flags[0] in done.stderr and said in done.stderr, done.stderr
