@@ -2,4 +2,4 @@
 
 from cachefs.cli import main
 
-main()
+main(prog_name="cachefs")

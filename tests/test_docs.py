@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cachefs.cli.reference import reference
+
 TESTS = Path(__file__).parent
-SEMANTICS = TESTS.parent / "docs" / "semantics.md"
+DOCS = TESTS.parent / "docs"
+SEMANTICS = DOCS / "semantics.md"
 
 
 def test_every_promise_names_its_test() -> None:
@@ -28,3 +31,8 @@ def test_every_promise_names_its_test() -> None:
             text = where.read_text()
             for part in parts:
                 assert re.search(rf"^\s*(async def|def|class) {part}\b", text, re.MULTILINE), f"{name}: {line}"
+
+
+def test_the_reference_is_that_of_the_commands() -> None:
+    written = (DOCS / "reference.md").read_text()
+    assert written == reference(), "run: python -m cachefs.cli.reference > docs/reference.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
@@ -21,8 +22,16 @@ COMMANDS = {
     "refresh": "cachefs.cli.metadata",
     "load": "cachefs.cli.metadata",
     "verify": "cachefs.cli.verify",
+    "doctor": "cachefs.cli.doctor",
+    "config": "cachefs.cli.config",
+    "completion": "cachefs.cli.completion",
     "version": "cachefs.cli.version",
 }
+
+
+def load_command(name: str) -> click.Command:
+    command: click.Command = getattr(importlib.import_module(COMMANDS[name]), name)
+    return command
 
 
 class _Group(click.Group):
@@ -32,11 +41,16 @@ class _Group(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = COMMANDS.get(cmd_name)
-        if module is None:
-            return None
-        command: click.Command = getattr(importlib.import_module(module), cmd_name)
-        return command
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else f" There are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         try:

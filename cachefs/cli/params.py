@@ -12,14 +12,12 @@ from typing import Any, TypeVar
 
 import click
 
+from cachefs.cli.settings import UFS_OPTIONS_VARIABLE
 from cachefs.model import ConfigError, parse_duration, parse_size
 from cachefs.net import Address, TcpAddress, parse_address
 from cachefs.store import TierConfig, parse_tier
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-UFS_OPTIONS_VARIABLE = "CACHEFS_UFS_OPTIONS"
-"""Environment variable with a JSON object of under-store options: unlike arguments, other users cannot see it."""
 
 
 class _Parsed(click.ParamType[Any]):
@@ -96,7 +94,7 @@ def ufs_option(function: F) -> F:
 
 
 def collect_ufs_options(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """From the environment, overridden by the command line. Raises ConfigError."""
+    """From the file, the environment and the command line, the last of them first. Raises ConfigError."""
     text = os.environ.get(UFS_OPTIONS_VARIABLE, "{}")
     accepted = 'a JSON object of texts, such as {"endpoint_url": "http://host:9000"}'
     try:
@@ -105,7 +103,9 @@ def collect_ufs_options(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
         raise ConfigError(UFS_OPTIONS_VARIABLE, "(not shown)", accepted) from error
     if not isinstance(options, dict) or not all(isinstance(value, str) for value in options.values()):
         raise ConfigError(UFS_OPTIONS_VARIABLE, "(not shown)", accepted)
-    return {**options, **dict(given)}
+    ctx = click.get_current_context(silent=True)
+    from_file = ctx.meta.get(UFS_OPTIONS_VARIABLE, {}) if ctx is not None else {}
+    return {**from_file, **options, **dict(given)}
 
 
 def insecure_option(function: F) -> F:

@@ -12,6 +12,7 @@ import trio
 from cachefs.cli import params
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import mount_config, mount_options, with_profile
+from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
 from cachefs.master import MasterConfig, run_master
 from cachefs.model import ConfigError
@@ -26,7 +27,7 @@ log_level_option = click.option(
 )
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.option("--data-dir", required=True, metavar="DIR", help="Where the namespace is kept; made if missing.")
 @click.option("--listen", type=params.ADDRESS, required=True, help="Where to listen; port 0 takes a free one.")
 @click.option(
@@ -75,7 +76,7 @@ def master(
     run_service("master", partial(_run_and_report, run_master, config), supervised_fd)
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.option("--name", default=default_name, help="Unique in the cluster. Default: the name of the host.")
 @click.option("--master", "master_address", type=params.ADDRESS, required=True)
 @click.option("--listen", type=params.ADDRESS, required=True, help="Where to listen; port 0 takes a free one.")
@@ -132,7 +133,7 @@ def worker(
     run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.argument("mountpoint")
 @click.option("--master", "master_address", type=params.ADDRESS, required=True)
 @click.option("--worker-socket", metavar="PATH", help="Default: that of the worker the master knows on this node.")

@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import click
 
-from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, unmount
+from cachefs.cli import params
+from cachefs.fuse import FS_TYPE, MountError, MountInfo, abort, all_mounts, find_mount, is_dead, unmount
 from cachefs.model import ConfigError
 
 
 @click.command()
-@click.argument("mountpoint")
+# Not click.Path, which looks at the path: for ever, if the server hangs.
+@click.argument("mountpoints", metavar="MOUNTPOINT...", nargs=-1)
+@click.option("everything", "--all", is_flag=True, help="Every mount of cachefs on this machine.")
+@click.option("dead", "--dead", is_flag=True, help="Every mount of cachefs whose server is gone.")
 @click.option("--lazy", is_flag=True, help="Also while files on it are open: they stay usable until they are closed.")
-@click.option("--force", is_flag=True, help="Also when its server hangs or is gone: open files get errors.")
-def umount(mountpoint: str, lazy: bool, force: bool) -> None:
-    """Unmount; the processes that served the mount end by themselves. Cached data stays for the next time."""
-    mounted = find_mount(mountpoint)
-    if mounted is None or mounted.fs_type != FS_TYPE:
+@click.option("--force", is_flag=True, help="Also when its server hangs: open files get errors.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be unmounted.")
+@params.json_option
+def umount(
+    mountpoints: tuple[str, ...], everything: bool, dead: bool, lazy: bool, force: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Unmount; the processes that served the mount end by themselves. Cached data stays for the next time.
+
+    A mount whose server is gone ("Transport endpoint is not connected") is taken away like any other.
+    """
+    chosen = [_mounted(mountpoint) for mountpoint in mountpoints]
+    ours = [info for info in all_mounts() if info.fs_type == FS_TYPE]
+    if everything:
+        chosen = ours
+    elif dead:
+        chosen += [info for info in ours if is_dead(info)]
+    elif not mountpoints:
+        raise click.UsageError("Missing MOUNTPOINT, --all or --dead.")
+    results = [(info.mountpoint, None if dry_run else _unmount(info, lazy, force)) for info in chosen]
+    failed = [error for _, error in results if error is not None]
+    if as_json:
+        print(json.dumps([{"mountpoint": where, "error": error} for where, error in results]))
+    elif dry_run:
+        for where, _ in results:
+            print(where)
+    for error in failed:
+        print(f"Error: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def _mounted(mountpoint: str) -> MountInfo:
+    found = find_mount(mountpoint)
+    if found is None or found.fs_type != FS_TYPE:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that a cachefs is mounted on")
+    return found
+
+
+def _unmount(info: MountInfo, lazy: bool, force: bool) -> str | None:
+    """What went wrong. One whose server is gone goes away whoever has files on it open: they have errors already."""
     try:
-        unmount(mounted.mountpoint, lazy=lazy or force)
+        unmount(info.mountpoint, lazy=lazy or force or is_dead(info))
         if force:
-            abort(mounted.connection)
+            abort(info.connection)
     except MountError as error:
-        raise click.ClickException(str(error)) from error
+        return str(error)
+    return None

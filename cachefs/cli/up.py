@@ -23,6 +23,7 @@ from cachefs.cli.instances import Instance, instance_name, recorded, running, st
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import log_level_option, supervised_option
+from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured, without_credentials
 from cachefs.fuse import FS_TYPE, abort, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size
 from cachefs.net import TcpAddress
@@ -41,7 +42,7 @@ class UpConfig:
     url: str
     mountpoint: str
     state_dir: str
-    tier: TierConfig
+    tiers: tuple[TierConfig, ...]
     ufs_options: Mapping[str, str]
     master_flags: tuple[str, ...]
     worker_flags: tuple[str, ...]
@@ -105,7 +106,7 @@ async def run_up(config: UpConfig, report: Report) -> None:
 
 
 async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None:
-    secrets = {params.UFS_OPTIONS_VARIABLE: json.dumps(dict(config.ufs_options))}
+    secrets = {UFS_OPTIONS_VARIABLE: json.dumps(dict(config.ufs_options))}
     common = ["--insecure", "--log-level", config.log_level]
     any_port = ["--listen", "127.0.0.1:0"]
     data_dir = os.path.join(config.state_dir, "master")
@@ -113,8 +114,9 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
     async with _child("master", master_flags, secrets) as master:
         await master.wait_ready()
         reach_master = ["--master", master.facts["listen"]]
-        tier = f"{config.tier.kind}:{config.tier.path}:{config.tier.capacity_bytes}"
-        worker_flags = [*any_port, "--socket", socket_path, "--tier", tier, *config.worker_flags, *common]
+        worker_flags = [*any_port, "--socket", socket_path, *config.worker_flags, *common]
+        for tier in config.tiers:
+            worker_flags += ["--tier", f"{tier.kind}:{tier.path}:{tier.capacity_bytes}"]
         async with _child("worker", [*reach_master, *worker_flags]) as worker:
             await worker.wait_ready()
             mount_flags = ["--worker-socket", socket_path, *config.mount_flags, *common]
@@ -169,6 +171,11 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
         abort(left.connection)
 
 
+def _environment() -> dict[str, str]:
+    """Of the children: without our settings, which they are told by flags."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("CACHEFS_")}
+
+
 @asynccontextmanager
 async def _child(
     role: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
@@ -181,7 +188,7 @@ async def _child(
             [sys.executable, "-m", "cachefs", role, *arguments, "--supervised", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **(environment or {})},
+            env={**_environment(), **(environment or {})},
             # A Ctrl-C at the terminal is for us, who end them in order.
             start_new_session=True,
         )
@@ -193,10 +200,16 @@ async def _child(
             await child.end()
 
 
-@click.command()
+@click.command(cls=Configured)
 @click.argument("url")
 @click.argument("mountpoint")
-@click.option("tier", "--tier", type=params.TIER, help="Where to cache. Default: ssd, in the user's cache directory.")
+@click.option(
+    "tiers",
+    "--tier",
+    type=params.TIER,
+    multiple=True,
+    help="Where to cache, mem: or ssd:; repeatable, the fastest first. Default: ssd, in the user's cache directory.",
+)
 @params.ufs_option
 @click.option("--state-dir", metavar="DIR", help="Where the namespace and the default tier are kept.")
 @click.option("--sync-interval", default="60s", show_default=True, help="As of cachefs master.")
@@ -212,7 +225,7 @@ def up(
     /,
     url: str,
     mountpoint: str,
-    tier: TierConfig | None,
+    tiers: tuple[TierConfig, ...],
     ufs_options: tuple[tuple[str, str], ...],
     state_dir: str | None,
     sync_interval: str,
@@ -236,13 +249,13 @@ def up(
     _check_machine(mountpoint, flags["allow_nonempty"])
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
     _check_not_running(directory)
-    if tier is None:
-        tier = _default_tier(os.path.join(directory, "tier"))
+    if not tiers:
+        tiers = (_default_tier(os.path.join(directory, "tier")),)
     config = UpConfig(
         url=url,
         mountpoint=os.path.realpath(mountpoint),
         state_dir=directory,
-        tier=tier,
+        tiers=tiers,
         ufs_options=params.collect_ufs_options(ufs_options),
         master_flags=("--sync-interval", sync_interval, *(("--page-size", page_size) if page_size else ())),
         worker_flags=(
@@ -253,8 +266,8 @@ def up(
         log_level=log_level,
     )
     if supervised_fd is None:
-        size = format_size(tier.capacity_bytes)
-        click.echo(f"cachefs: mounting {url} on {config.mountpoint}, caching up to {size} in {tier.path}")
+        places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)
+        click.echo(f"cachefs: mounting {without_credentials(url)} on {config.mountpoint}, caching up to {places}")
     run_service("up", lambda report: run_up(config, report), supervised_fd)
 
 

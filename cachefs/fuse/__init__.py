@@ -7,13 +7,14 @@ from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.errno import errno_of
 from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.modes import ChosenMode, OpenMode
-from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount, is_mounted
+from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, all_mounts, find_mount, is_mounted
 from cachefs.fuse.mounting import (
     Mount,
     MountError,
     MountOptions,
     Probe,
     abort,
+    is_dead,
     max_read_limit,
     mount,
     open_device,
@@ -31,6 +32,7 @@ from cachefs.fuse.protocol import (
     Operations,
     StatfsReply,
 )
+from cachefs.fuse.selftest import try_passthrough
 from cachefs.fuse.service import MountConfig, run_mount
 
 __all__ = [
@@ -58,13 +60,16 @@ __all__ = [
     "SessionOptions",
     "StatfsReply",
     "abort",
+    "all_mounts",
     "errno_of",
     "find_mount",
+    "is_dead",
     "is_mounted",
     "max_read_limit",
     "mount",
     "open_device",
     "probe",
     "run_mount",
+    "try_passthrough",
     "unmount",
 ]

@@ -55,13 +55,18 @@ def parse_mountinfo(content: bytes) -> list[MountInfo]:
     return mounts
 
 
+def all_mounts() -> list[MountInfo]:
+    """In mount order."""
+    return parse_mountinfo(MOUNTINFO.read_bytes())
+
+
 def find_mount(mountpoint: str | os.PathLike[str]) -> MountInfo | None:
     """What is mounted on exactly this directory (the topmost, if several), or None.
 
     Resolves symbolic links, but never looks at the directory itself before it knows that nothing is mounted there: a
     `stat` of a mount whose server is this very thread would wait for itself.
     """
-    by_path = {info.mountpoint: info for info in parse_mountinfo(MOUNTINFO.read_bytes())}
+    by_path = {info.mountpoint: info for info in all_mounts()}
     path = os.path.abspath(os.fspath(mountpoint))
     parent, name = os.path.split(path)
     found = by_path.get(path) or by_path.get(os.path.join(os.path.realpath(parent), name))

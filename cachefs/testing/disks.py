@@ -79,5 +79,19 @@ def read_only(path: Path) -> Iterator[None]:
         _run("umount", str(path))
 
 
+@contextmanager
+def overlay(directory: Path) -> Iterator[Path]:
+    """A file system on which passthrough is impossible: a stacked one."""
+    for name in ("lower", "upper", "work", "merged"):
+        (directory / name).mkdir(parents=True)
+    merged = directory / "merged"
+    layers = ",".join(f"{name}dir={directory / name}" for name in ("lower", "upper", "work"))
+    _run("mount", "-t", "overlay", "overlay", "-o", layers, str(merged))
+    try:
+        yield merged
+    finally:
+        _run("umount", "-l", str(merged))
+
+
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from cachefs.model import ConfigError, MiB
 from cachefs.net import open_background
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+from cachefs.testing.disks import overlay
 from cachefs.testing.processes import mountpoint_below
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -143,20 +144,6 @@ async def scene(
 
             await nursery.start(serve)
             yield it
-
-
-@contextmanager
-def overlay(directory: Path) -> Iterator[Path]:
-    """A file system on which passthrough is impossible: a stacked one."""
-    for name in ("lower", "upper", "work", "merged"):
-        (directory / name).mkdir(parents=True)
-    merged = directory / "merged"
-    layers = ",".join(f"{name}dir={directory / name}" for name in ("lower", "upper", "work"))
-    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, str(merged)], check=True)
-    try:
-        yield merged
-    finally:
-        subprocess.run(["umount", "-l", str(merged)], check=True)
 
 
 # ---- --open-mode ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,230 @@
+"""`cachefs doctor`: what stands in the way on this machine, and what mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import click
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from cachefs.cli import params
+from cachefs.cli.instances import running, state_root
+from cachefs.cli.lifecycle import leaves
+from cachefs.cli.settings import without_credentials
+from cachefs.fuse import FS_TYPE, all_mounts, is_dead, max_read_limit, probe, try_passthrough
+from cachefs.fusewire import InitFlag
+from cachefs.model import CachefsError, GiB, MiB, format_size
+from cachefs.net import Hello, open_peer, parse_address
+from cachefs.store import TierConfig
+from cachefs.ufs import open_under_store
+from cachefs.wire.messages import GetMasterStatus
+
+_OPEN_FILES = 65536
+_LEAST_SPACE = GiB
+_LEAST_MEMORY = 512 * MiB
+_STORE_LIMIT_S = 15.0
+_MASTER_LIMIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    level: Literal["ok", "warning", "error"]
+    says: str
+    mend: str = ""
+    """A command, or what to do."""
+
+
+@click.command()
+@click.argument("url", required=False)
+@click.option(
+    "tiers",
+    "--tier",
+    type=params.TIER,
+    multiple=True,
+    help="Where it is to cache. Default: the user's cache directory.",
+)
+@params.ufs_option
+@click.option("--ignore-kernel-feature", type=click.Choice(["passthrough"]), multiple=True, hidden=True)
+@params.json_option
+def doctor(
+    url: str | None,
+    tiers: tuple[TierConfig, ...],
+    ufs_options: tuple[tuple[str, str], ...],
+    ignore_kernel_feature: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Look at this machine, and at the under-store at URL if one is given: can it mount, how fast, what is in the way.
+
+    Changes nothing. Exits with status 1 if something makes mounting impossible.
+    """
+    ignored = sum(InitFlag[name.upper()] for name in ignore_kernel_feature)
+    places = [tier.path for tier in tiers] or [state_root()]
+    findings = [*_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
+    if url is not None:
+        findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
+    worst = "error" if any(each.level == "error" for each in findings) else "ok"
+    if as_json:
+        print(json.dumps({"status": worst, "findings": [asdict(each) for each in findings]}))
+    else:
+        _print(findings)
+    if worst == "error":
+        sys.exit(1)
+
+
+def _machine(places: list[str], ignored: int) -> Iterator[Finding]:
+    found = probe()
+    kernel = ".".join(map(str, found.kernel))
+    if found.kernel >= (6, 9):
+        yield Finding("kernel", "ok", f"Linux {kernel}")
+    else:
+        says = f"Linux {kernel}: passthrough came with 6.9; until then files are read in cached mode, through a process"
+        yield Finding("kernel", "warning", says, "use a newer kernel")
+    if found.device_error is None:
+        yield Finding("/dev/fuse", "ok", "can be opened")
+    else:
+        in_container = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
+        mend = "docker run --device /dev/fuse --cap-add SYS_ADMIN ..." if in_container else "modprobe fuse"
+        yield Finding("/dev/fuse", "error", found.device_error, mend)
+    if found.sys_admin:
+        yield Finding("privileges", "ok", "CAP_SYS_ADMIN, which mounting and passthrough need")
+    else:
+        yield Finding(
+            "privileges", "error", "no CAP_SYS_ADMIN, which mounting needs", "run it as root: sudo cachefs ..."
+        )
+    if found.can_mount:
+        yield from _passthrough(places, ignored)
+    limit = max_read_limit()
+    yield Finding("READ size", "ok", f"up to {format_size(limit)} (sysctl fs.fuse.max_pages_limit sets the limit)")
+    # Clean-up does without; people who look for what hangs do not.
+    if os.path.isdir("/sys/fs/fuse/connections") and not os.listdir("/sys/fs/fuse/connections"):
+        says = "the FUSE control file system is not mounted, or nothing is; only needed to look at connections by hand"
+        yield Finding("fusectl", "ok", says, "mount -t fusectl none /sys/fs/fuse/connections")
+    else:
+        yield Finding("fusectl", "ok", "mounted")
+
+
+def _passthrough(places: list[str], ignored: int) -> Iterator[Finding]:
+    directories = {_nearest(place): place for place in places}
+    try:
+        tried = trio.run(try_passthrough, list(directories), ignored)
+    except (CachefsError, OSError, trio.TooSlowError) as error:
+        yield Finding("passthrough", "error", f"nothing can be mounted: {error}", "")
+        return
+    for directory, reason in tried.items():
+        place = directories[directory]
+        if reason is None:
+            yield Finding("passthrough", "ok", f"works for a cache in {place}: cached files are read at native speed")
+        else:
+            mend = "cache on ext4, xfs or tmpfs: --tier ssd:DIR:SIZE" if "file" in reason else "use Linux 6.9 or newer"
+            says = f"does not work for a cache in {place}: {reason}; files are read in cached mode"
+            yield Finding("passthrough", "warning", says, mend)
+
+
+def _nearest(path: str) -> str:
+    """What exists of a path."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _limits(places: list[str]) -> Iterator[Finding]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or most >= _OPEN_FILES:
+        yield Finding("open files", "ok", f"up to {'any number' if most == resource.RLIM_INFINITY else most}")
+    else:
+        says = f"no more than {most} open files: what is read and cached holds descriptors"
+        yield Finding(
+            "open files", "warning", says, f"ulimit -Hn {_OPEN_FILES}, or LimitNOFILE={_OPEN_FILES} in systemd"
+        )
+    for place in places:
+        free = shutil.disk_usage(_nearest(place)).free
+        if free >= _LEAST_SPACE:
+            yield Finding("space", "ok", f"{format_size(free)} free for {place}")
+        else:
+            says = f"only {format_size(free)} free for {place}"
+            yield Finding("space", "warning", says, "cache elsewhere: --tier ssd:DIR:SIZE")
+    available = _available_memory()
+    if available is not None and available < _LEAST_MEMORY:
+        says = f"only {format_size(available)} of memory available"
+        yield Finding("memory", "warning", says, "give the machine or the container more memory")
+    elif available is not None:
+        yield Finding("memory", "ok", f"{format_size(available)} available")
+
+
+def _available_memory() -> int | None:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _mounts() -> Iterator[Finding]:
+    for info in all_mounts():
+        if info.fs_type != FS_TYPE:
+            continue
+        if is_dead(info):
+            says = f"{info.mountpoint}: its server is gone, and every access an error"
+            yield Finding("mount", "warning", says, f"cachefs umount {info.mountpoint}")
+        else:
+            yield Finding("mount", "ok", f"{info.source} on {info.mountpoint}")
+
+
+def _instances() -> Iterator[Finding]:
+    for instance in running():
+        says = f"{without_credentials(instance.url)} on {instance.mountpoint}, master {instance.master}"
+        if trio.run(_answers, instance.master):
+            yield Finding("cachefs up", "ok", says)
+        else:
+            yield Finding("cachefs up", "error", f"{says}: the master does not answer", f"kill {instance.pid}")
+
+
+async def _answers(master: str) -> bool:
+    try:
+        with trio.fail_after(_MASTER_LIMIT_S):
+            async with open_peer(parse_address(master), Hello(role="client")) as peer:
+                await peer.call(GetMasterStatus())
+    except (CachefsError, trio.TooSlowError):
+        return False
+    return True
+
+
+def _under_store(url: str, options: dict[str, str]) -> Finding:
+    shown = without_credentials(url)
+
+    async def look() -> str:
+        with trio.fail_after(_STORE_LIMIT_S):
+            async with open_under_store(url, options) as store, store.list_dir("") as batches:
+                async for batch in batches:
+                    if batch:
+                        return f"{shown}: can be listed, the first name is {batch[0].path!r}"
+        return f"{shown}: can be listed, and is empty"
+
+    try:
+        return Finding("under-store", "ok", trio.run(look))
+    except* (CachefsError, OSError) as group:
+        says = f"{shown}: {leaves(group)[0]}"
+    except* trio.TooSlowError:
+        says = f"{shown}: no answer within {_STORE_LIMIT_S:g} s"
+    mend = "credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; another server: --ufs-option endpoint_url=URL"
+    return Finding("under-store", "error", says, mend if url.startswith("s3") else "see the URL and --ufs-option")
+
+
+def _print(findings: list[Finding]) -> None:
+    table = Table("", "", "", "what mends it")
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for each in findings:
+        style = styles[each.level]
+        table.add_row(f"[{style}]{each.level}[/]", each.what, each.says, each.mend if each.level != "ok" else "")
+    Console(width=None if sys.stdout.isatty() else 160, markup=True).print(table)

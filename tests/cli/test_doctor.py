@@ -1,0 +1,206 @@
+"""`cachefs doctor` and `cachefs umount`, on machines that lack one thing or another: the real commands, deprived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachefs.fuse import all_mounts, find_mount, is_mounted, probe
+from cachefs.testing.disks import overlay
+from cachefs.testing.fixtures import Bucket
+from cachefs.testing.processes import Running, mountpoint_below, running
+
+pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+
+CACHEFS = [sys.executable, "-m", "cachefs"]
+
+
+def cachefs(*arguments: str | Path, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, *CACHEFS, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def doctor(*arguments: str | Path, prefix: tuple[str, ...] = ()) -> tuple[int, list[dict[str, Any]]]:
+    done = cachefs("doctor", "--json", *arguments, prefix=prefix)
+    assert "Traceback" not in done.stderr, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["status"] == "error") == (done.returncode == 1)
+    return done.returncode, facts["findings"]
+
+
+def one(findings: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    (found,) = [finding for finding in findings if finding["what"] == what]
+    return found
+
+
+def test_a_machine_that_can_do_everything(tmp_path: Path) -> None:
+    before = all_mounts()
+    code, findings = doctor("--tier", f"ssd:{tmp_path / 'tier'}:1G")
+    assert code == 0
+    for what in ("kernel", "/dev/fuse", "privileges", "passthrough", "READ size", "space", "memory"):
+        assert one(findings, what)["level"] == "ok", what
+    assert f"works for a cache in {tmp_path / 'tier'}" in one(findings, "passthrough")["says"]
+    assert all_mounts() == before and not (tmp_path / "tier").exists()
+    said = cachefs("doctor").stdout
+    assert "passthrough" in said and "what mends it" in said
+
+
+def test_without_root() -> None:
+    drop = ("setpriv", "--inh-caps", "-sys_admin", "--bounding-set", "-sys_admin")
+    code, findings = doctor(prefix=drop)
+    assert code == 1
+    assert one(findings, "privileges")["level"] == "error" and "root" in one(findings, "privileges")["mend"]
+
+
+def test_without_the_device() -> None:
+    hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && exec "$@"', "sh")
+    code, findings = doctor(prefix=hide)
+    assert code == 1
+    found = one(findings, "/dev/fuse")
+    assert found["level"] == "error" and "No such file" in found["says"] and found["mend"]
+
+
+def test_a_kernel_without_passthrough_is_worth_a_warning() -> None:
+    code, findings = doctor("--ignore-kernel-feature", "passthrough")
+    assert code == 0
+    found = one(findings, "passthrough")
+    assert found["level"] == "warning" and "does not offer passthrough" in found["says"] and found["mend"]
+
+
+def test_a_cache_where_passthrough_is_impossible(tmp_path: Path) -> None:
+    with overlay(tmp_path / "stacked") as merged:
+        _, findings = doctor("--tier", f"ssd:{merged / 'tier'}:1G")
+        found = one(findings, "passthrough")
+        assert found["level"] == "warning" and "stacked" in found["says"] and "--tier" in found["mend"]
+
+
+def test_limits(tmp_path: Path) -> None:
+    _, findings = doctor(prefix=("prlimit", "--nofile=100:100"))
+    found = one(findings, "open files")
+    assert found["level"] == "warning" and "100 open files" in found["says"] and "ulimit" in found["mend"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(tmp_path)], check=True)
+    try:
+        _, findings = doctor("--tier", f"ssd:{tmp_path / 'tier'}:1G")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    found = one(findings, "space")
+    assert found["level"] == "warning" and "1.0 MiB free" in found["says"] and "--tier" in found["mend"]
+
+
+def test_under_stores(tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    assert one(doctor(s3_bucket.url)[1], "under-store")["says"].endswith("is empty")
+    s3_bucket.put({"some/key": b"x"})
+    assert "'some'" in one(doctor(s3_bucket.url)[1], "under-store")["says"]
+    wrong = f"{tmp_path.as_uri()}/missing", "gopher://x", "s3://a-bucket-that-is-not-there"
+    for url in wrong:
+        code, findings = doctor(url)
+        found = one(findings, "under-store")
+        assert code == 1 and found["level"] == "error" and url in found["says"] and found["mend"], url
+
+
+@contextmanager
+def up(directory: Path, name: str = "data") -> Iterator[tuple[Path, Running]]:
+    data = directory / name
+    data.mkdir(parents=True)
+    (data / "file").write_bytes(b"content")
+    with mountpoint_below(directory) as mountpoint:
+        arguments = [data.as_uri(), mountpoint, "--state-dir", directory / "state", "--ufs-option", "settle=0"]
+        with running("up", *arguments, "--tier", f"ssd:{directory / 'tier'}:1G") as process:
+            yield mountpoint, process
+
+
+@contextmanager
+def dead(directory: Path) -> Iterator[Path]:
+    """A mountpoint whose server was killed, and a process that stands in it."""
+    with up(directory) as (_, process), mountpoint_below(directory / "other") as mountpoint:
+        arguments = [mountpoint, "--master", process.facts["master"], "--insecure"]
+        with running("mount", *arguments) as server:
+            standing = subprocess.Popen(["sleep", "60"], cwd=mountpoint)
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            try:
+                yield mountpoint
+            finally:
+                standing.kill()
+                standing.wait()
+
+
+def test_dead_mounts_are_found_and_cleared(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with dead(tmp_path) as mountpoint:
+        _, findings = doctor()
+        (found,) = [each for each in findings if str(mountpoint) in each["says"]]
+        assert found["level"] == "warning" and found["mend"] == f"cachefs umount {mountpoint}"
+        living = [each for each in findings if str(tmp_path / "mnt") in each["says"]]
+        assert {each["what"] for each in living} == {"mount", "cachefs up"}
+        assert {each["level"] for each in living} == {"ok"}
+        assert cachefs("umount", "--dead", "--dry-run").stdout.split() == [str(mountpoint)]
+        assert is_mounted(mountpoint)
+        assert json.loads(cachefs("umount", "--dead", "--json").stdout) == [
+            {"mountpoint": str(mountpoint), "error": None}
+        ]
+        assert find_mount(mountpoint) is None and is_mounted(tmp_path / "mnt")
+
+
+def test_a_dead_mount_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with dead(tmp_path) as mountpoint:
+        done = cachefs("umount", mountpoint)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert find_mount(mountpoint) is None
+
+
+def test_a_mount_in_use_and_what_is_none(tmp_path: Path) -> None:
+    with up(tmp_path) as (mountpoint, process):
+        standing = subprocess.Popen(["sleep", "60"], cwd=mountpoint)
+        try:
+            busy = cachefs("umount", mountpoint)
+            assert busy.returncode == 1 and "lazy" in busy.stderr and is_mounted(mountpoint)
+            none = cachefs("umount", tmp_path)
+            assert none.returncode == 1 and "a directory that a cachefs is mounted on" in none.stderr
+            assert cachefs("umount").returncode == 2
+            assert cachefs("umount", "--lazy", mountpoint).returncode == 0
+            assert find_mount(mountpoint) is None
+        finally:
+            standing.kill()
+            standing.wait()
+        # Nobody uses it any more: the processes end by themselves.
+        assert process.process.wait(timeout=30) == 0
+
+
+def test_a_server_that_hangs(tmp_path: Path) -> None:
+    with up(tmp_path) as (mountpoint, _), mountpoint_below(tmp_path / "data") as other:
+        master = json.loads(Path("/proc/self/mounts").read_text() and cachefs("report", "--json").stdout)
+        assert master["workers"]
+        arguments = [other, "--master", _master(tmp_path), "--insecure", "--allow-nonempty"]
+        with running("mount", *arguments) as server:
+            os.kill(server.process.pid, signal.SIGSTOP)
+            try:
+                reader = subprocess.Popen(["stat", str(other / "file")], stderr=subprocess.PIPE, text=True)
+                time.sleep(0)
+                assert cachefs("umount", "--force", other).returncode == 0
+                assert find_mount(other) is None
+                _, said = reader.communicate(timeout=30)
+                assert "file" in said or reader.returncode == 0
+            finally:
+                os.kill(server.process.pid, signal.SIGCONT)
+        assert is_mounted(mountpoint)
+
+
+def _master(directory: Path) -> str:
+    from cachefs.cli.instances import running as instances
+
+    (mine,) = [each for each in instances() if each.state_dir == str(directory / "state")]
+    return mine.master
