@@ -6,6 +6,7 @@ Only opening, reading and closing is timed; comparing checksums is not.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 20
+TURN = 50
+"""Files in a turn."""
 
 
 def read_files(job: dict[str, Any]) -> dict[str, Any]:
@@ -106,16 +109,41 @@ def small_turns(root: str, job: dict[str, Any]) -> Iterator[int]:
     buffer = [bytearray(CHUNK)]
     paths = [os.path.join(root, "small", f"{number:04}") for number in range(job["files"])]
     yield 0
-    for start in range(0, len(paths), 50):
-        for path in paths[start : start + 50]:
+    for start in range(0, len(paths), TURN):
+        for path in paths[start : start + TURN]:
             fd = os.open(path, os.O_RDONLY)
             os.readv(fd, buffer)
             os.close(fd)
-        yield len(paths[start : start + 50])
+        yield len(paths[start : start + TURN])
 
 
-TURNS = {"sequential": sequential_turns, "random": random_turns, "small": small_turns}
-JOBS = {each.__name__: each for each in (read_files, compare)}
+def mapped_turns(root: str, job: dict[str, Any]) -> Iterator[int]:
+    """One byte of `large` at a time through a mapping, on pages that `seed` determines, 20,000 in a turn."""
+    with open(os.path.join(root, "large"), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = len(mapped) // 4096
+        random_ = random.Random(job["seed"])
+        turns = [[random_.randrange(pages) * 4096 for _ in range(20_000)] for _ in range(20)]
+        yield 0
+        for offsets in turns:
+            for offset in offsets:
+                mapped[offset]
+            yield len(offsets)
+
+
+def read_blindly(job: dict[str, Any]) -> dict[str, Any]:
+    """`files`: paths. Opens, reads and closes each, in that order."""
+    buffer = [bytearray(CHUNK)]
+    begin = time.perf_counter()
+    for path in job["files"]:
+        fd = os.open(path, os.O_RDONLY)
+        while os.readv(fd, buffer) == CHUNK:
+            pass
+        os.close(fd)
+    return {"seconds": time.perf_counter() - begin, "files": len(job["files"])}
+
+
+TURNS = {"sequential": sequential_turns, "random": random_turns, "mapped": mapped_turns, "small": small_turns}
+JOBS = {each.__name__: each for each in (read_files, read_blindly, compare)}
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _OPENED_BATCH = 512
 _OPENED_EVERY_S = 1.0
 _OPENED_MANY = 32
-"""Reported without waiting: the worker fetches ahead of whoever opens one file after the other."""
+"""Reported without waiting, while the worker fetches ahead of whoever opens one file after the other."""
 _WATCH_PAUSE_S = 0.1
 _WATCH_LONGEST_PAUSE_S = 1.0
 _WATCH_REFUSED_PAUSE_S = 5.0
@@ -76,6 +76,7 @@ class Client:
         self._nursery = nursery
         self._opened: set[BlockId] = set()
         self._many_opened = trio.Event()
+        self._many = _OPENED_BATCH
         self._opens = {"passthrough": 0, "cached": 0}
         self._settling = trio.Lock()
         self._watching = trio.CancelScope()
@@ -110,6 +111,7 @@ class Client:
             promote=self._config.promote,
             patience_s=self._config.patience_s,
             is_current=self._is_current,
+            on_promoted=self._on_promoted,
         )
         return view
 
@@ -164,6 +166,10 @@ class Client:
     async def promote(self, ino: Ino) -> bool:
         """As `View.promote`."""
         return await self.view.promote(ino)
+
+    def _on_promoted(self) -> None:
+        # It was not there: perhaps the worker fetches ahead of whoever asks for it.
+        self._many = _OPENED_MANY
 
     def open_content(self, attr: Attr) -> ContentReader:
         """As `View.open_content`."""
@@ -239,7 +245,7 @@ class Client:
     def note_use(self, attr: Attr) -> None:
         """A sealed file was used: the worker is told soon, so that it evicts others."""
         self._opened.add(BlockId(attr.key, 0))
-        if len(self._opened) >= _OPENED_MANY:
+        if len(self._opened) >= self._many:
             self._many_opened.set()
 
     async def holders(self, attr: Attr, block_index: int) -> list[str]:
@@ -278,7 +284,9 @@ class Client:
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
-                    await self.worker.call(Opened([(block.key, block.block_index) for block in batch], counts))
+                    told = Opened([(block.key, block.block_index) for block in batch], counts)
+                    follows = (await self.worker.call(told)).message.follows
+                    self._many = _OPENED_MANY if follows else _OPENED_BATCH
                 except TransportError:
                     # Hints, not worth keeping for a worker that is away.
                     self._opened.clear()

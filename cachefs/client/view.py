@@ -40,6 +40,7 @@ class View:
         promote: PromoteMode | None,
         patience_s: float,
         is_current: Callable[[View], Awaitable[bool]],
+        on_promoted: Callable[[], None],
     ) -> None:
         self.epoch = epoch
         """How many namespaces this client has seen before."""
@@ -50,6 +51,7 @@ class View:
         self._promote = promote
         self._patience_s = patience_s
         self._is_current = is_current
+        self._on_promoted = on_promoted
 
     @property
     def worker(self) -> Pool:
@@ -73,6 +75,7 @@ class View:
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
+        self._on_promoted()
         return (await self._ask_worker(Promote(ino, self._promote))).message.sealed
 
     def open_content(self, attr: Attr) -> ContentReader:

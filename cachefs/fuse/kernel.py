@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,9 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_LIMIT = 64
 """Requests answered in a row before other tasks get a turn: some 2 ms."""
+_LINGER_S = 0.0002
+_SELECT_LIMIT = 1024
+"""select(2) takes no larger descriptors; others that wait for less than a millisecond are not to be had."""
 _INIT_BUFFER = 1 << 17
 """For read(2) before INIT has settled the size of requests."""
 
@@ -172,12 +176,18 @@ class KernelSession:
 
     async def _read_device(self) -> None:
         """Until the connection is gone."""
+        assert self._waiting is not None
+        fd = [self._fd]
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             for _ in range(_DRAIN_LIMIT):
                 try:
                     request = os.read(self._fd, self._buffer_size)
                 except BlockingIOError:
+                    # A busy reader asks again in no time. Waiting for that here spares the way through the scheduler,
+                    # which costs as much as the answer; nobody else is kept waiting for long.
+                    if not self._waiting and self._fd < _SELECT_LIMIT and select.select(fd, (), (), _LINGER_S)[0]:
+                        continue
                     break
                 except OSError as error:
                     if error.errno == errno.ENODEV:

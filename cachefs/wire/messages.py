@@ -393,7 +393,12 @@ class Verify(StreamRequest[VerifyProgress], frozen=True):
     """Drop what is damaged; else nothing is changed."""
 
 
-class Opened(Request[Done], frozen=True):
+class OpenedReply(msgspec.Struct, frozen=True, array_like=True):
+    follows: bool
+    """Files are being fetched ahead of this reader: what it opens next should be told soon."""
+
+
+class Opened(Request[OpenedReply], frozen=True):
     """What was opened since the last such message: for eviction, and to be counted."""
 
     blocks: list[BlockName]

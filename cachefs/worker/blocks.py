@@ -177,11 +177,11 @@ class Blocks:
             raise
         return Answer(FetchReply(0, []), data, on_sent=sent)
 
-    def opened(self, blocks: list[BlockId], reader: int) -> None:
-        """A mount tells what it has opened sealed, some while ago."""
+    def opened(self, blocks: list[BlockId], reader: int) -> bool:
+        """A mount tells what it has opened sealed, some while ago. Returns whether files are fetched ahead of it."""
         for block in blocks:
             self._store.visited(block)
-        self._prefetch.opened(reader, blocks)
+        return self._prefetch.opened(reader, blocks)
 
     # ---- ahead of readers ------------------------------------------------------------------------------------------
 

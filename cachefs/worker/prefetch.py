@@ -65,16 +65,17 @@ class Prefetch:
         elif run is not None:
             self._nursery.start_soon(self._go_on, run, source.attr.ino)
 
-    def opened(self, reader: int, blocks: Iterable[BlockId]) -> None:
-        """A mount has opened these by itself, in whatever order, some while ago."""
+    def opened(self, reader: int, blocks: Iterable[BlockId]) -> bool:
+        """A mount has opened these by itself, in whatever order, some while ago. Was any of them fetched ahead?"""
         order = self._orders.get(reader)
         if order is None:
-            return
+            return False
         places = [self._fetched.pop(block) for block in blocks if block in self._fetched]
         for directory, ino in sorted(places, key=lambda place: place[1]):
             run = order.passed(directory, ino)
             if run is not None:
                 self._nursery.start_soon(self._go_on, run, ino)
+        return bool(places)
 
     async def _go_on(self, run: Run, ino: Ino) -> None:
         """Fetch the next files of a run: after inode `ino` and what was fetched ahead before."""

@@ -72,11 +72,11 @@ class Worker:
         if asker not in ("", self._sources.namespace_id):
             raise NamespaceChangedError("inode numbers of another namespace than this worker's master has")
 
-    async def opened(self, request: m.Opened, session: Session) -> m.Done:
-        self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
+    async def opened(self, request: m.Opened, session: Session) -> m.OpenedReply:
+        follows = self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
-        return m.Done()
+        return m.OpenedReply(follows)
 
     async def verify(self, request: m.Verify, session: Session) -> AsyncGenerator[m.VerifyProgress, None]:
         async for progress in verify(self._store, self._counters, repair=request.repair):

@@ -1,0 +1,311 @@
+"""The speed that was promised, line by line: required and measured, as ratios within one run.
+
+    python -m bench.speed                  all of it, some five minutes
+    python -m bench.speed --only cold      lines whose name has this in it
+
+Warm reads are taken in turns of milliseconds by one process, cold ones in turns of whole runs on empty caches. The
+machine does other things too: medians of several rounds, and their spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import Up, random_bytes, run_readers, running_up, terminate_as_interrupt
+from bench.machine import medium_of
+from cachefs.fuse import find_mount, unmount
+from cachefs.testing.s3server import S3Server, running_s3_server
+
+ROUNDS = 5
+BUCKET = "speed"
+MIB = 1 << 20
+LARGE_MIB = 512
+SMALL_FILES = 1000
+SMALL_BYTES = 110_000
+CONCURRENCIES = (4, 8, 16)
+LIMIT_S = 120.0
+
+
+@dataclass
+class Line:
+    what: str
+    required: float
+    ratios: list[float] = field(default_factory=list)
+    note: str = ""
+    at_most: bool = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def reached(self) -> bool:
+        return self.median <= self.required if self.at_most else self.median >= self.required
+
+
+class Place:
+    """A directory with data, its cache, and the mounts of this run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.native = directory / "native"
+
+    def make_local_data(self) -> None:
+        if self.native.exists():
+            return
+        (self.native / "small").mkdir(parents=True)
+        with (self.native / "large").open("wb") as file:
+            for _ in range(LARGE_MIB):
+                file.write(os.urandom(MIB))
+        for number in range(SMALL_FILES):
+            (self.native / "small" / f"{number:04}").write_bytes(os.urandom(SMALL_BYTES))
+
+    @contextmanager
+    def mounted(self, name: str, *flags: str) -> Iterator[Up]:
+        """`cachefs up` of the local data, all of it cached."""
+        self.make_local_data()
+        place = self.directory / name
+        place.mkdir()
+        tier = f"ssd:{place / 'tier'}:{5 * LARGE_MIB + 1024}M"
+        with running_up(f"file://{self.native}", place, tier, flags=[*flags, "--sync-interval", "-1"]) as up:
+            sh('find "$1" -type f -exec cat {} + > /dev/null', up.mountpoint)
+            wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] >= SMALL_FILES + 1)
+            yield up
+        shutil.rmtree(place)
+
+
+def sh(script: str, *arguments: str | Path) -> None:
+    subprocess.run(["sh", "-c", script, "sh", *map(str, arguments)], check=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("the data was not cached in time; is there room for it?")
+        time.sleep(0.1)
+
+
+def compare(kind: str, places: dict[str, Path], rounds: int = ROUNDS) -> Iterator[float]:
+    """The first place's operations per second over the second's, once per round; the first round warms both."""
+    first, second = places
+    for round_ in range(rounds + 1):
+        paths = {name: str(path) for name, path in places.items()}
+        job = {"job": "compare", "kind": kind, "places": paths, "files": SMALL_FILES, "seed": round_}
+        (result,) = run_readers([job])
+        speeds = {name: each["operations"] / each["seconds"] for name, each in result.items()}
+        if round_:
+            yield speeds[first] / speeds[second]
+
+
+@contextmanager
+def bare_mount(source: Path, mountpoint: Path) -> Iterator[None]:
+    mountpoint.mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-m", "bench.bare_fuse", source, mountpoint])
+    try:
+        wait_for(lambda: find_mount(mountpoint) is not None)
+        yield
+    finally:
+        unmount(mountpoint, lazy=True)
+        process.wait(LIMIT_S)
+
+
+# ---- warm ----------------------------------------------------------------------------------------------------------
+
+
+def warm(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    lines = {
+        "sequential": Line("warm sequential reads / native", 0.95),
+        "random": Line("warm random 4 KiB reads / native", 0.90),
+        "mapped": Line("warm random touches of an mmap / native", 0.90),
+    }
+    bare = Line("warm small files, passthrough / a bare loop on /dev/fuse", 0.9)
+    if not any(wanted(line.what) for line in (*lines.values(), bare)):
+        return
+    with place.mounted("passthrough") as up:
+        for kind, line in lines.items():
+            if wanted(line.what):
+                line.ratios = list(compare(kind, {"mount": up.mountpoint, "native": place.native}))
+                yield line
+        if wanted(bare.what):
+            with bare_mount(place.native / "small", place.directory / "bare" / "small"):
+                bare.ratios = list(compare("small", {"mount": up.mountpoint, "bare": place.directory / "bare"}))
+            yield bare
+
+
+def no_open(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    line = Line("small files in no-open mode, second epoch / native", 0.8)
+    if wanted(line.what):
+        with place.mounted("no-open", "--open-mode", "no-open") as up:
+            line.ratios = list(compare("small", {"mount": up.mountpoint, "native": place.native}))
+        yield line
+
+
+# ---- cold ----------------------------------------------------------------------------------------------------------
+
+
+def bare_client(server: S3Server, ranges: list[tuple[str, int, int]], concurrency: int) -> float:
+    """Seconds."""
+    job = {"endpoint": server.endpoint, "key": server.key, "secret": server.secret, "bucket": BUCKET}
+    given = json.dumps({**job, "ranges": ranges, "concurrency": concurrency})
+    command = [sys.executable, "-m", "bench.bare_client"]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def cold(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    large = Line("cold sequential read of large objects / the fastest bare client", 0.8)
+    small = Line("cold small files, 8 readers in directory order / the bare client", 0.7)
+    if not any(wanted(line.what) for line in (large, small)):
+        return
+    with running_s3_server(place.directory / "s3") as server:
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        if wanted(large.what):
+            yield cold_large(place, server, large)
+        if wanted(small.what):
+            yield cold_small(place, server, small)
+
+
+def cold_large(place: Place, server: S3Server, line: Line) -> Line:
+    keys = [f"large/{number}" for number in range(4)]
+    size = 128 * MIB
+    server.put_objects(BUCKET, ((key, random_bytes(key, size)) for key in keys))
+    ranges = [(key, start, start + 8 * MIB) for key in keys for start in range(0, size, 8 * MIB)]
+    bare_client(server, ranges, 8)
+    best = min(CONCURRENCIES, key=lambda concurrency: bare_client(server, ranges, concurrency))
+    speeds = []
+    for round_ in range(ROUNDS):
+        bare_s = bare_client(server, ranges, best)
+        with cold_mount(place, server, f"large-{round_}", "large") as up:
+            begin = time.perf_counter()
+            for key in keys:
+                sh('dd if="$1" of=/dev/null bs=1M 2>/dev/null', up.mountpoint / key)
+            spent = time.perf_counter() - begin
+        line.ratios.append(bare_s / spent)
+        speeds.append(len(keys) * size / bare_s / 1e6)
+    line.note = f"bare: {statistics.median(speeds):.0f} MB/s with {best} requests at a time"
+    return line
+
+
+def cold_small(place: Place, server: S3Server, line: Line) -> Line:
+    keys = [f"small/{number:04}" for number in range(SMALL_FILES)]
+    server.put_objects(BUCKET, ((key, random_bytes(key, SMALL_BYTES)) for key in keys))
+    ranges = [(key, 0, SMALL_BYTES) for key in keys]
+    speeds = []
+    bare_client(server, ranges, 8)
+    for round_ in range(ROUNDS):
+        bare_s = bare_client(server, ranges, 8)
+        with cold_mount(place, server, f"small-{round_}", "small") as up:
+            share = [
+                {"job": "read_blindly", "files": [str(up.mountpoint / key) for key in keys[reader::8]]}
+                for reader in range(8)
+            ]
+            spent = max(result["seconds"] for result in run_readers(share))
+        line.ratios.append(bare_s / spent)
+        speeds.append(len(keys) / bare_s)
+    line.note = f"bare: {statistics.median(speeds):,.0f} files/s with 8 requests at a time"
+    return line
+
+
+@contextmanager
+def cold_mount(place: Place, server: S3Server, name: str, directory: str) -> Iterator[Up]:
+    where = place.directory / name
+    where.mkdir()
+    with running_up(f"s3://{BUCKET}", where, f"ssd:{where / 'tier'}:8G", server.ufs_options) as up:
+        # Names are known; bytes are not.
+        sh('ls -l "$1" > /dev/null', up.mountpoint / directory)
+        yield up
+    shutil.rmtree(where)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    line = Line("worker's resident memory while it fills 4 GB, MB", 300, at_most=True)
+    if not wanted(line.what):
+        return
+    data = place.directory / "much"
+    data.mkdir()
+    for number in range(16):
+        with (data / str(number)).open("wb") as file:
+            for _ in range(16):
+                file.write(os.urandom(16 * MIB))
+    where = place.directory / "memory"
+    where.mkdir()
+    with running_up(f"file://{data}", where, f"ssd:{where / 'tier'}:16G", {"settle": "0"}) as up:
+        sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
+        wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
+        line.ratios = [peak_memory(where) / 1e6]
+    line.note = "peak, 16 files of 256 MiB read by 8 readers"
+    shutil.rmtree(where)
+    shutil.rmtree(data)
+    yield line
+
+
+def peak_memory(directory: Path) -> int:
+    """Bytes, of the worker of the `cachefs up` below this directory."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if "worker" in arguments and any(str(directory) in each for each in arguments):
+                for text in (process / "status").read_text().splitlines():
+                    if text.startswith("VmHWM:"):
+                        return int(text.split()[1]) * 1024
+    raise SystemExit("the worker is not there")
+
+
+GROUPS = (warm, no_open, cold, memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="lines whose name has this in it")
+    parser.add_argument("--dir", default=None, help="where to measure; default: the directory for temporary files")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    terminate_as_interrupt()
+    directory = Path(tempfile.mkdtemp(prefix="cachefs-bench-", dir=arguments.dir))
+    place = Place(directory)
+    try:
+        wanted = lambda what: arguments.only in what  # noqa: E731
+        lines = [line for group in GROUPS for line in group(place, wanted)]
+        medium = medium_of(directory)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if arguments.json:
+        facts = [{"what": each.what, "required": each.required, "measured": each.ratios} for each in lines]
+        print(json.dumps({"medium": medium, "lines": facts}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    table = Table(title=f"{ROUNDS} rounds, cache and native on {medium}")
+    for column in ("", "required", "median", "lowest", "highest", "reached", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        sign = "<=" if line.at_most else ">="
+        values = (f"{each:.2f}" for each in (line.median, min(line.ratios), max(line.ratios)))
+        table.add_row(line.what, f"{sign} {line.required:g}", *values, "yes" if line.reached else "NO", line.note)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
