@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -38,4 +39,6 @@ async def fetch(job: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    print(asyncio.run(fetch(json.load(sys.stdin))))
+    print(asyncio.run(fetch(json.load(sys.stdin))), flush=True)
+    # The client's threads do not always survive the interpreter's end.
+    os._exit(0)
