@@ -22,12 +22,14 @@ master_option = click.option(
 )
 
 
-def run_with_client(address: Address | None, run: Callable[[Client], Awaitable[None]]) -> None:
-    """Raises CachefsError."""
+def run_with_client(
+    address: Address | None, run: Callable[[Client], Awaitable[None]], *, with_worker: bool = False
+) -> None:
+    """Raises CachefsError. `with_worker`: that of this node too."""
     chosen = address or parse_address(the_running_one().master)
 
     async def main() -> None:
-        async with _client(chosen) as client:
+        async with _client(chosen, with_worker) as client:
             await run(client)
 
     try:
@@ -39,7 +41,7 @@ def run_with_client(address: Address | None, run: Callable[[Client], Awaitable[N
 
 
 @asynccontextmanager
-async def _client(address: Address) -> AsyncGenerator[Client, None]:
-    config = ClientConfig(address, patience_s=FIRST_CONTACT_S, first_contact_s=FIRST_CONTACT_S, with_worker=False)
+async def _client(address: Address, with_worker: bool) -> AsyncGenerator[Client, None]:
+    config = ClientConfig(address, patience_s=FIRST_CONTACT_S, first_contact_s=FIRST_CONTACT_S, with_worker=with_worker)
     async with open_client(config) as client:
         yield client

@@ -26,6 +26,8 @@ from cachefs.net import Hello, Pool, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
     ClusterInfo,
+    Free,
+    FreeReply,
     GetCluster,
     GetMasterStatus,
     GetWorkerStatus,
@@ -273,6 +275,11 @@ class Client:
         """
         async with (await self._master.peer()).stream(LoadMetadata(path)) as progress:
             yield progress
+
+    async def free(self, blocks: list[BlockId]) -> FreeReply:
+        """Have this node's worker drop blocks that nobody reads. Raises TransportError, UnavailableError."""
+        request = Free([(block.key, block.block_index) for block in blocks])
+        return (await self.worker.call(request)).message
 
     async def report_opens(self) -> None:
         """Tell the worker now and then what was opened. Runs until cancelled."""

@@ -70,13 +70,13 @@ class View:
             return None
         return self._sealed.open(BlockId(attr.key, 0), size)
 
-    async def promote(self, ino: Ino) -> bool:
-        """Have the worker make a content local; False if it has no room for it.
+    async def promote(self, ino: Ino, *, background: bool = False) -> bool:
+        """Have the worker make a content local; False if it has no room for it. `background`: nobody waits to read it.
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
         self._on_promoted()
-        return (await self._ask_worker(Promote(ino, self._promote))).message.sealed
+        return (await self._ask_worker(Promote(ino, self._promote, background))).message.sealed
 
     def open_content(self, attr: Attr) -> ContentReader:
         """For reading through the worker. Close it when it is not used any more."""

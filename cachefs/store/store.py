@@ -166,6 +166,10 @@ class Store:
         for tier in self.tiers:
             tier.drop(block)
 
+    def evict(self, block: BlockId) -> bool:
+        """Drop a sealed block that nobody reads; False if somebody does, or it is not sealed here."""
+        return any(tier.evict(block) for tier in self.tiers if tier.is_sealed(block))
+
     def move_down(self, mode: Promote) -> int:
         """Make room in upper tiers that are filling up; returns how many blocks were moved. Blocks on the disks."""
         return sum(self._empty_a_little(number, mode) for number in range(len(self.tiers) - 1))

@@ -342,6 +342,8 @@ class Promote(Request[PromoteReply], frozen=True):
     ino: InoField
     promote: PromoteMode | None = None
     """None: as the worker was told."""
+    background: bool = False
+    """Nobody waits to read it: it delays no reader."""
 
 
 class FetchReply(msgspec.Struct, frozen=True, array_like=True):
@@ -371,6 +373,19 @@ class Fetch(Request[FetchReply], frozen=True):
     unreadable: bool = False
     """Reading through the descriptor held failed: answer with the bytes, and see what is damaged."""
     promote: PromoteMode | None = None
+
+
+class FreeReply(msgspec.Struct, frozen=True, array_like=True):
+    freed_blocks: int
+    freed_bytes: int
+    in_use: int
+    """Blocks that somebody has open: left as they are."""
+
+
+class Free(Request[FreeReply], frozen=True):
+    """Drop these blocks from the tiers of this worker, but for those in use. What is not sealed is passed over."""
+
+    blocks: Annotated[list[BlockName], msgspec.Meta(max_length=1000)]
 
 
 class VerifyProgress(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Capacit
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
-from cachefs.wire.messages import Fetch, FetchReply, PromoteReply
+from cachefs.wire.messages import Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
@@ -77,7 +77,8 @@ class Blocks:
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
-        self._prefetch.asked(reader, source)
+        if not request.background:
+            self._prefetch.asked(reader, source)
         block = BlockId(attr.key, 0)
         for attempt in range(_ATTEMPTS):
             if await self._is_sealed(block):
@@ -87,7 +88,12 @@ class Blocks:
                 if not is_fetched_ahead and not self._admits(attr.size_bytes, mode):
                     return PromoteReply(False)
                 try:
-                    await self._whole.join(block, lambda: self._filler.keep_whole(block, source, attr.size_bytes, mode))
+                    await self._whole.join(
+                        block,
+                        lambda: self._filler.keep_whole(
+                            block, source, attr.size_bytes, mode, loading=request.background
+                        ),
+                    )
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
@@ -105,7 +111,7 @@ class Blocks:
                 return PromoteReply(False)
             job.users += 1
             try:
-                await self._filler.fetch(job, range(job.partial.page_count))
+                await self._filler.fetch(job, range(job.partial.page_count), loading=request.background)
                 await self._filler.seal(job)
                 return PromoteReply(True)
             except BlockMissingError:
@@ -182,6 +188,23 @@ class Blocks:
         for block in blocks:
             self._store.visited(block)
         return self._prefetch.opened(reader, blocks)
+
+    async def free(self, blocks: list[BlockId]) -> FreeReply:
+        """Drop sealed blocks that nobody reads."""
+
+        def free() -> FreeReply:
+            lengths = dict(self._store.blocks())
+            freed = freed_bytes = in_use = 0
+            for block in blocks:
+                if block not in lengths:
+                    continue
+                if self._store.evict(block):
+                    freed, freed_bytes = freed + 1, freed_bytes + lengths[block]
+                else:
+                    in_use += 1
+            return FreeReply(freed, freed_bytes, in_use)
+
+        return await trio.to_thread.run_sync(free, limiter=self._disk)
 
     # ---- ahead of readers ------------------------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ class Filler:
         *,
         demand_slots: int,
         background_slots: int,
+        load_slots: int,
         on_changed: Callable[[Source], Awaitable[None]],
         on_sealed: Callable[[BlockId, int], None],
         nursery: trio.Nursery,
@@ -90,26 +91,27 @@ class Filler:
         self._nursery = nursery
         self._demand = trio.CapacityLimiter(demand_slots)
         self._background = trio.CapacityLimiter(background_slots)
+        self._load = trio.CapacityLimiter(load_slots)
         self._disk = trio.CapacityLimiter(4)
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
         self._on_changed = on_changed
         self._on_sealed = on_sealed
 
-    async def fetch(self, job: Job, pages: Iterable[int]) -> None:
-        """Return when all these pages are present.
+    async def fetch(self, job: Job, pages: Iterable[int], *, loading: bool = False) -> None:
+        """Return when all these pages are present. `loading`: in the slots of those that nobody waits to read.
 
         Raises ContentChangedError, NotFoundError, UnderStoreError and its kinds, CapacityError. Cancelling gives up
         what nobody else waits for.
         """
         missing = [page for page in pages if not job.partial.has(page)]
         if len(missing) == 1:
-            await self._join(job, missing[0], self._demand)
+            await self._join(job, missing[0], self._load if loading else self._demand)
         elif missing:
             try:
                 async with trio.open_nursery() as nursery:
                     for page in missing:
-                        nursery.start_soon(self._join, job, page, self._demand)
+                        nursery.start_soon(self._join, job, page, self._load if loading else self._demand)
             except* CachefsError as group:
                 raise _first(group) from None
 
@@ -139,14 +141,21 @@ class Filler:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
     async def keep_whole(
-        self, block: BlockId, source: Source, length: int, promote: Promote, *, ahead: bool = False
+        self,
+        block: BlockId,
+        source: Source,
+        length: int,
+        promote: Promote,
+        *,
+        ahead: bool = False,
+        loading: bool = False,
     ) -> None:
         """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
 
         Most of what a small file costs are wake-ups of threads: one is enough. `ahead`: nobody waits for it, nothing is
         evicted, and the caller bounds how many there are. Raises as `fetch` and `seal`.
         """
-        async with nullcontext() if ahead else self._demand:
+        async with nullcontext() if ahead else self._load if loading else self._demand:
             data = await self.read(source, 0, length)
             try:
                 await trio.to_thread.run_sync(self._keep, block, data, promote, limiter=self._disk)

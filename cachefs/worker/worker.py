@@ -48,6 +48,7 @@ class Worker:
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
         service.on(m.Opened, self.opened)
+        service.on(m.Free, self.free)
         service.on_stream(m.Verify, self.verify)
         service.on(m.GetWorkerStatus, self.get_status)
         return service
@@ -77,6 +78,9 @@ class Worker:
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.OpenedReply(follows)
+
+    async def free(self, request: m.Free, session: Session) -> m.FreeReply:
+        return await self._blocks.free([BlockId(key, index) for key, index in request.blocks])
 
     async def verify(self, request: m.Verify, session: Session) -> AsyncGenerator[m.VerifyProgress, None]:
         async for progress in verify(self._store, self._counters, repair=request.repair):
@@ -157,6 +161,7 @@ async def run_worker(
                         counters,
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
+                        load_slots=config.load_slots,
                         on_changed=on_changed,
                         on_sealed=link.sealed,
                         nursery=background,

@@ -1,0 +1,84 @@
+"""`cachefs free`: take contents out of this node's cache. The under-store is not touched."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from cachefs.cli import params
+from cachefs.cli.connect import master_option, run_with_client
+from cachefs.cli.walk import File, Walk
+from cachefs.client import Client
+from cachefs.model import BlockId, ConfigError, format_size
+from cachefs.net import Address
+
+_BATCH = 500
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@master_option
+@params.json_option
+def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, as_json: bool) -> None:
+    """Drop what is cached on this node of files and of everything below directories.
+
+    Nothing in the under-store is touched: what is read again is fetched again. What somebody has open stays, and so
+    does what is cached in part.
+    """
+    for path in paths:
+        if not path.startswith("/"):
+            raise ConfigError("PATH", path, "a path of the namespace, beginning with a slash")
+    blocks = freed_bytes = in_use = 0
+    failed: list[tuple[str, str]] = []
+
+    async def run(client: Client) -> None:
+        nonlocal blocks, freed_bytes, in_use
+        walk = Walk(client, paths)
+        await walk.count(lambda _: None)
+        batch: list[BlockId] = []
+
+        async def send() -> None:
+            nonlocal blocks, freed_bytes, in_use
+            reply = await client.free(batch)
+            blocks += reply.freed_blocks
+            freed_bytes += reply.freed_bytes
+            in_use += reply.in_use
+            batch.clear()
+
+        async def visit(file: File) -> None:
+            nonlocal blocks, freed_bytes
+            attr = file.attr
+            if not attr.key or not attr.size_bytes:
+                return
+            if dry_run:
+                fd = client.open_sealed(attr)
+                if fd is not None:
+                    os.close(fd)
+                    blocks, freed_bytes = blocks + 1, freed_bytes + attr.size_bytes
+                return
+            for index in range(client.cluster.geometry.block_count(attr.size_bytes)):
+                batch.append(BlockId(attr.key, index))
+                if len(batch) == _BATCH:
+                    await send()
+
+        await walk.each(visit)
+        if batch:
+            await send()
+        failed.extend(walk.totals.failed)
+
+    run_with_client(master_address, run, with_worker=True)
+    if as_json:
+        facts = {"blocks": blocks, "bytes": freed_bytes, "in_use": in_use, "dry_run": dry_run}
+        print(json.dumps({**facts, "failed": [{"path": path, "reason": reason} for path, reason in failed]}))
+    else:
+        would = "would be freed" if dry_run else "freed"
+        print(f"{blocks} blocks, {format_size(freed_bytes)} {would}")
+        if in_use:
+            print(f"{in_use} are in use and stay")
+        for path, reason in failed:
+            click.echo(f"{path}: {reason}", err=True)
+    if failed:
+        raise SystemExit(1)
