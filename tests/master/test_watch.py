@@ -235,11 +235,9 @@ async def test_a_directory_that_cannot_be_loaded_is_named_and_the_rest_goes_on(t
         assert sorted(await names_of(client)) == ["a", "b", "c"]
         # Gone since the names were read: its listing fails.
         shutil.rmtree(data / "b")
-        code, output, errors = await command(cluster, "load", "/", "--metadata", "--json")
+        code, output, _ = await command(cluster, "load", "/", "--metadata", "--json")
         facts = json.loads(output)
         assert code == 1 and facts["files"] == 2 and [each["path"] for each in facts["failed"]] == ["/b"]
-        code, _, errors = await command(cluster, "load", "/", "--metadata")
-        assert code == 1 and "/b: " in errors and "1 failed" in errors
 
 
 async def test_what_cannot_be_loaded(tmp_path: Path) -> None:
