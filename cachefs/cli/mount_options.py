@@ -112,6 +112,11 @@ _OPTIONS = (
     click.option(
         "--umask", type=params.OCTAL, default="000", show_default=True, help="Permission bits that nobody gets, octal."
     ),
+    click.option(
+        "--xattr",
+        is_flag=True,
+        help="Show user.cachefs.key, .cached_bytes, .tier and .workers of files (getfattr -d). `ls -l` then takes longer.",
+    ),
     click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
     click.option(
         "--ignore-kernel-feature",
@@ -179,7 +184,9 @@ def mount_config(
                 gid=flags["gid"],
                 umask=flags["umask"],
             ),
-            session=SessionOptions(InitOptions(max_background=flags["max_background"], ignored=ignored)),
+            session=SessionOptions(
+                InitOptions(max_background=flags["max_background"], ignored=ignored), xattr=flags["xattr"]
+            ),
             threads=flags["threads"],
         )
     except ConfigError as error:

@@ -19,7 +19,15 @@ from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, Unavailable
 from cachefs.net import Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
-from cachefs.wire.messages import ClusterInfo, Fetch, FetchReply, Promote, PromoteMode
+from cachefs.wire.messages import (
+    BlockStatus,
+    ClusterInfo,
+    Fetch,
+    FetchReply,
+    GetBlockStatus,
+    Promote,
+    PromoteMode,
+)
 
 R = TypeVar("R")
 
@@ -77,6 +85,10 @@ class View:
         """
         self._on_promoted()
         return (await self._ask_worker(Promote(ino, self._promote, background))).message.sealed
+
+    async def block_status(self, block: BlockId) -> BlockStatus:
+        """What this node's worker has of a block. Raises TransportError."""
+        return (await self._ask_worker(GetBlockStatus(block.key, block.block_index))).message
 
     def open_content(self, attr: Attr) -> ContentReader:
         """For reading through the worker. Close it when it is not used any more."""

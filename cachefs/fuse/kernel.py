@@ -36,6 +36,7 @@ from cachefs.fusewire import (
     KERNEL_MAJOR,
     NO_REPLY,
     WRITES,
+    GetxattrRequest,
     InitOptions,
     Negotiated,
     Opcode,
@@ -55,6 +56,7 @@ from cachefs.fusewire import (
     pack_dirents,
     parse_batch_forget,
     parse_forget,
+    parse_getxattr,
     parse_header,
     parse_init,
     parse_interrupt,
@@ -64,6 +66,7 @@ from cachefs.fusewire import (
     parse_release,
     resend_notification,
     statfs_reply,
+    xattr_size_reply,
 )
 from cachefs.model import CachefsError, ConfigError, LocalProtocolError, LogLimiter, RemoteProtocolError
 from cachefs.net import open_background
@@ -93,6 +96,8 @@ _Data = bytes | bytearray | memoryview
 @dataclass(frozen=True)
 class SessionOptions:
     init: InitOptions = field(default_factory=InitOptions)
+    xattr: bool = False
+    """Ask the operations for extended attributes. Off, the kernel asks once; on, `ls -l` asks twice for each file."""
     max_tasks: int = 256
     """Requests waiting for the cluster at once; more are queued. Bounds memory: a READ is up to 1 MiB."""
 
@@ -238,6 +243,8 @@ class KernelSession:
             Opcode.READDIRPLUS: partial(self._readdir, Opcode.READDIRPLUS),
             Opcode.RELEASEDIR: self._releasedir,
             Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: partial(self._getxattr, Opcode.GETXATTR),
+            Opcode.LISTXATTR: partial(self._getxattr, Opcode.LISTXATTR),
         }
 
     # ---- answers ---------------------------------------------------------------------------------------------------
@@ -363,6 +370,28 @@ class KernelSession:
 
     def _statfs(self, unique: int, node: int, request: bytes) -> None:
         self._reply(statfs_reply(unique, *self._operations.statfs()))
+
+    def _getxattr(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:
+        if not self._options.xattr:
+            self._reply(error_reply(unique, errno.ENOSYS))  # the kernel does not ask again
+            return
+        asked = parse_getxattr(request)
+        if opcode is Opcode.GETXATTR and not asked.name.startswith(b"user."):
+            self._reply(error_reply(unique, errno.EOPNOTSUPP))
+            return
+        self._later(unique, opcode, partial(self._getxattr_later, unique, node, asked))
+
+    async def _getxattr_later(self, unique: int, node: int, asked: GetxattrRequest) -> None:
+        found = await self._operations.xattrs(node)
+        data = found.get(asked.name) if asked.name else b"".join(name + b"\0" for name in found)
+        if data is None:
+            self._reply(error_reply(unique, errno.ENODATA))
+        elif asked.size == 0:
+            self._reply(xattr_size_reply(unique, len(data)))
+        elif asked.size < len(data):
+            self._reply(error_reply(unique, errno.ERANGE))
+        else:
+            self._reply(data_header(unique, len(data)), data)
 
     def _forget(self, unique: int, node: int, request: bytes) -> None:
         self._operations.forget(*parse_forget(request, node))

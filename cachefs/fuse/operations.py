@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -41,6 +41,7 @@ from cachefs.fuse.protocol import (
 )
 from cachefs.model import (
     Attr,
+    BlockId,
     ConfigError,
     Entry,
     Ino,
@@ -410,6 +411,25 @@ class CacheOperations:
             opened[1].close()
 
     # ---- the rest --------------------------------------------------------------------------------------------------
+
+    async def xattrs(self, node: int) -> Mapping[bytes, bytes]:
+        async def ask(view: View, ino: Ino) -> Mapping[bytes, bytes]:
+            attr = await view.metadata.attr(ino)
+            if not attr.key:
+                return {}
+            found = {"key": attr.key.hex()}
+            cached = 0
+            tiers: list[str] = []
+            holders: list[str] = []
+            for index in range(self._client.cluster.geometry.block_count(attr.size_bytes)):
+                status = await view.block_status(BlockId(attr.key, index))
+                cached += status.cached_bytes
+                tiers += [status.tier] if status.tier and status.tier not in tiers else []
+                holders += [name for name in await self._client.holders(attr, index) if name not in holders]
+            found |= {"cached_bytes": str(cached), "tier": ",".join(tiers), "workers": ",".join(holders)}
+            return {f"user.cachefs.{name}".encode(): value.encode() for name, value in found.items()}
+
+        return await self._ask(node, ask)
 
     def statfs(self) -> StatfsReply:
         # Nobody knows the size of a bucket. Zero is what file systems without one say, and df(1) leaves them out.

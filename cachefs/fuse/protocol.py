@@ -12,7 +12,7 @@ Node 1 is the root of the mount; every other node id is an inode number of the n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from cachefs.fusewire import DirEntry
@@ -119,6 +119,9 @@ class Operations(Protocol):
 
     def releasedir(self, fh: int) -> None:
         """Idempotent; never raises."""
+
+    async def xattrs(self, node: int) -> Mapping[bytes, bytes]:
+        """Extended attributes, all below `user.`. Asked with `SessionOptions.xattr` only."""
 
     def statfs(self) -> StatfsReply: ...
 

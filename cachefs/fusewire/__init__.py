@@ -40,10 +40,12 @@ from cachefs.fusewire.replies import (
     pack_dirents,
     resend_notification,
     statfs_reply,
+    xattr_size_reply,
 )
 from cachefs.fusewire.requests import (
     Forget,
     GetattrRequest,
+    GetxattrRequest,
     InterruptRequest,
     OpenRequest,
     ReadRequest,
@@ -52,6 +54,7 @@ from cachefs.fusewire.requests import (
     parse_batch_forget,
     parse_forget,
     parse_getattr,
+    parse_getxattr,
     parse_header,
     parse_interrupt,
     parse_name,
@@ -72,6 +75,7 @@ __all__ = [
     "DirEntry",
     "Forget",
     "GetattrRequest",
+    "GetxattrRequest",
     "InitFlag",
     "InitOptions",
     "InitRequest",
@@ -100,6 +104,7 @@ __all__ = [
     "parse_batch_forget",
     "parse_forget",
     "parse_getattr",
+    "parse_getxattr",
     "parse_header",
     "parse_init",
     "parse_interrupt",
@@ -109,4 +114,5 @@ __all__ = [
     "parse_release",
     "resend_notification",
     "statfs_reply",
+    "xattr_size_reply",
 ]

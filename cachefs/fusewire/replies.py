@@ -26,6 +26,7 @@ _ENTRY_OUT = struct.Struct("<IiQ" + _ENTRY)
 _NEGATIVE_OUT = struct.Struct("<IiQ" + "QQQQII88x")
 _ATTR_OUT = struct.Struct("<IiQ" + "QII" + _ATTR)
 _OPEN_OUT = struct.Struct("<IiQ" + "QIi")
+_XATTR_OUT = struct.Struct("<IiQ" + "II")
 _STATFS_OUT = struct.Struct("<IiQ" + "QQQQQIII28x")
 _INVAL_ENTRY_OUT = struct.Struct("<IiQ" + "QII")
 _DIRENT_RECORD = struct.Struct("<" + _DIRENT)
@@ -166,6 +167,11 @@ def attr_reply(unique: int, node: int, attr: Attr, attr_ttl_s: float) -> bytes:
         _BLOCK_SIZE,
         0,
     )
+
+
+def xattr_size_reply(unique: int, size: int) -> bytes:
+    """How many bytes GETXATTR or LISTXATTR would answer."""
+    return _XATTR_OUT.pack(OUT_HEADER_SIZE + 8, 0, unique, size, 0)
 
 
 def open_reply(unique: int, fh: int, flags: int, backing_id: int = 0) -> bytes:

@@ -17,6 +17,7 @@ _OPEN = struct.Struct("<II")
 _READ = struct.Struct("<QQII")
 _RELEASE = struct.Struct("<Q")
 _GETATTR = struct.Struct("<IIQ")
+_GETXATTR = struct.Struct("<II")
 _FORGET = struct.Struct("<Q")
 _BATCH_FORGET = struct.Struct("<II")
 _FORGET_ONE = struct.Struct("<QQ")
@@ -68,6 +69,15 @@ class GetattrRequest(NamedTuple):
     """1: fh is valid."""
     padding: int
     fh: int
+
+
+class GetxattrRequest(NamedTuple):
+    """GETXATTR and LISTXATTR."""
+
+    size: int
+    """Of the caller's buffer; 0 asks how much there is."""
+    name: bytes
+    """Empty for LISTXATTR."""
 
 
 class Forget(NamedTuple):
@@ -124,6 +134,14 @@ def parse_getattr(request: bytes) -> GetattrRequest:
         return GetattrRequest._make(_GETATTR.unpack_from(request, IN_HEADER_SIZE))
     except struct.error as exc:
         raise _too_short("GETATTR", request) from exc
+
+
+def parse_getxattr(request: bytes) -> GetxattrRequest:
+    try:
+        size, _ = _GETXATTR.unpack_from(request, IN_HEADER_SIZE)
+    except struct.error as exc:
+        raise _too_short("GETXATTR", request) from exc
+    return GetxattrRequest(size, request[IN_HEADER_SIZE + _GETXATTR.size :].partition(b"\0")[0])
 
 
 def parse_forget(request: bytes, node: int) -> Forget:

@@ -157,6 +157,10 @@ class Store:
 
     # ---- going -----------------------------------------------------------------------------------------------------
 
+    def tier_of(self, partial: Partial) -> Tier:
+        """The tier that an open partial lies in."""
+        return self._homes[partial]
+
     def give_up(self, partial: Partial) -> None:
         """As `Tier.give_up`. Blocks on the disk. It is closed by its users as ever."""
         self._homes[partial].give_up(partial)

@@ -375,6 +375,19 @@ class Fetch(Request[FetchReply], frozen=True):
     promote: PromoteMode | None = None
 
 
+class BlockStatus(msgspec.Struct, frozen=True, array_like=True):
+    tier: str
+    """`kind:path` of the tier that holds it sealed or in part; empty for none."""
+    cached_bytes: int
+
+
+class GetBlockStatus(Request[BlockStatus], frozen=True):
+    """What this worker has of a block."""
+
+    key: Key
+    block_index: Index
+
+
 class FreeReply(msgspec.Struct, frozen=True, array_like=True):
     freed_blocks: int
     freed_bytes: int

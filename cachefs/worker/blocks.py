@@ -19,7 +19,7 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Capacit
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
-from cachefs.wire.messages import Fetch, FetchReply, FreeReply, PromoteReply
+from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
@@ -188,6 +188,18 @@ class Blocks:
         for block in blocks:
             self._store.visited(block)
         return self._prefetch.opened(reader, blocks)
+
+    def status(self, block: BlockId) -> BlockStatus:
+        for tier in self._store.tiers:
+            if tier.is_sealed(block):
+                return BlockStatus(f"{tier.config.kind}:{tier.config.path}", dict(tier.blocks())[block])
+        job = self._jobs.get(block)
+        if job is None:
+            return BlockStatus("", 0)
+        partial = job.partial
+        present = sum(partial.page_span(page)[1] for page in range(partial.page_count) if partial.has(page))
+        tier = self._store.tier_of(partial)
+        return BlockStatus(f"{tier.config.kind}:{tier.config.path}", present)
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
         """Drop sealed blocks that nobody reads."""

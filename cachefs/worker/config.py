@@ -27,7 +27,7 @@ class WorkerConfig:
     """Reads of the under-store in flight that somebody waits for; each holds a page of memory."""
     background_slots: int = 4
     """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
-    load_slots: int = 16
+    load_slots: int = 8
     """The same for what `cachefs load` asks for."""
     ahead_slots: int = 16
     """The same for small files fetched ahead of whoever opens those of a directory in order."""

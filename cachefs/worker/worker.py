@@ -49,6 +49,7 @@ class Worker:
         service.on(m.Fetch, self.fetch)
         service.on(m.Opened, self.opened)
         service.on(m.Free, self.free)
+        service.on(m.GetBlockStatus, self.block_status)
         service.on_stream(m.Verify, self.verify)
         service.on(m.GetWorkerStatus, self.get_status)
         return service
@@ -78,6 +79,9 @@ class Worker:
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.OpenedReply(follows)
+
+    async def block_status(self, request: m.GetBlockStatus, session: Session) -> m.BlockStatus:
+        return self._blocks.status(BlockId(request.key, request.block_index))
 
     async def free(self, request: m.Free, session: Session) -> m.FreeReply:
         return await self._blocks.free([BlockId(key, index) for key, index in request.blocks])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -88,6 +91,7 @@ async def scene(
     init: InitOptions | None = None,
     promote: str | None = None,
     threads: int = 32,
+    xattr: bool = False,
     worker: dict[str, object] | None = None,
 ) -> AsyncIterator[Scene]:
     data = tmp_path / "data"
@@ -131,7 +135,7 @@ async def scene(
                 ),
                 options=options or MountOptions(),
                 operations=replace(operations or OperationsConfig(), open_wait_bytes=PAGE),
-                session=SessionOptions(init or InitOptions()),
+                session=SessionOptions(init or InitOptions(), xattr=xattr),
                 threads=threads,
             )
 
@@ -422,6 +426,56 @@ def test_timeouts_out_of_range(wrong: float) -> None:
     for key in ("attr", "entry", "negative"):
         with pytest.raises(ConfigError, match=f"{key}_timeout.*0 to 365d"):
             Timeouts(**{f"{key}_s": wrong})
+
+
+# ---- --xattr -------------------------------------------------------------------------------------------------------
+
+XATTRS = """
+import json, os, sys
+found = {}
+for name in sys.argv[1:]:
+    found[name] = {each: os.getxattr(name, each).decode() for each in os.listxattr(name)}
+    for wrong in ("user.cachefs.nothing", "security.capability"):
+        try:
+            os.getxattr(name, wrong)
+        except OSError as error:
+            found[name][wrong] = error.errno
+json.dump(found, sys.stdout)
+"""
+
+
+async def xattrs_of(it: Scene, *names: str) -> dict[str, dict[str, str | int]]:
+    command = [sys.executable, "-c", XATTRS, *names]
+    done = await trio.run_process(command, capture_stdout=True, cwd=it.mountpoint)
+    found: dict[str, dict[str, str | int]] = json.loads(done.stdout)
+    return found
+
+
+async def test_extended_attributes_tell_what_is_cached_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(tmp_path, monkeypatch, files={"dir/small": SMALL, "large": LARGE}, xattr=True) as it:
+        before = (await xattrs_of(it, "dir/small"))["dir/small"]
+        assert (before["user.cachefs.cached_bytes"], before["user.cachefs.tier"]) == ("0", "")
+        assert len(str(before["user.cachefs.key"])) == 32 and before["user.cachefs.workers"] == ""
+        assert before["user.cachefs.nothing"] == errno.ENODATA
+        assert before["security.capability"] == errno.EOPNOTSUPP
+        assert await it.read("dir/small") == SMALL
+        await it.sh("head -c 10 large | wc -c")
+        with trio.fail_after(LIMIT_S):
+            while (after := (await xattrs_of(it, "dir/small"))["dir/small"])["user.cachefs.workers"] != "worker":
+                await trio.sleep(0.05)
+        assert after["user.cachefs.cached_bytes"] == str(len(SMALL))
+        assert after["user.cachefs.tier"] == f"ssd:{tmp_path / 'tier'}"
+        part = (await xattrs_of(it, "large"))["large"]
+        assert PAGE <= int(part["user.cachefs.cached_bytes"]) <= len(LARGE)
+        assert "user.cachefs.key" not in (await xattrs_of(it, "dir"))["dir"]
+
+
+async def test_without_the_flag_the_kernel_asks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(tmp_path, monkeypatch) as it:
+        for _ in range(3):
+            found = await it.sh(f'{sys.executable} -c \'import os; os.getxattr("small", "user.cachefs.key")\' 2>&1')
+            assert "not supported" in found
+        assert it.asked[Opcode.GETXATTR] == 1
 
 
 # ---- owners and promotion ------------------------------------------------------------------------------------------
