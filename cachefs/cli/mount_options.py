@@ -115,7 +115,7 @@ _OPTIONS = (
     click.option(
         "--xattr",
         is_flag=True,
-        help="Show user.cachefs.key, .cached_bytes, .tier and .workers of files (getfattr -d). `ls -l` then takes longer.",
+        help="Show user.cachefs.key, .cached_bytes, .tier, .workers of files (getfattr -d). `ls -l` takes longer then.",
     ),
     click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
     click.option(

@@ -421,9 +421,11 @@ class CacheOperations:
             cached = 0
             tiers: list[str] = []
             holders: list[str] = []
-            for index in range(self._client.cluster.geometry.block_count(attr.size_bytes)):
+            geometry = view.cluster.geometry
+            for index in range(geometry.block_count(attr.size_bytes)):
                 status = await view.block_status(BlockId(attr.key, index))
-                cached += status.cached_bytes
+                # What a file takes on its disk is rounded up to blocks of that.
+                cached += min(status.cached_bytes, geometry.block_length(attr.size_bytes, index))
                 tiers += [status.tier] if status.tier and status.tier not in tiers else []
                 holders += [name for name in await self._client.holders(attr, index) if name not in holders]
             found |= {"cached_bytes": str(cached), "tier": ",".join(tiers), "workers": ",".join(holders)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from cachefs.fusewire.abi import IN_HEADER_SIZE
+from cachefs.fusewire.abi import IN_HEADER_SIZE, Opcode
 from cachefs.model import RemoteProtocolError
 
 _HEADER = struct.Struct("<IIQQIIIHH")
@@ -72,7 +72,7 @@ class GetattrRequest(NamedTuple):
 
 
 class GetxattrRequest(NamedTuple):
-    """GETXATTR and LISTXATTR."""
+    """GETXATTR, and LISTXATTR, which has no name."""
 
     size: int
     """Of the caller's buffer; 0 asks how much there is."""
@@ -141,7 +141,13 @@ def parse_getxattr(request: bytes) -> GetxattrRequest:
         size, _ = _GETXATTR.unpack_from(request, IN_HEADER_SIZE)
     except struct.error as exc:
         raise _too_short("GETXATTR", request) from exc
-    return GetxattrRequest(size, request[IN_HEADER_SIZE + _GETXATTR.size :].partition(b"\0")[0])
+    start = IN_HEADER_SIZE + _GETXATTR.size
+    if parse_header(request).opcode == Opcode.LISTXATTR:
+        return GetxattrRequest(size, b"")
+    end = request.find(b"\0", start)
+    if end <= start:
+        raise RemoteProtocolError("request without a name")
+    return GetxattrRequest(size, request[start:end])
 
 
 def parse_forget(request: bytes, node: int) -> Forget:

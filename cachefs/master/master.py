@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 
 import msgspec
 import trio
@@ -79,8 +79,9 @@ class Master:
 
     async def list_dir(self, request: m.ListDir, session: Session) -> AsyncGenerator[m.ListChunk, None]:
         self._check_namespace(session)
-        async for entries in self._namespace.list_dir(request.ino, request.after):
-            yield m.ListChunk(entries)
+        async with aclosing(self._namespace.list_dir(request.ino, request.after)) as chunks:
+            async for entries in chunks:
+                yield m.ListChunk(entries)
 
     async def watch(self, request: m.Watch, session: Session) -> AsyncGenerator[m.Changes, None]:
         self._check_namespace(session)

@@ -14,6 +14,7 @@ from cachefs.fusewire import (
     UNIQUE_RESEND,
     Forget,
     GetattrRequest,
+    GetxattrRequest,
     InterruptRequest,
     OpenRequest,
     ReadRequest,
@@ -21,6 +22,7 @@ from cachefs.fusewire import (
     parse_batch_forget,
     parse_forget,
     parse_getattr,
+    parse_getxattr,
     parse_header,
     parse_init,
     parse_interrupt,
@@ -78,6 +80,11 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], bytes, object]] = {
             "0600000000000000 0300000000000000"  # node 6, three
         ),
         [Forget(5, 1), Forget(6, 3)],
+    ),
+    "getxattr": (
+        parse_getxattr,
+        bytes.fromhex("0001000000000000") + b"user.cachefs.key\0",
+        GetxattrRequest(256, b"user.cachefs.key"),
     ),
     "interrupt": (parse_interrupt, bytes.fromhex("0700000000000080"), InterruptRequest(UNIQUE_RESEND | 7)),
 }

@@ -206,7 +206,7 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.Promote(Ino(7)),
-        b"\x82\xa1q\xa7Promote\xa3ino\x07",
+        b"\x84\xa1q\xa7Promote\xa3ino\x07\xa7promote\xc0\xaabackground\xc2",
     ),
     (
         m.FetchReply(-5, [(0, 3)]),
@@ -214,8 +214,28 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.Fetch(Ino(7), 1, 4096, 65536, -5),
-        b"\x87\xa1q\xa5Fetch\xa3ino\x07\xabblock_index\x01\xa6offset\xcd\x10\x00\xa6length\xce\x00\x01"
-        b"\x00\x00\xa4held\xfb\xaaunreadable\xc2",
+        b"\x88\xa1q\xa5Fetch\xa3ino\x07\xabblock_index\x01\xa6offset\xcd\x10\x00\xa6length"
+        b"\xce\x00\x01\x00\x00\xa4held\xfb\xaaunreadable\xc2\xa7promote\xc0",
+    ),
+    (
+        m.OpenedReply(True),
+        b"\x91\xc3",
+    ),
+    (
+        m.Free([(KEY, 3)]),
+        b"\x82\xa1q\xa4Free\xa6blocks\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x03",
+    ),
+    (
+        m.FreeReply(2, 4096, 1),
+        b"\x93\x02\xcd\x10\x00\x01",
+    ),
+    (
+        m.GetBlockStatus(KEY, 3),
+        b"\x83\xa1q\xaeGetBlockStatus\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x03",
+    ),
+    (
+        m.BlockStatus("ssd:/tier", 4096),
+        b"\x92\xa9ssd:/tier\xcd\x10\x00",
     ),
     (
         m.Opened([(KEY, 0)], m.OpenCounts(1, 0)),
