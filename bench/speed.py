@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bench.harness import Up, random_bytes, run_readers, running_up, terminate_as_interrupt
 from bench.machine import medium_of
+from bench.peers import Missing, juicefs, rclone
 from cachefs.fuse import find_mount, unmount
 from cachefs.testing.s3server import S3Server, running_s3_server
 
@@ -55,6 +56,8 @@ class Line:
 
     @property
     def reached(self) -> bool:
+        if not self.ratios:
+            return False
         return self.median <= self.required if self.at_most else self.median >= self.required
 
 
@@ -235,6 +238,62 @@ def cold_mount(place: Place, server: S3Server, name: str, directory: str) -> Ite
     shutil.rmtree(where)
 
 
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+
+def peers(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    """In memory, all of them: what is dropped then is the kernel's page cache of the mounts, not the caches."""
+    lines = {
+        "rclone": Line("warm small files / rclone, full cache", 4),
+        "juicefs": Line("warm small files / JuiceFS, cached, page cache dropped", 2),
+    }
+    if not any(wanted(line.what) for line in lines.values()):
+        return
+    directory = Path(tempfile.mkdtemp(prefix="cachefs-bench-", dir="/dev/shm"))
+    try:
+        mine = Place(directory)
+        with mine.mounted("passthrough") as up:
+            if wanted(lines["rclone"].what):
+                yield against_rclone(mine, up, lines["rclone"])
+            if wanted(lines["juicefs"].what):
+                yield against_juicefs(mine, up, lines["juicefs"])
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def against_rclone(place: Place, up: Up, line: Line) -> Line:
+    with running_s3_server(place.directory / "s3") as server:
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        small = place.native / "small"
+        server.put_objects(BUCKET, ((f"small/{each.name}", each.read_bytes()) for each in small.iterdir()))
+        try:
+            with rclone(server, BUCKET, place.directory) as mountpoint:
+                sh('cat "$1"/small/* > /dev/null', mountpoint)
+                line.ratios = list(compare("small", {"mount": up.mountpoint, "rclone": mountpoint}))
+        except Missing as error:
+            line.note = str(error)
+    return line
+
+
+def against_juicefs(place: Place, up: Up, line: Line) -> Line:
+    try:
+        with juicefs(place.native / "small", place.directory) as mountpoint:
+            sh('cat "$1"/small/* > /dev/null', mountpoint)
+            for _ in range(ROUNDS):
+                speeds = []
+                for root in (mountpoint, up.mountpoint):
+                    sh("sync; echo 1 > /proc/sys/vm/drop_caches")
+                    files = [str(root / "small" / f"{number:04}") for number in range(SMALL_FILES)]
+                    (result,) = run_readers([{"job": "read_blindly", "files": files}])
+                    speeds.append(len(files) / result["seconds"])
+                line.ratios.append(speeds[1] / speeds[0])
+    except Missing as error:
+        line.note = str(error)
+    return line
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +331,7 @@ def peak_memory(directory: Path) -> int:
     raise SystemExit("the worker is not there")
 
 
-GROUPS = (warm, no_open, cold, memory)
+GROUPS = (warm, no_open, cold, peers, memory)
 
 
 def main() -> None:
@@ -302,6 +361,9 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     for line in lines:
         sign = "<=" if line.at_most else ">="
+        if not line.ratios:
+            table.add_row(line.what, f"{sign} {line.required:g}", "", "", "", "not measured", line.note)
+            continue
         values = (f"{each:.2f}" for each in (line.median, min(line.ratios), max(line.ratios)))
         table.add_row(line.what, f"{sign} {line.required:g}", *values, "yes" if line.reached else "NO", line.note)
     console.print(table)
