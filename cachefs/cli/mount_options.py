@@ -95,11 +95,11 @@ _OPTIONS = (
         help="The same for names that do not exist.",
     ),
     click.option(
-        "--max-names",
+        "--metadata-cache-entries",
         type=click.IntRange(min=1000),
-        default=ClientConfig.max_names,
+        default=ClientConfig.metadata_cache_entries,
         show_default=True,
-        help="Names and attributes that the mount remembers, some 1000 bytes each.",
+        help="Names and attributes that the mount remembers, some 300 bytes each.",
     ),
     click.option(
         "--allow-other/--no-allow-other",
@@ -165,7 +165,7 @@ def mount_config(
             client=ClientConfig(
                 master,
                 worker_socket,
-                max_names=flags["max_names"],
+                metadata_cache_entries=flags["metadata_cache_entries"],
                 timeouts=Timeouts(flags["attr_timeout"], flags["entry_timeout"], flags["negative_timeout"]),
                 promote=promote,  # type: ignore[arg-type]
             ),

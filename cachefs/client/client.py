@@ -95,7 +95,7 @@ class Client:
             Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery),
             namespace_id=cluster.namespace_id,
             sync_interval_s=cluster.sync_interval_s,
-            max_names=self._config.max_names,
+            metadata_cache_entries=self._config.metadata_cache_entries,
             timeouts=self._config.timeouts,
             patience_s=self._config.patience_s,
             on_foreign=on_foreign,

@@ -33,8 +33,8 @@ class ClientConfig:
     """None: the socket of the worker that the master knows on this node."""
     with_worker: bool = True
     """False: names and attributes only."""
-    max_names: int = 500_000
-    """Names and attributes kept, about 1000 bytes each."""
+    metadata_cache_entries: int = 1_000_000
+    """Names and attributes kept, some 300 bytes each."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     promote: PromoteMode | None = None
     """Whether the worker keeps what is read by this client; None: as the worker was told."""

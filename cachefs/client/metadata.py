@@ -19,6 +19,7 @@ import trio
 
 from cachefs.client.config import Timeouts
 from cachefs.client.patience import patiently
+from cachefs.client.remembered import Known, Name, Remembered
 from cachefs.model import (
     NO_INO,
     Attr,
@@ -48,23 +49,9 @@ FOREVER_S = 365 * 24 * 3600.0
 """What a TTL without end is told to the kernel as."""
 
 
-class _Known(NamedTuple):
-    attr: Attr
-    superseded: bool
-    expires: float
-    generation: int
-
-
 class _Touched(NamedTuple):
     asked: int
     expires: float
-
-
-class _Name(NamedTuple):
-    ino: Ino
-    """NO_INO: there is no such name."""
-    expires: float
-    generation: int
 
 
 class ChangedName(NamedTuple):
@@ -107,7 +94,7 @@ class Metadata:
         *,
         namespace_id: str,
         sync_interval_s: float,
-        max_names: int,
+        metadata_cache_entries: int,
         timeouts: Timeouts,
         patience_s: float,
         on_foreign: Callable[[], Awaitable[None]],
@@ -122,10 +109,9 @@ class Metadata:
         self.negative_ttl_s = ttl_s if timeouts.negative_s is None else timeouts.negative_s
         """The same for names that do not exist."""
         self._master = master
-        self._max_names = max_names
+        self._metadata_cache_entries = metadata_cache_entries
         self.patience_s = patience_s
-        self._attrs: OrderedDict[Ino, _Known] = OrderedDict()
-        self._names: OrderedDict[tuple[Ino, str], _Name] = OrderedDict()
+        self._remembered = Remembered(metadata_cache_entries)
         self._nursery = nursery
         self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
@@ -137,13 +123,11 @@ class Metadata:
         self._overtaken: set[tuple[Ino, str]] = set()
         """Names that changed while the master was being asked for them."""
         self._followers: dict[Ino, set[Following]] = {}
-        self._has_forgotten = False
-        """A name had to make room: others may know it from us, though we do not any more."""
 
     # ---- attributes ------------------------------------------------------------------------------------------------
 
     def attr_nowait(self, ino: Ino) -> Attr:
-        known = self._attrs.get(ino)
+        known = self._remembered.known(ino)
         if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
         return known.attr
@@ -154,7 +138,7 @@ class Metadata:
 
     def current_nowait(self, ino: Ino) -> Attr:
         """As `current`, from memory."""
-        known = self._attrs.get(ino)
+        known = self._remembered.known(ino)
         if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
         if known.superseded:
@@ -168,8 +152,8 @@ class Metadata:
             raise StaleError(f"inode {ino} is superseded")
         return known.attr
 
-    async def _known(self, ino: Ino) -> _Known:
-        known = self._attrs.get(ino)
+    async def _known(self, ino: Ino) -> Known:
+        known = self._remembered.known(ino)
         if known is not None and self._is_fresh(known):
             return known
         changes = self._changes
@@ -181,18 +165,18 @@ class Metadata:
             return known
         if changes == self._changes:
             return self._remember(reply.attr, superseded=reply.superseded)
-        return _Known(reply.attr, reply.superseded, 0, self._generation)
+        return Known(reply.attr, reply.superseded, 0, self._generation)
 
     # ---- names -----------------------------------------------------------------------------------------------------
 
     def lookup_nowait(self, parent: Ino, name: str) -> Attr | None:
         """What the name points at; None: no such name."""
-        found = self._names.get((parent, name))
+        found = self._remembered.name(parent, name)
         if found is None or not self._is_fresh(found):
             raise trio.WouldBlock
         if found.ino == NO_INO:
             return None
-        known = self._attrs.get(found.ino)
+        known = self._remembered.known(found.ino)
         if known is None or known.superseded or not self._is_fresh(known):
             raise trio.WouldBlock
         return known.attr
@@ -210,8 +194,8 @@ class Metadata:
             while True:
                 generation = self._generation
                 self._overtaken.discard(key)
-                found = self._names.get(key)
-                known = self._attrs.get(found.ino) if found is not None else None
+                found = self._remembered.name(parent, name)
+                known = self._remembered.known(found.ino) if found is not None else None
                 usable = known is not None and not known.superseded
                 try:
                     reply = await self._ask(Lookup(parent, name), 0 if usable else self.patience_s)
@@ -248,7 +232,7 @@ class Metadata:
 
     async def _prefill(self, directory: Ino) -> None:
         # More than half of the memory would push out what it brings in.
-        left = self._max_names // 2
+        left = self._metadata_cache_entries // 2
         try:
             async with self.list_dir(directory) as chunks:
                 async for entries in chunks:
@@ -268,9 +252,7 @@ class Metadata:
 
     def expire(self, ino: Ino) -> None:
         """The content of this inode is no longer what its name points at: ask again before it is opened."""
-        known = self._attrs.get(ino)
-        if known is not None:
-            self._attrs[ino] = known._replace(superseded=True)
+        self._remembered.supersede(ino)
 
     # ---- directories -----------------------------------------------------------------------------------------------
 
@@ -340,11 +322,11 @@ class Metadata:
                 key = (directory, name)
                 if key in self._lookups:
                     self._overtaken.add(key)
-                found = self._names.pop(key, None)
-                known = self._attrs.pop(found.ino, None) if found is not None else None
+                found = self._remembered.forget_name(directory, name)
+                known = self._remembered.forget(found.ino) if found is not None else None
                 if found is not None:
                     told.append(ChangedName(directory, name, known is not None and known.attr.is_dir))
-                elif self._has_forgotten:
+                elif self._remembered.has_forgotten:
                     told.append(ChangedName(directory, name, True))
         return told
 
@@ -358,7 +340,7 @@ class Metadata:
 
     def names(self) -> list[tuple[Ino, str]]:
         """(directory, name) of all that is remembered."""
-        return list(self._names)
+        return self._remembered.names()
 
     # ---- the master ------------------------------------------------------------------------------------------------
 
@@ -381,15 +363,12 @@ class Metadata:
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
-    def _is_fresh(self, remembered: _Known | _Name) -> bool:
+    def _is_fresh(self, remembered: Known | Name) -> bool:
         return remembered.generation == self._generation and remembered.expires >= trio.current_time()
 
-    def _remember(self, attr: Attr, *, superseded: bool = False) -> _Known:
-        known = _Known(attr, superseded, trio.current_time() + self.ttl_s, self._generation)
-        self._attrs[attr.ino] = known
-        self._attrs.move_to_end(attr.ino)
-        if len(self._attrs) > self._max_names:
-            self._attrs.popitem(last=False)
+    def _remember(self, attr: Attr, *, superseded: bool = False) -> Known:
+        known = Known(attr, superseded, trio.current_time() + self.ttl_s, self._generation)
+        self._remembered.put(attr, superseded=superseded, expires=known.expires, generation=known.generation)
         return known
 
     def _remember_entry(self, parent: Ino, entry: Entry) -> None:
@@ -397,13 +376,14 @@ class Metadata:
         self._remember_name(parent, entry.name, entry.attr.ino)
 
     def _remember_name(self, parent: Ino, name: str, ino: Ino) -> None:
-        before = self._names.get((parent, name))
+        before = self._remembered.name(parent, name)
         if before is not None and before.ino != ino:
             # Superseded, or one of two answers came late: to be asked for.
-            self._attrs.pop(before.ino, None)
-        ttl_s = self.negative_ttl_s if ino == NO_INO else self.entry_ttl_s
-        self._names[(parent, name)] = _Name(ino, trio.current_time() + ttl_s, self._generation)
-        self._names.move_to_end((parent, name))
-        if len(self._names) > self._max_names:
-            self._names.popitem(last=False)
-            self._has_forgotten = True
+            self._remembered.forget(before.ino)
+        now = trio.current_time()
+        if ino == NO_INO:
+            expires = now + self.negative_ttl_s
+            self._remembered.put_missing(parent, name, expires=expires, generation=self._generation)
+        else:
+            expires = now + self.entry_ttl_s
+            self._remembered.put_name(parent, name, ino, expires=expires, generation=self._generation)

@@ -104,7 +104,7 @@ class Scene:
         where = ["--master", self._listen, "--insecure"]
         self._run("worker", "--listen", "127.0.0.1:0", "--socket", socket, "--tier", tier, *where)
         mountpoint = self._stack.enter_context(mountpoint_below(self._directory))
-        self._run("mount", mountpoint, "--worker-socket", socket, "--max-names", str(MAX_NAMES), *where)
+        self._run("mount", mountpoint, "--worker-socket", socket, "--metadata-cache-entries", str(MAX_NAMES), *where)
         self.root = mountpoint / DIRECTORY
 
     def start_master(self) -> None:

@@ -92,7 +92,7 @@ async def test_the_fourth_name_brings_the_whole_directory(tmp_path: Path) -> Non
 
 
 async def test_memory_is_bounded(tmp_path: Path) -> None:
-    async with scene(tmp_path, files=300, max_names=100) as (_, client, _data):
+    async with scene(tmp_path, files=300, metadata_cache_entries=100) as (_, client, _data):
         async with client.metadata.list_dir(ROOT_INO) as chunks:
             found = [entry async for entries in chunks for entry in entries]
         assert len(found) == 301
@@ -103,7 +103,7 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
                 known += 1
             except trio.WouldBlock:
                 pass
-        assert known == 100
+        assert 50 < known <= 100
 
 
 async def test_a_stale_content_is_asked_for_again(tmp_path: Path) -> None:

@@ -197,9 +197,11 @@ async def test_what_was_missed_is_made_good_at_the_next_connection(tmp_path: Pat
 
 
 async def test_names_that_had_to_make_room_are_told_all_the_same(tmp_path: Path) -> None:
-    async with scene(tmp_path, max_names=2) as it:
-        for name in ("a", "b", "c"):
-            await it.size(name)
+    async with scene(tmp_path, metadata_cache_entries=2) as it:
+        await it.size("a")
+        for number in range(4):
+            (it.data / f"new{number}").write_bytes(b"x")
+            await it.size(f"new{number}")
         assert not it.is_known("a")
         it.relay.tell(ROOT_INO, "a")
         await it.until(lambda: it.told == [(ROOT_INO, "a", True)])

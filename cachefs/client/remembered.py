@@ -1,0 +1,210 @@
+"""What is known of names and inodes, packed: some 300 bytes for a name and its attributes, Python's included.
+
+An inode is one record of fixed layout; a name is its directory's number and its bytes, and points at a number. Since a
+number has one name, for how long the name is believed is in the record too. What was put longest ago makes room.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from cachefs.model import NO_INO, Attr, ContentKey, Ino, Kind
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+# Attributes: believed until, under which generation; the name: the same. Flags, shape, size, mtime. Then the key.
+_RECORD = struct.Struct("<dIdIBHQq")
+_PARENT = struct.Struct("<Q")
+_SUPERSEDED = 1
+_SEGMENTS = 4
+_NEVER = -1.0
+_SHAPES = 1 << 16
+
+
+class Known(NamedTuple):
+    attr: Attr
+    superseded: bool
+    expires: float
+    generation: int
+
+
+class Name(NamedTuple):
+    ino: Ino
+    """NO_INO: there is no such name."""
+    expires: float
+    generation: int
+
+
+class _Segments(Generic[K, V]):
+    """A dictionary of at most `limit` entries. Those put longest ago go, a quarter at a time: a plain dictionary takes
+    half the memory of one that knows the order of single entries.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = max(1, limit // _SEGMENTS)
+        self._segments: list[dict[K, V]] = [{}]
+        self.has_forgotten = False
+
+    def get(self, key: K) -> V | None:
+        for segment in self._segments:
+            value = segment.get(key)
+            if value is not None:
+                return value
+        return None
+
+    def put(self, key: K, value: V) -> None:
+        newest = self._segments[0]
+        if key not in newest:
+            for segment in self._segments[1:]:
+                segment.pop(key, None)
+            if len(newest) >= self._limit:
+                newest = {}
+                self._segments.insert(0, newest)
+                if len(self._segments) > _SEGMENTS:
+                    self.has_forgotten |= bool(self._segments.pop())
+        newest[key] = value
+
+    def replace(self, key: K, value: V) -> None:
+        """Of a key that is there, without making it younger."""
+        for segment in self._segments:
+            if key in segment:
+                segment[key] = value
+                return
+
+    def pop(self, key: K) -> V | None:
+        for segment in self._segments:
+            value = segment.pop(key, None)
+            if value is not None:
+                return value
+        return None
+
+    def clear(self) -> None:
+        self._segments = [{}]
+
+    def __iter__(self) -> Iterator[K]:
+        for segment in self._segments:
+            yield from segment
+
+    def __len__(self) -> int:
+        return sum(map(len, self._segments))
+
+
+class Remembered:
+    """At most `limit` inodes, and as many names of each kind: those that exist, and those that do not."""
+
+    def __init__(self, limit: int) -> None:
+        self._records: _Segments[Ino, bytes] = _Segments(limit)
+        self._names: _Segments[bytes, Ino] = _Segments(limit)
+        self._missing: _Segments[bytes, tuple[float, int]] = _Segments(limit)
+        # Kinds, modes and owners come in few combinations.
+        self._shapes: list[tuple[Kind, int, int, int]] = []
+        self._shape_numbers: dict[tuple[Kind, int, int, int], int] = {}
+
+    @property
+    def has_forgotten(self) -> bool:
+        """A name had to make room."""
+        return self._names.has_forgotten or self._missing.has_forgotten
+
+    def __len__(self) -> int:
+        """Inodes."""
+        return len(self._records)
+
+    # ---- attributes ------------------------------------------------------------------------------------------------
+
+    def known(self, ino: Ino) -> Known | None:
+        record = self._records.get(ino)
+        if record is None:
+            return None
+        expires, generation, _, _, flags, shape, size, mtime_ns = _RECORD.unpack_from(record)
+        kind, mode, uid, gid = self._shapes[shape]
+        attr = Attr(ino, kind, size, mtime_ns, mode, uid, gid, ContentKey(record[_RECORD.size :]))
+        return Known(attr, bool(flags & _SUPERSEDED), expires, generation)
+
+    def put(self, attr: Attr, *, superseded: bool, expires: float, generation: int) -> None:
+        """What is known of its name stays."""
+        before = self._records.get(attr.ino)
+        name_expires, name_generation = _RECORD.unpack_from(before)[2:4] if before is not None else (_NEVER, 0)
+        shape = self._shape_number(attr)
+        flags = _SUPERSEDED if superseded else 0
+        fixed = _RECORD.pack(
+            *(expires, generation, name_expires, name_generation, flags, shape, attr.size_bytes, attr.mtime_ns)
+        )
+        self._records.put(attr.ino, fixed + attr.key)
+
+    def supersede(self, ino: Ino) -> None:
+        record = self._records.get(ino)
+        if record is not None:
+            fields = list(_RECORD.unpack_from(record))
+            fields[4] |= _SUPERSEDED
+            self._records.replace(ino, _RECORD.pack(*fields) + record[_RECORD.size :])
+
+    def forget(self, ino: Ino) -> Known | None:
+        """What was known."""
+        known = self.known(ino)
+        self._records.pop(ino)
+        return known
+
+    def _shape_number(self, attr: Attr) -> int:
+        shape = (attr.kind, attr.mode, attr.uid, attr.gid)
+        number = self._shape_numbers.get(shape)
+        if number is None:
+            if len(self._shapes) == _SHAPES:
+                # More owners than anybody has: what was known of theirs goes, and is asked for again.
+                self._records.clear()
+                self._shapes.clear()
+                self._shape_numbers.clear()
+            number = self._shape_numbers[shape] = len(self._shapes)
+            self._shapes.append(shape)
+        return number
+
+    # ---- names -----------------------------------------------------------------------------------------------------
+
+    def name(self, parent: Ino, name: str) -> Name | None:
+        key = _key(parent, name)
+        ino = self._names.get(key)
+        if ino is not None:
+            record = self._records.get(ino)
+            if record is None:
+                return Name(ino, _NEVER, 0)
+            return Name(ino, *_RECORD.unpack_from(record)[2:4])
+        missing = self._missing.get(key)
+        return None if missing is None else Name(NO_INO, *missing)
+
+    def put_name(self, parent: Ino, name: str, ino: Ino, *, expires: float, generation: int) -> None:
+        """Of an inode that was put before."""
+        key = _key(parent, name)
+        self._missing.pop(key)
+        self._names.put(key, ino)
+        record = self._records.get(ino)
+        if record is not None:
+            fields = list(_RECORD.unpack_from(record))
+            fields[2:4] = expires, generation
+            self._records.replace(ino, _RECORD.pack(*fields) + record[_RECORD.size :])
+
+    def put_missing(self, parent: Ino, name: str, *, expires: float, generation: int) -> None:
+        key = _key(parent, name)
+        self._names.pop(key)
+        self._missing.put(key, (expires, generation))
+
+    def forget_name(self, parent: Ino, name: str) -> Name | None:
+        """What was known."""
+        found = self.name(parent, name)
+        key = _key(parent, name)
+        self._names.pop(key)
+        self._missing.pop(key)
+        return found
+
+    def names(self) -> list[tuple[Ino, str]]:
+        """(directory, name) of all."""
+        return [
+            (Ino(_PARENT.unpack_from(key)[0]), key[_PARENT.size :].decode())
+            for keys in (self._names, self._missing)
+            for key in keys
+        ]
+
+
+def _key(parent: Ino, name: str) -> bytes:
+    return _PARENT.pack(parent) + name.encode()

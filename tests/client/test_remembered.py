@@ -1,0 +1,152 @@
+"""The packed memory of names and attributes, against plain dictionaries; and what it weighs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cachefs.client.remembered import Known, Name, Remembered
+from cachefs.model import NO_INO, Attr, ContentKey, Ino, Kind
+
+INOS = st.sampled_from([Ino(1), Ino(7), Ino(2**32 + 1), Ino(2**63 - 1)])
+NAMES = st.sampled_from(["a", "b", "näme", "x" * 255, "\n", "a\x01"])
+TIMES = st.floats(-1, 1e9, allow_nan=False)
+GENERATIONS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def attrs(draw: Any, ino: Ino) -> Attr:
+    kind = draw(st.sampled_from(Kind))
+    key = draw(st.sampled_from([b"", b"k" * 16])) if kind is Kind.FILE else b""
+    size, mtime = draw(st.integers(0, 2**63 - 1)), draw(st.integers(-(2**63), 2**63 - 1))
+    owner = st.sampled_from([0, 1000, 2**32 - 1])
+    return Attr(ino, kind, size, mtime, draw(st.integers(0, 0o7777)), draw(owner), draw(owner), ContentKey(key))
+
+
+class Model(RuleBasedStateMachine):
+    """Everything fits here: what is put is found, until something else is said of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real = Remembered(1000)
+        self.known: dict[Ino, Known] = {}
+        self.believed: dict[Ino, tuple[float, int]] = {}
+        self.names: dict[tuple[Ino, str], Ino] = {}
+        self.missing: dict[tuple[Ino, str], tuple[float, int]] = {}
+
+    @rule(data=st.data(), ino=INOS, superseded=st.booleans(), expires=TIMES, generation=GENERATIONS)
+    def put(self, data: Any, ino: Ino, superseded: bool, expires: float, generation: int) -> None:
+        attr = data.draw(attrs(ino))
+        self.real.put(attr, superseded=superseded, expires=expires, generation=generation)
+        self.known[ino] = Known(attr, superseded, expires, generation)
+
+    @rule(parent=INOS, name=NAMES, ino=INOS, expires=TIMES, generation=GENERATIONS)
+    def put_name(self, parent: Ino, name: str, ino: Ino, expires: float, generation: int) -> None:
+        self.real.put_name(parent, name, ino, expires=expires, generation=generation)
+        self.missing.pop((parent, name), None)
+        self.names[parent, name] = ino
+        if ino in self.known:
+            self.believed[ino] = expires, generation
+
+    @rule(parent=INOS, name=NAMES, expires=TIMES, generation=GENERATIONS)
+    def put_missing(self, parent: Ino, name: str, expires: float, generation: int) -> None:
+        self.real.put_missing(parent, name, expires=expires, generation=generation)
+        self.names.pop((parent, name), None)
+        self.missing[parent, name] = expires, generation
+
+    @rule(ino=INOS)
+    def supersede(self, ino: Ino) -> None:
+        self.real.supersede(ino)
+        if ino in self.known:
+            self.known[ino] = self.known[ino]._replace(superseded=True)
+
+    @rule(ino=INOS)
+    def forget(self, ino: Ino) -> None:
+        assert self.real.forget(ino) == self.known.pop(ino, None)
+        self.believed.pop(ino, None)
+
+    @rule(parent=INOS, name=NAMES)
+    def forget_name(self, parent: Ino, name: str) -> None:
+        expected = self.name(parent, name)
+        assert self.real.forget_name(parent, name) == expected
+        self.names.pop((parent, name), None)
+        self.missing.pop((parent, name), None)
+
+    def name(self, parent: Ino, name: str) -> Name | None:
+        ino = self.names.get((parent, name))
+        if ino is not None:
+            return Name(ino, *self.believed.get(ino, (-1.0, 0)))
+        missing = self.missing.get((parent, name))
+        return None if missing is None else Name(NO_INO, *missing)
+
+    @invariant()
+    def the_same(self) -> None:
+        for ino in (1, 7, 2**32 + 1, 2**63 - 1):
+            assert self.real.known(Ino(ino)) == self.known.get(Ino(ino))
+        for parent, name in {*self.names, *self.missing, (Ino(7), "never")}:
+            assert self.real.name(parent, name) == self.name(parent, name)
+        assert sorted(self.real.names()) == sorted([*self.names, *self.missing])
+        assert not self.real.has_forgotten
+
+
+Model.TestCase.settings = settings(stateful_step_count=30, max_examples=100)
+TestModel = Model.TestCase
+
+
+@pytest.mark.parametrize("limit", [1, 4, 10, 100])
+def test_what_was_put_longest_ago_makes_room(limit: int) -> None:
+    memory = Remembered(limit)
+    for number in range(1, 1001):
+        attr = Attr(Ino(number), Kind.FILE, number, 0, 0o644, 0, 0, ContentKey(b""))
+        memory.put(attr, superseded=False, expires=1.0, generation=0)
+        memory.put_name(Ino(1), str(number), Ino(number), expires=1.0, generation=0)
+        memory.put_missing(Ino(1), f"no {number}", expires=1.0, generation=0)
+        found = memory.known(Ino(number))
+        assert found is not None and found.attr == attr
+        assert len(memory) <= max(4, limit) and len(memory.names()) <= 2 * max(4, limit)
+    assert memory.has_forgotten and memory.known(Ino(1)) is None and memory.name(Ino(1), "1") is None
+    kept = [number for number in range(1, 1001) if memory.known(Ino(number)) is not None]
+    assert kept == list(range(1001 - len(kept), 1001)) and len(kept) > limit // 2
+
+
+def test_more_kinds_of_owners_than_there_are_numbers_for() -> None:
+    memory = Remembered(200_000)
+    for number in range(70_000):
+        attr = Attr(Ino(number + 1), Kind.FILE, 0, 0, 0o644, number, 0, ContentKey(b""))
+        memory.put(attr, superseded=False, expires=1.0, generation=0)
+        found = memory.known(attr.ino)
+        assert found is not None and found.attr.uid == number
+    first = memory.known(Ino(1))
+    assert first is None or first.attr.uid == 0
+
+
+WEIGH = """
+import os
+from cachefs.client.remembered import Remembered
+from cachefs.model import Attr, ContentKey, Ino, Kind
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+count = 1_000_000
+memory, before = Remembered(count), resident()
+for number in range(2 * count):  # the second million pushes the first out
+    ino = Ino(5_000_000_000 + number)
+    attr = Attr(ino, Kind.FILE, 110_000 + number, 1_700_000_000_000_000_000 + number, 0o644, 0, 0, os.urandom(16))
+    memory.put(attr, superseded=False, expires=1e5 + number, generation=1)
+    memory.put_name(Ino(77), f"image_{number:010}.jpg", ino, expires=1e5 + number, generation=1)
+assert 0.7 * count <= len(memory) <= count
+print((resident() - before) / count)
+"""
+
+
+def test_a_million_entries_take_at_most_350_bytes_each() -> None:
+    done = subprocess.run([sys.executable, "-c", WEIGH], capture_output=True, text=True, timeout=300, check=True)
+    assert float(done.stdout) <= 350
