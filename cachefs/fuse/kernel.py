@@ -86,6 +86,7 @@ _OPEN_PASSTHROUGH = int(OpenFlag.NOFLUSH | OpenFlag.PASSTHROUGH)
 """Without KEEP_CACHE: with it, the kernel refuses the answer."""
 _OPEN_CACHED = int(OpenFlag.NOFLUSH)
 _OPEN_CACHED_KEEP = int(OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE)
+_OPENDIR = int(OpenFlag.CACHE_DIR)
 _OPENDIR_KEEP = int(OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE)
 _REFUSED_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC
 
@@ -487,7 +488,7 @@ class KernelSession:
         self._answer_opendir(unique, await self._operations.opendir(node))
 
     def _answer_opendir(self, unique: int, reply: OpenDirReply) -> None:
-        if not self._reply(open_reply(unique, reply.fh, _OPENDIR_KEEP if reply.keep_cache else 0)):
+        if not self._reply(open_reply(unique, reply.fh, _OPENDIR_KEEP if reply.keep_cache else _OPENDIR)):
             self._operations.releasedir(reply.fh)
 
     def _readdir(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:

@@ -371,7 +371,9 @@ class CacheOperations:
     def _open_dir(self, view: View, ino: Ino) -> OpenDirReply:
         handle = next(self._handles)
         self._dirs[handle] = view, DirReader(view.metadata, ino, self._nursery)
-        return OpenDirReply(handle)
+        # The kernel keeps what it is told of a directory; once it was told all of it, it need not ask again until
+        # something changes or is no longer believed.
+        return OpenDirReply(handle, view.metadata.is_still_whole(ino))
 
     def readdir_nowait(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
         view, reader = self._dir(fh)

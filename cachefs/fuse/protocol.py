@@ -61,7 +61,7 @@ class OpenReply(NamedTuple):
 class OpenDirReply(NamedTuple):
     fh: int
     keep_cache: bool = False
-    """The listing the kernel has of this directory is still good. The kernel's copy holds names, not attributes: once
+    """The listing that the kernel keeps of this directory is still good. Its copy holds names, not attributes: once
     those have expired it asks for them one by one, so this should not outlive the attributes' TTL."""
 
 
