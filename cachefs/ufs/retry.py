@@ -99,6 +99,11 @@ class Requests:
 
         began = trio.current_time()
         with trio.move_on_after(limit_s):
+            try:
+                # Nearly always the only attempt: the machinery of retries costs as much as the request.
+                return await self._try(what, attempt)
+            except (ThrottledError, UnavailableError) as error:
+                first = error
             async for one in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type((ThrottledError, UnavailableError)),
                 wait=pause,
@@ -107,16 +112,28 @@ class Requests:
                 reraise=True,
             ):
                 with one:
-                    await self._take_slot(what)
-                    try:
-                        return await self._attempt(attempt)
-                    finally:
-                        self._slots.release()
+                    if one.retry_state.attempt_number == 1:
+                        raise first
+                    return await self._try(what, attempt)
         raise UnavailableError(f"{what}: no answer within {limit_s:g} s ({trouble})")
+
+    async def _try(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        await self._take_slot(what)
+        try:
+            return await self._attempt(attempt)
+        finally:
+            self._slots.release()
 
     async def _take_slot(self, what: str) -> None:
         """Outside of pauses. Raises ThrottledError or UnavailableError when there is none for too long."""
         began = trio.current_time()
+        if self._resume_at <= began:
+            try:
+                self._slots.acquire_nowait()
+            except trio.WouldBlock:
+                pass
+            else:
+                return
         while True:
             if self._resume_at > began + self._deadline_s:
                 raise ThrottledError(f"{what}: the store asks for a longer pause than the deadline allows")
