@@ -414,12 +414,13 @@ class KernelSession:
         try:
             reply = self._operations.open_nowait(node, flags)
         except trio.WouldBlock:
-            self._later(unique, Opcode.OPEN, partial(self._open_later, unique, node, flags))
+            pid = parse_header(request).pid
+            self._later(unique, Opcode.OPEN, partial(self._open_later, unique, node, flags, pid))
         else:
             self._answer_open(unique, node, reply)
 
-    async def _open_later(self, unique: int, node: int, flags: int) -> None:
-        self._answer_open(unique, node, await self._operations.open(node, flags))
+    async def _open_later(self, unique: int, node: int, flags: int, pid: int) -> None:
+        self._answer_open(unique, node, await self._operations.open(node, flags, pid))
 
     def _answer_open(self, unique: int, node: int, reply: OpenReply) -> None:
         fh, backing_id, keep_cache = reply

@@ -260,13 +260,13 @@ class CacheOperations:
             raise trio.WouldBlock
         return self._open_cached(node, view, attr)
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         view, ino = await self._place(node)
         attr = await view.metadata.current(ino)
         reply = self._join_or_pass(node, view, attr)
         if reply is None and self._worth_waiting_for(attr):
             try:
-                await view.promote(ino)
+                await view.promote(ino, reader=pid)
             except StaleError:
                 view.metadata.expire(ino)
                 raise

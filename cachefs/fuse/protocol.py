@@ -92,7 +92,7 @@ class Operations(Protocol):
         interrupted. StaleError makes the kernel look the name up again and open what it finds then.
         """
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         """If this is cancelled, no `release` follows."""
 
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:

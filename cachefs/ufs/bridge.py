@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import trio
 
 T = TypeVar("T")
+
+_THREADS = 4
 
 
 class Running(Generic[T]):
@@ -58,10 +61,13 @@ class Running(Generic[T]):
 
 
 class Bridge:
-    """A running event loop in a thread of its own. Made by `open_bridge`; used from any trio task."""
+    """A running event loop in a thread of its own, and a few threads for what blocks. Made by `open_bridge`; used from
+    any trio task.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, threads: Executor) -> None:
         self._loop = loop
+        self._threads = threads
 
     def start(self, make: Callable[[], Coroutine[Any, Any, T]]) -> Running[T]:
         """Begin a coroutine without waiting for it; the caller waits for its result or abandons it."""
@@ -70,6 +76,15 @@ class Bridge:
     async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """As `Running.result`, of a coroutine begun now."""
         return await self.start(make).result()
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """For coroutines: the result of what may block. Cancelled, it raises once the function has returned."""
+        running = asyncio.ensure_future(self._loop.run_in_executor(self._threads, function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
 
 
 @contextmanager
@@ -85,7 +100,8 @@ def open_bridge(name: str) -> Iterator[Bridge]:
     thread = threading.Thread(target=run, name=name)
     thread.start()
     try:
-        yield Bridge(loop)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix=name) as threads:
+            yield Bridge(loop, threads)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
