@@ -6,6 +6,7 @@ from the supervisor, who may have been killed, is the order to end, the same as 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import resource
@@ -33,6 +34,13 @@ def set_up_logging(role: str, level: str = "INFO") -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
+def _collect_less() -> None:
+    """Modules stay, and of what a service makes little is in cycles: the collector's usual haste costs some percent."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervised_fd: int | None) -> None:
     """Run until SIGINT, SIGTERM, the supervisor's end or the service's own; then exit, with status 0 if that was clean.
 
@@ -41,6 +49,7 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
     """
     ready = False
     _raise_open_files()
+    _collect_less()
     supervisor = socket.socket(fileno=supervised_fd) if supervised_fd is not None else None
 
     def report(facts: dict[str, Any]) -> None:

@@ -317,15 +317,27 @@ def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
 def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
     """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError, OSError."""
     geometry = expected.geometry
-    # Memory of whole pages of the machine, aligned to them, for descriptors of `open_uncached`.
-    size = div_up(min(expected.page_size, max(1, expected.length)), mmap.PAGESIZE) * mmap.PAGESIZE
-    with mmap.mmap(-1, size) as memory, memoryview(memory) as buffer:
-        for page, checksum in enumerate(expected.checksums):
-            offset, span = geometry.page_span(expected.length, page)
-            with _read_into(fd, buffer, offset, span) as found:
-                good = checksum is not None and page_checksum(found) == checksum
-            if not good:
-                raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
+    buffer = _scratch(min(expected.page_size, max(1, expected.length)))
+    for page, checksum in enumerate(expected.checksums):
+        offset, span = geometry.page_span(expected.length, page)
+        with _read_into(fd, buffer, offset, span) as found:
+            good = checksum is not None and page_checksum(found) == checksum
+        if not good:
+            raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> memoryview:
+    """Memory of the calling thread, of whole pages of the machine and aligned to them, for descriptors of
+    `open_uncached`. Kept for the next time: pages that the kernel has to clear first cost more than reading into them.
+    """
+    pages = div_up(size, mmap.PAGESIZE)
+    memory: mmap.mmap | None = getattr(_local, "memory", None)
+    if memory is None or len(memory) < pages * mmap.PAGESIZE:
+        memory = _local.memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    return memoryview(memory)[: pages * mmap.PAGESIZE]
 
 
 def write_all(fd: int, data: Buffer, offset: int) -> None:

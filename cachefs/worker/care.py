@@ -13,6 +13,7 @@ from cachefs.worker.counters import Counters
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 1.0
+_PUT_OFF_S = 3600.0
 
 
 class Care:
@@ -23,6 +24,7 @@ class Care:
         self._counters = counters
         self._config = config
         self._disk = trio.CapacityLimiter(1)
+        self._fetched = 0
 
     async def run(self) -> None:
         """Until cancelled; what is under way then is finished first."""
@@ -38,6 +40,15 @@ class Care:
             self._counters.corrupt += len(lost)
             await trio.to_thread.run_sync(self._store.move_down, self._config.promote, limiter=self._disk)
 
+    async def _until_nothing_is_fetched(self) -> None:
+        """What waits for the under-store needs the processor more; after an hour of that, go on anyway."""
+        give_up = trio.current_time() + _PUT_OFF_S
+        while trio.current_time() < give_up:
+            fetched, self._fetched = self._fetched, self._counters.under_store_bytes
+            if fetched == self._fetched:
+                return
+            await trio.sleep(_EVERY_S)
+
     async def _scrub(self) -> None:
         """Blocks of an earlier boot first: until they are verified, nobody reads them without waiting."""
         while True:
@@ -46,6 +57,7 @@ class Care:
             for block, size in self._store.blocks():
                 # Slept before, so that what was sealed a moment ago is not read again at once.
                 await trio.sleep(max(size / self._config.scrub_bytes_per_s, 0.001))
+                await self._until_nothing_is_fetched()
                 if not await trio.to_thread.run_sync(self._store.check, block, limiter=self._disk):
                     logger.warning("block dropped, it is damaged block=%s", block.filename)
                     self._counters.corrupt += 1

@@ -1,0 +1,57 @@
+"""What looks after the store while nobody waits. trio's time jumps over every pause here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from cachefs.net import TcpAddress
+from cachefs.store import TierConfig, open_store
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path
+from cachefs.worker import care
+from cachefs.worker.config import WorkerConfig
+from cachefs.worker.counters import Counters
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, object]]:
+    # Not at once: what runs in a thread takes a moment, too.
+    return "trio", {"clock": MockClock(autojump_threshold=0.01)}
+
+
+@pytest.mark.expect_warnings("a damaged block is worth one")
+@pytest.mark.parametrize(("busy_s", "found_after_s"), [(0, 0), (4, 3), (10_000, 6)])
+async def test_the_scrub_finds_damage_once_nothing_is_fetched_or_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy_s: int, found_after_s: int
+) -> None:
+    monkeypatch.setattr(care, "_PUT_OFF_S", 6)
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+    nowhere = TcpAddress("127.0.0.1", 0)
+    config = WorkerConfig(name="w", master=nowhere, listen=nowhere, socket=str(tmp_path / "socket"), tiers=(tier,))
+    counters = Counters()
+    with open_store((tier,), GEOMETRY, CLUSTER) as store:
+        for number in range(3):
+            seal(store, block(number), content(number, 2 * PAGE))
+        with sealed_path(tier.path, block(1)).open("r+b") as file:
+            file.write(b"!!")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(care.Care(store, counters, config).run)
+
+            async def fetch() -> None:
+                while trio.current_time() < began + busy_s:
+                    counters.under_store_bytes += 1
+                    await trio.sleep(0.5)
+
+            began = trio.current_time()
+            nursery.start_soon(fetch)
+            while store.is_sealed(block(1)):
+                await trio.sleep(1)
+            assert found_after_s <= trio.current_time() - began <= 2 * found_after_s + 10
+            nursery.cancel_scope.cancel()
+        assert sorted(found for found, _ in store.blocks()) == [block(0), block(2)]
+        assert counters.corrupt == 1
