@@ -33,7 +33,7 @@ from cachefs.fuse.notify import KnownNames
 from cachefs.fuse.operations import CacheOperations, Notices, OperationsConfig
 from cachefs.fuse.protocol import Operations
 from cachefs.fusewire import PAGE_SIZE, InitOptions, Negotiated
-from cachefs.model import ConfigError
+from cachefs.model import ConfigError, MiB
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class MountConfig:
         if init.max_background != InitOptions.max_background:
             accepted = f"its default, {InitOptions.max_background}, with the driver pyfuse3, which leaves it to libfuse"
             raise ConfigError("max_background", init.max_background, accepted)
+        if self.options.max_read > MiB:
+            accepted = f"{PAGE_SIZE} to {MiB} bytes with the driver pyfuse3: libfuse asks for no more"
+            raise ConfigError("max_read", self.options.max_read, accepted)
         if init.ignored:
             raise ConfigError("ignore_kernel_feature", str(init.ignored), "nothing with the driver pyfuse3")
 
