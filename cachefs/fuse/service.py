@@ -205,8 +205,11 @@ def _unmount_now(mounted: Mount) -> None:
     try:
         unmount(mounted.mountpoint)
     except MountError as error:
-        if error.errno != errno.EBUSY:
+        if error.errno == errno.EINVAL:
             return  # somebody was faster
+        if error.errno != errno.EBUSY:
+            logger.error("not unmounted, and nobody serves it any more error=%s", error)
+            return
         logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
         unmount(mounted.mountpoint, lazy=True)
         _end(mounted)

@@ -248,6 +248,17 @@ def test_a_change_that_nobody_was_told_of_is_found_at_the_open(bucket: Bucket, t
         assert run('sha256sum < "$1"', mountpoint / "train/007.jpg").split()[0] == hashlib.sha256(changed).hexdigest()
 
 
+def test_in_cached_mode_it_is_found_by_the_read(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
+    flags = ["--driver", driver.value, "--open-mode", "cached", "--sync-interval", "1h"]
+    with up(bucket, tmp_path, *flags) as (mountpoint, _):
+        assert "007.jpg" in run('ls -l "$1/train"', mountpoint)
+        changed = content("changed", 30_000)
+        bucket.put({"train/007.jpg": changed})
+        assert run('cat "$1"', mountpoint / "train/007.jpg").strip().endswith("Stale file handle")
+        # Then the name is asked for again.
+        assert run('sha256sum < "$1"', mountpoint / "train/007.jpg").split()[0] == hashlib.sha256(changed).hexdigest()
+
+
 def test_sigterm_during_a_cold_read_leaves_nothing(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
     bucket.put({"large": content("large", 512 * PAGE)})
     with up(bucket, tmp_path, *flags_of(driver)) as (mountpoint, process):

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,45 @@ def test_a_killed_server_leaves_nothing(user: User) -> None:
         os.kill(server, signal.SIGKILL)
         assert process.process.wait(LIMIT_S) != 0
         assert find_mount(mountpoint) is None
+
+
+def test_a_server_that_hangs(user: User) -> None:
+    """Taken out of the tree at once. To end its connection takes root, or the control file system, by its owner."""
+    with up(user) as (_, process), mountpoint_below(_other(user)) as mountpoint:
+        arguments = [mountpoint, "--master", process.facts["master"], "--insecure"]
+        os.chown(mountpoint, UID, UID)
+        with running("mount", *arguments, environment=user.environment, prefix=user.prefix) as server:
+            found = find_mount(mountpoint)
+            assert found is not None
+            os.kill(server.process.pid, signal.SIGSTOP)
+            try:
+                reader = subprocess.Popen([*user.prefix, "stat", str(mountpoint / "small")], stderr=subprocess.PIPE)
+                deadline = time.monotonic() + LIMIT_S
+                while "wait_answer" not in (waits := Path(f"/proc/{reader.pid}/wchan").read_text()):
+                    assert time.monotonic() < deadline and reader.poll() is None, waits
+                    time.sleep(0.01)
+                forced = cachefs(user, "umount", "--force", mountpoint)
+                assert find_mount(mountpoint) is None
+                if forced.returncode != 0:
+                    assert b"root is needed, or the file system mounted on /sys/fs/fuse/connections" in forced.stderr
+                    mounted = "mount -t fusectl none /sys/fs/fuse/connections"
+                    script = (
+                        f'{mounted} && exec "$@" sh -c "echo 1 > /sys/fs/fuse/connections/{found.connection}/abort"'
+                    )
+                    done = subprocess.run(
+                        ["unshare", "-m", "sh", "-c", script, "sh", *user.prefix], capture_output=True, timeout=LIMIT_S
+                    )
+                    assert (done.returncode, done.stderr) == (0, b"")
+                _, said = reader.communicate(timeout=LIMIT_S)
+                assert reader.returncode == 1 and (b"abort" in said or b"not connected" in said), said
+            finally:
+                os.kill(server.process.pid, signal.SIGCONT)
+
+
+def _other(user: User) -> Path:
+    directory = user.directory / "other"
+    directory.mkdir()
+    return directory
 
 
 def test_without_opens(user: User) -> None:
