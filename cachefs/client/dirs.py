@@ -27,6 +27,8 @@ class DirReader:
         self._nursery = nursery
         self._follow = ExitStack()
         self._following: Following | None = None
+        self._since = 0.0
+        self._began = NO_INO
         self._entries: deque[Entry] = deque()
         """What follows `_position`."""
         self._position = NO_INO
@@ -69,6 +71,8 @@ class DirReader:
                         error, self._error = self._error, None
                         raise error from None
                     self._at_end = True
+                    if self._began == NO_INO and self._following is not None:
+                        self._metadata.told_whole(self.ino, self._following, self._since)
             return [self._entries[index] for index in range(min(limit, len(self._entries)))]
 
     def is_outdated(self, name: str) -> bool:
@@ -87,6 +91,8 @@ class DirReader:
         self._scope = trio.CancelScope()
         self._follow.close()
         self._following = self._follow.enter_context(self._metadata.follow(self.ino))
+        self._since = trio.current_time()
+        self._began = self._position
         self._nursery.start_soon(self._stream, send, self._scope, self._position)
 
     async def _stream(self, send: trio.MemorySendChannel[list[Entry]], scope: trio.CancelScope, after: Ino) -> None:

@@ -42,6 +42,7 @@ R = TypeVar("R")
 _TOUCHES = 4
 """Names asked for one by one in a directory, before the rest of it is fetched by one listing."""
 _TOUCHED_DIRECTORIES = 10_000
+_WHOLE_DIRECTORIES = 10_000
 _CHANGES_FOLLOWED = 10_000
 """Names that changed in a directory while it is being listed; with more, nothing of the listing is believed."""
 
@@ -71,6 +72,11 @@ class Following:
 
     def is_outdated(self, name: str) -> bool:
         return self._everything or name in self._changed
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything has."""
+        return self._everything or bool(self._changed)
 
     def add(self, names: list[str]) -> None:
         self._changed.update(names)
@@ -123,6 +129,8 @@ class Metadata:
         self._overtaken: set[tuple[Ino, str]] = set()
         """Names that changed while the master was being asked for them."""
         self._followers: dict[Ino, set[Following]] = {}
+        self._whole: OrderedDict[Ino, tuple[float, int]] = OrderedDict()
+        """Directories that somebody was told all names of: until when, and under which generation, that is right."""
 
     # ---- attributes ------------------------------------------------------------------------------------------------
 
@@ -287,6 +295,20 @@ class Metadata:
                 await self._on_foreign()
                 raise
 
+    def told_whole(self, directory: Ino, following: Following, since: float) -> None:
+        """Somebody was told all names of a directory, from `since` (trio's clock) on, and what they stood for."""
+        if not following.is_changed:
+            expires = since + min(self.ttl_s, self.entry_ttl_s)
+            self._whole[directory] = expires, self._generation
+            self._whole.move_to_end(directory)
+            if len(self._whole) > _WHOLE_DIRECTORIES:
+                self._whole.popitem(last=False)
+
+    def is_still_whole(self, directory: Ino) -> bool:
+        """Whether what was last told of it is still to be believed."""
+        expires, generation = self._whole.get(directory, (-1.0, 0))
+        return generation == self._generation and trio.current_time() < expires
+
     @contextmanager
     def follow(self, directory: Ino) -> Iterator[Following]:
         """Be told what changes in a directory while the block lasts."""
@@ -316,6 +338,7 @@ class Metadata:
         self._changes += 1
         told = []
         for directory, names in changes.names:
+            self._whole.pop(directory, None)
             for follower in self._followers.get(directory, ()):
                 follower.add(names)
             for name in names:

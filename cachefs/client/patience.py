@@ -6,6 +6,7 @@ changes anything but caches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -21,12 +22,20 @@ async def patiently(call: Callable[[], Awaitable[T]], patience_s: float) -> T:
 
     Raises the last TransportError then, and any other error at once. Cancelling is safe at any time.
     """
+    began = time.monotonic()
+    try:
+        # Nearly always the only attempt: the machinery of retries costs as much as the request.
+        return await call()
+    except TransportError as error:
+        first = error
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(TransportError),
         wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
-        stop=tenacity.stop_after_delay(patience_s),
+        stop=tenacity.stop_after_delay(patience_s - (time.monotonic() - began)),
         reraise=True,
     ):
         with attempt:
+            if attempt.retry_state.attempt_number == 1:
+                raise first
             return await call()
     raise AssertionError("unreachable: the last attempt raises")

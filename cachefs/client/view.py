@@ -78,13 +78,14 @@ class View:
             return None
         return self._sealed.open(BlockId(attr.key, 0), size)
 
-    async def promote(self, ino: Ino, *, background: bool = False) -> bool:
+    async def promote(self, ino: Ino, *, background: bool = False, reader: int = 0) -> bool:
         """Have the worker make a content local; False if it has no room for it. `background`: nobody waits to read it.
+        `reader`: a number for whoever wants it, of whom the worker looks in which order he opens files.
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
         self._on_promoted()
-        return (await self._ask_worker(Promote(ino, self._promote, background))).message.sealed
+        return (await self._ask_worker(Promote(ino, self._promote, background, reader))).message.sealed
 
     async def block_status(self, block: BlockId) -> BlockStatus:
         """What this node's worker has of a block. Raises TransportError."""

@@ -86,6 +86,7 @@ _OPEN_PASSTHROUGH = int(OpenFlag.NOFLUSH | OpenFlag.PASSTHROUGH)
 """Without KEEP_CACHE: with it, the kernel refuses the answer."""
 _OPEN_CACHED = int(OpenFlag.NOFLUSH)
 _OPEN_CACHED_KEEP = int(OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE)
+_OPENDIR = int(OpenFlag.CACHE_DIR)
 _OPENDIR_KEEP = int(OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE)
 
 _Handler = Callable[[int, int, bytes], None]
@@ -400,12 +401,13 @@ class KernelSession:
         try:
             reply = self._operations.open_nowait(node, flags)
         except trio.WouldBlock:
-            self._later(unique, Opcode.OPEN, partial(self._open_later, unique, node, flags))
+            pid = parse_header(request).pid
+            self._later(unique, Opcode.OPEN, partial(self._open_later, unique, node, flags, pid))
         else:
             self._answer_open(unique, node, reply)
 
-    async def _open_later(self, unique: int, node: int, flags: int) -> None:
-        self._answer_open(unique, node, await self._operations.open(node, flags))
+    async def _open_later(self, unique: int, node: int, flags: int, pid: int) -> None:
+        self._answer_open(unique, node, await self._operations.open(node, flags, pid))
 
     def _answer_open(self, unique: int, node: int, reply: OpenReply) -> None:
         fh, backing_id, keep_cache = reply
@@ -459,7 +461,7 @@ class KernelSession:
         self._answer_opendir(unique, await self._operations.opendir(node))
 
     def _answer_opendir(self, unique: int, reply: OpenDirReply) -> None:
-        if not self._reply(open_reply(unique, reply.fh, _OPENDIR_KEEP if reply.keep_cache else 0)):
+        if not self._reply(open_reply(unique, reply.fh, _OPENDIR_KEEP if reply.keep_cache else _OPENDIR)):
             self._operations.releasedir(reply.fh)
 
     def _readdir(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:

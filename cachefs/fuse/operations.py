@@ -260,13 +260,13 @@ class CacheOperations:
             raise trio.WouldBlock
         return self._open_cached(node, view, attr)
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         view, ino = await self._place(node)
         attr = await view.metadata.current(ino)
         reply = self._join_or_pass(node, view, attr)
         if reply is None and self._worth_waiting_for(attr):
             try:
-                await view.promote(ino)
+                await view.promote(ino, reader=pid)
             except StaleError:
                 view.metadata.expire(ino)
                 raise
@@ -371,7 +371,9 @@ class CacheOperations:
     def _open_dir(self, view: View, ino: Ino) -> OpenDirReply:
         handle = next(self._handles)
         self._dirs[handle] = view, DirReader(view.metadata, ino, self._nursery)
-        return OpenDirReply(handle)
+        # The kernel keeps what it is told of a directory; once it was told all of it, it need not ask again until
+        # something changes or is no longer believed.
+        return OpenDirReply(handle, view.metadata.is_still_whole(ino))
 
     def readdir_nowait(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
         view, reader = self._dir(fh)

@@ -61,7 +61,7 @@ class OpenReply(NamedTuple):
 class OpenDirReply(NamedTuple):
     fh: int
     keep_cache: bool = False
-    """The listing the kernel has of this directory is still good. The kernel's copy holds names, not attributes: once
+    """The listing that the kernel keeps of this directory is still good. Its copy holds names, not attributes: once
     those have expired it asks for them one by one, so this should not outlive the attributes' TTL."""
 
 
@@ -92,7 +92,7 @@ class Operations(Protocol):
         interrupted. StaleError makes the kernel look the name up again and open what it finds then.
         """
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         """If this is cancelled, no `release` follows."""
 
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:

@@ -261,7 +261,11 @@ class _Handlers(pyfuse3.Operations):
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & REFUSED_OPEN_FLAGS:
             raise pyfuse3.FUSEError(errno.EROFS)
-        fh, backing_id, keep_cache = await _ask(self._operations.open_nowait, self._operations.open, inode, flags)
+        try:
+            reply = self._operations.open_nowait(inode, flags)
+        except trio.WouldBlock:
+            reply = await self._operations.open(inode, flags, ctx.pid)
+        fh, backing_id, keep_cache = reply
         if backing_id is not None:
             self._operations.release(inode, fh)
             raise LocalProtocolError("libfuse cannot take a backing file")

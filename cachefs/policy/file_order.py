@@ -14,10 +14,9 @@ D = TypeVar("D", bound=Hashable)
 class FileOrderConfig:
     steps: int = 3
     """Opens in order, after a first one, before anything is fetched ahead."""
-    gap: int = 4
-    """The next one in order lies at most so many positions further on: some are directories, or were skipped."""
-    back: int = 16
-    """Opens that lie behind by no more than this are those of other processes that share the work."""
+    gap: int = 16
+    """The next one in order lies at most so many positions further on: others are directories, were skipped, or are
+    opened by others that share the work."""
     min_files: int = 4
     max_files: int = 64
     """Fetched ahead at a time; doubled from the smaller to the larger."""
@@ -25,12 +24,20 @@ class FileOrderConfig:
     """Remembered for one reader."""
     history: int = 32
     """Of so many last opens at least half must have been in order: shuffled ones are in order in places, too."""
+    crowd: int = 12
+    """So many opens in a directory that lie close together are in order as well: of several processes that share the
+    work, each is ahead of others and behind some. Shuffled ones lie far apart, but in directories of few files: there
+    next to nothing is left to fetch after so many."""
+    spread: int = 48
+    """How many positions may lie between the first and the last of a crowd, and how far one of it may jump."""
 
 
 class Run:
     """Opens in order in one directory. Positions are numbers that ascend with the order; they have gaps."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, crowd: int) -> None:
+        self.recent: deque[int] = deque([position], maxlen=crowd)
+        """Positions of the last opens, as they came."""
         self.over = False
         """What was fetched ahead for it is of no use any more."""
         self.window = 0
@@ -73,14 +80,21 @@ class FileOrder(Generic[D]):
             self._begin(directory, position)
             self._history.append(False)
             return None
-        if run._reached - config.back <= position <= run._reached:
-            return None
+        run.recent.append(position)
         in_order = run._reached < position <= run.after + config.gap
         self._history.append(in_order)
-        if not in_order:
+        if in_order or (self._is_crowd(run) and position > run._reached):
+            return self._move(directory, run, position)
+        if not run._reached - config.spread <= position <= run.after + config.spread:
             self._begin(directory, position)
-            return None
-        return self._move(directory, run, position)
+        elif position > run._reached:
+            run._reached = position
+            run._steps = 0
+        return None
+
+    def _is_crowd(self, run: Run) -> bool:
+        recent = run.recent
+        return len(recent) == recent.maxlen and max(recent) - min(recent) <= self._config.spread
 
     def passed(self, directory: D, position: int) -> Run | None:
         """A file that was fetched ahead was opened, as is heard now; else as `asked`."""
@@ -94,7 +108,7 @@ class FileOrder(Generic[D]):
         before = self._runs.pop(directory, None)
         if before is not None:
             before.over = True
-        self._runs[directory] = Run(position)
+        self._runs[directory] = Run(position, self._config.crowd)
         if len(self._runs) > self._config.directories:
             self._runs.popitem(last=False)[1].over = True
 
@@ -103,8 +117,10 @@ class FileOrder(Generic[D]):
         self._runs.move_to_end(directory)
         run._reached = position
         run._steps += 1
-        too_early = run._asking or run._steps < config.steps or position < run._trigger
-        if too_early or 2 * sum(self._history) < len(self._history):
+        if run._asking or position < run._trigger:
+            return None
+        is_row = run._steps >= config.steps and 2 * sum(self._history) >= len(self._history)
+        if not is_row and not self._is_crowd(run):
             return None
         run._asking = True
         run.window = min(config.max_files, max(config.min_files, 2 * run.window))

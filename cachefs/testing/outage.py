@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
 from cachefs.model import ObjectInfo, UnavailableError
 from cachefs.ufs import UnderStore
+from cachefs.ufs.files import Claim, Keep
 
 
 class Outage:
@@ -54,3 +55,8 @@ class Outage:
 
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
         return await self._store.read_range(info, offset, length)
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        return await self._store.read_files(infos, keep, at_once, claim)

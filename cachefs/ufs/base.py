@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from cachefs.model import ObjectInfo
+from cachefs.ufs.files import Claim, Data, Keep
 
 MAX_NAME_BYTES = 255
 """NAME_MAX of every Linux file system."""
@@ -33,10 +34,20 @@ class UnderStore(Protocol):
         A name is given once as a directory, and may have been given before as an object that the directory shadows.
         """
 
-    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
+    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> Data:
         """Exactly `length` bytes, within the object, of exactly the version `info` describes.
 
         Raises ContentChangedError when the store has another version now, NotFoundError when it has none.
+        """
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        """Whole objects, at most `at_once` of them on their way: for small ones, of which the way of the bytes from
+        thread to thread is most of the cost.
+
+        Returns for each what kept it from being kept: an error as of `read_range`, or what `keep` raised. None: it is
+        kept, or was not claimed. Cancelled, it returns when no `keep` runs any more.
         """
 
 

@@ -14,7 +14,7 @@ import ftplib
 import inspect
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
@@ -40,6 +40,7 @@ from cachefs.ufs import options as opts
 from cachefs.ufs import settle
 from cachefs.ufs.base import is_file_name
 from cachefs.ufs.bridge import Bridge, open_bridge
+from cachefs.ufs.files import Claim, Keep, read_one_by_one
 from cachefs.ufs.ftp import Ftp
 from cachefs.ufs.retry import Requests, retry_after_s
 
@@ -307,6 +308,11 @@ class FsspecStore:
             return data
 
         return await self._requests.run(f"read {info.path!r}", read)
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        return await read_one_by_one(self, infos, keep, at_once, claim)
 
     async def _check(self, info: ObjectInfo) -> None:
         now = await self._look(info.path)

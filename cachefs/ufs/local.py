@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -28,6 +28,7 @@ from cachefs.model import (
 )
 from cachefs.ufs import options as opts
 from cachefs.ufs import settle
+from cachefs.ufs.files import Claim, Keep, read_one_by_one
 
 T = TypeVar("T")
 
@@ -104,6 +105,11 @@ class LocalStore:
             await self._in_thread(info.path, lambda: _check(info, os.stat(self._full(info.path))))
             await trio.sleep(pause_s)
         return await self._in_thread(info.path, lambda: self._read(info, offset, length))
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        return await read_one_by_one(self, infos, keep, at_once, claim)
 
     def _read(self, info: ObjectInfo, offset: int, length: int) -> bytearray:
         fd = os.open(self._full(info.path), os.O_RDONLY | os.O_CLOEXEC)

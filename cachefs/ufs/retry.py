@@ -99,6 +99,11 @@ class Requests:
 
         began = trio.current_time()
         with trio.move_on_after(limit_s):
+            try:
+                # Nearly always the only attempt: the machinery of retries costs as much as the request.
+                return await self._try(what, attempt)
+            except (ThrottledError, UnavailableError) as error:
+                first = error
             async for one in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type((ThrottledError, UnavailableError)),
                 wait=pause,
@@ -107,29 +112,68 @@ class Requests:
                 reraise=True,
             ):
                 with one:
-                    await self._take_slot(what)
-                    try:
-                        return await self._attempt(attempt)
-                    finally:
-                        self._slots.release()
+                    if one.retry_state.attempt_number == 1:
+                        raise first
+                    return await self._try(what, attempt)
         raise UnavailableError(f"{what}: no answer within {limit_s:g} s ({trouble})")
 
-    async def _take_slot(self, what: str) -> None:
-        """Outside of pauses. Raises ThrottledError or UnavailableError when there is none for too long."""
+    async def together(
+        self, what: str, most: int, attempt: Callable[[int], Awaitable[list[Exception | None]]]
+    ) -> list[Exception | None]:
+        """The outcomes of `attempt(at_once)`, which makes several requests once, `most` at a time. What comes of it
+        is counted as by `run`, to which those are left that are worth trying again.
+
+        Raises ThrottledError or UnavailableError when there is no slot for too long.
+        """
+        slots: list[object] = []
+        try:
+            slots.append(await self._take_slot(what, object()))
+            while len(slots) < most and self._slots.available_tokens >= 1:
+                slot = object()
+                self._slots.acquire_on_behalf_of_nowait(slot)
+                slots.append(slot)
+            began = trio.current_time()
+            outcomes = await attempt(len(slots))
+        finally:
+            for slot in slots:
+                self._slots.release_on_behalf_of(slot)
+        throttled = [error for error in outcomes if isinstance(error, ThrottledError)]
+        if throttled:
+            self._slow_down(began, max(error.retry_after_s for error in throttled))
+        elif not all(isinstance(error, UnavailableError) for error in outcomes):
+            self._answered()
+        return outcomes
+
+    async def _try(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        slot = await self._take_slot(what, object())
+        try:
+            return await self._attempt(attempt)
+        finally:
+            self._slots.release_on_behalf_of(slot)
+
+    async def _take_slot(self, what: str, slot: object) -> object:
+        """`slot`, taken outside of pauses. ThrottledError or UnavailableError: there is none for too long."""
         began = trio.current_time()
+        if self._resume_at <= began:
+            try:
+                self._slots.acquire_on_behalf_of_nowait(slot)
+            except trio.WouldBlock:
+                pass
+            else:
+                return slot
         while True:
             if self._resume_at > began + self._deadline_s:
                 raise ThrottledError(f"{what}: the store asks for a longer pause than the deadline allows")
             await trio.sleep_until(self._resume_at)
             with trio.move_on_after(self._deadline_s) as waiting:
-                await self._slots.acquire()
+                await self._slots.acquire_on_behalf_of(slot)
             if waiting.cancelled_caught:
                 if self._answered_at < began:
                     raise UnavailableError(f"{what}: the store answers no requests")
             elif self._resume_at <= trio.current_time():
-                return
+                return slot
             else:
-                self._slots.release()  # asked to pause meanwhile
+                self._slots.release_on_behalf_of(slot)  # asked to pause meanwhile
 
     async def _attempt(self, attempt: Callable[[], Awaitable[T]]) -> T:
         began = trio.current_time()

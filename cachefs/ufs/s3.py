@@ -9,7 +9,7 @@ The library's requests are made one by one, because its file-system calls send n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,7 +38,8 @@ from cachefs.model import (
 from cachefs.ufs import options as opts
 from cachefs.ufs.base import is_file_name
 from cachefs.ufs.bridge import Bridge, Running, open_bridge
-from cachefs.ufs.retry import Requests, retry_after_s
+from cachefs.ufs.files import Claim, Data, Keep, read_one_by_one
+from cachefs.ufs.retry import Requests, at_most, retry_after_s
 from cachefs.ufs.s3_ranges import RangeReader, open_ranges
 
 T = TypeVar("T")
@@ -126,6 +127,7 @@ class S3Store:
     def __init__(self, config: S3Config, client: Any, ranges: RangeReader | None, bridge: Bridge) -> None:
         self._bucket = config.bucket
         self._prefix = config.prefix
+        self._deadline_s = config.deadline_s
         self._requests = Requests(config.deadline_s, config.connections)
         self._client = client
         self._ranges = ranges
@@ -215,6 +217,32 @@ class S3Store:
             return data
 
         return await self._requests.run(what, attempt)
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        ranges = self._ranges
+        if ranges is None:
+            return await read_one_by_one(self, infos, keep, at_once, claim)
+        began = trio.current_time()
+        wanted = [(self._prefix + info.path, info) for info in infos]
+
+        async def attempt(slots: int) -> list[Exception | None]:
+            return await self._bridge.run(lambda: ranges.read_files(wanted, keep, slots, claim, self._bridge))
+
+        outcomes = await self._requests.together(f"read {len(infos)} objects", at_once, attempt)
+        again = [n for n, error in enumerate(outcomes) if isinstance(error, (ThrottledError, UnavailableError))]
+        left_s = self._deadline_s - (trio.current_time() - began)
+        if again and left_s > 0:
+
+            def keep_again(number: int, data: Data) -> None:
+                keep(again[number], data)
+
+            with at_most(left_s):
+                found = await read_one_by_one(self, [infos[n] for n in again], keep_again, at_once, lambda _: True)
+            for number, error in zip(again, found, strict=True):
+                outcomes[number] = error
+        return outcomes
 
     async def _request(self, what: str, make: Callable[[], Any]) -> Any:
         """Run asyncio code, with retries, and errors translated."""

@@ -6,9 +6,11 @@ others are left to s3fs.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import obstore
@@ -25,6 +27,8 @@ from cachefs.model import (
     UnavailableError,
     UnderStoreError,
 )
+from cachefs.ufs.bridge import Bridge
+from cachefs.ufs.files import Claim, Keep
 
 _ASK_AGAIN = timedelta(minutes=5)
 """Credentials of the session are asked for so often; the session itself knows when to refresh them."""
@@ -69,6 +73,42 @@ class RangeReader:
         if len(data) != length:
             raise UnavailableError(f"{info.path}: the answer broke off after {len(data)} of {length} bytes")
         return data
+
+    async def read_files(
+        self, wanted: Sequence[tuple[str, ObjectInfo]], keep: Keep, at_once: int, claim: Claim, bridge: Bridge
+    ) -> list[Exception | None]:
+        """As `UnderStore.read_files` of (key, object): each is asked for once, and no more when one is throttled.
+
+        UnavailableError is also the outcome of what this reader cannot address.
+        """
+        outcomes: list[Exception | None] = [None] * len(wanted)
+        numbers = iter(range(len(wanted)))
+        throttled: ThrottledError | None = None
+
+        async def work() -> None:
+            nonlocal throttled
+            for number in numbers:
+                if throttled is not None:
+                    outcomes[number] = throttled
+                    continue
+                if not claim(number):
+                    continue
+                key, info = wanted[number]
+                if not info.size_bytes or not self.can_read(key):
+                    outcomes[number] = UnavailableError(f"{info.path}: only other readers address it")
+                    continue
+                try:
+                    data = await self.read(key, info, 0, info.size_bytes)
+                    await bridge.in_thread(partial(keep, number, data))
+                except Exception as error:
+                    outcomes[number] = error
+                    if isinstance(error, ThrottledError):
+                        throttled = error
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(at_once, len(wanted))):
+                tasks.create_task(work())
+        return outcomes
 
 
 def _translate(path: str, error: Exception) -> CachefsError:

@@ -344,6 +344,8 @@ class Promote(Request[PromoteReply], frozen=True):
     """None: as the worker was told."""
     background: bool = False
     """Nobody waits to read it: it delays no reader."""
+    reader: int = 0
+    """Tells those who open files through one mount apart: what each opens in order is fetched ahead of it."""
 
 
 class FetchReply(msgspec.Struct, frozen=True, array_like=True):

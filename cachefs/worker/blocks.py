@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import trio
@@ -19,6 +20,7 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Capacit
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store
+from cachefs.ufs.files import Claim
 from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.config import WorkerConfig
@@ -62,7 +64,9 @@ class Blocks:
         self._whole: Flights[BlockId, None] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
         self._looking = trio.CapacityLimiter(1)
-        self._prefetch = Prefetch(config, sources, self._has_room, self._keep_ahead, nursery)
+        self._prefetch = Prefetch(
+            config, sources, self._has_room, self._is_worth_fetching, self._keep_ahead, counters, nursery
+        )
         self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -78,28 +82,23 @@ class Blocks:
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
         if not request.background:
-            self._prefetch.asked(reader, source)
+            self._prefetch.asked((reader, request.reader), source)
         block = BlockId(attr.key, 0)
         for attempt in range(_ATTEMPTS):
             if await self._is_sealed(block):
                 return PromoteReply(True)
+            if await self._prefetch.join(block) and self._store.is_sealed(block):
+                return PromoteReply(True)
             if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
-                is_fetched_ahead = block in self._whole
-                if not is_fetched_ahead and not self._admits(attr.size_bytes, mode):
+                if block not in self._whole and not self._admits(attr.size_bytes, mode):
                     return PromoteReply(False)
                 try:
                     await self._whole.join(
-                        block,
-                        lambda: self._filler.keep_whole(
-                            block, source, attr.size_bytes, mode, loading=request.background
-                        ),
+                        block, lambda: self._filler.keep_whole(block, source, mode, loading=request.background)
                     )
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
-                    if is_fetched_ahead:
-                        # For what nobody waits for, nothing is evicted; for this reader it may be.
-                        continue
                     self._counters.not_admitted += 1
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return PromoteReply(False)
@@ -144,7 +143,7 @@ class Blocks:
             if request.unreadable:
                 self._doubt(block, request.held)
             elif request.offset == 0:
-                self._prefetch.asked(reader, source)
+                self._prefetch.asked((reader, 0), source)
             for _ in range(_ATTEMPTS):
                 if request.unreadable or block in self._doubted:
                     break
@@ -155,6 +154,8 @@ class Blocks:
                         return self._confirm_sealed(fd, length)
                     # Its files are not what the index says.
                     await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+                if await self._prefetch.join(block) and self._store.is_sealed(block):
+                    continue
                 if block in self._whole:
                     with suppress(BlockCorruptError, CapacityError):
                         await self._whole.join(block, trio.lowlevel.checkpoint)
@@ -187,7 +188,7 @@ class Blocks:
         """A mount tells what it has opened sealed, some while ago. Returns whether files are fetched ahead of it."""
         for block in blocks:
             self._store.visited(block)
-        return self._prefetch.opened(reader, blocks)
+        return self._prefetch.opened(blocks)
 
     def status(self, block: BlockId) -> BlockStatus:
         for tier in self._store.tiers:
@@ -224,23 +225,19 @@ class Blocks:
         """Without evicting anything: nobody has asked for it yet."""
         return self._config.promote is not Promote.NEVER and self._store.admits(length, Promote.IF_SPACE)
 
-    async def _keep_ahead(self, source: Source) -> bool:
-        """Make a small content local that nobody waits for; False: no room. Raises as `Filler.keep_whole`."""
-        block, length = BlockId(source.attr.key, 0), source.attr.size_bytes
-        if self._geometry.page_count(length) > 1 or block in self._jobs or block in self._whole:
-            return True
-        if self._store.is_sealed(block) or self._store.is_suspect(block):
-            return True
-        if not self._has_room(length):
-            return False
-        try:
-            await self._whole.join(
-                block, lambda: self._filler.keep_whole(block, source, length, Promote.IF_SPACE, ahead=True)
-            )
-        except CapacityError:
-            return False
-        self._counters.files_ahead += 1
-        return True
+    def _is_worth_fetching(self, source: Source) -> bool:
+        """Whether it is a small content that is not here, nor on its way."""
+        block = BlockId(source.attr.key, 0)
+        is_here = self._store.is_sealed(block) or self._store.is_suspect(block)
+        is_small = self._geometry.page_count(source.attr.size_bytes) <= 1
+        return is_small and not is_here and block not in self._jobs and block not in self._whole
+
+    async def _keep_ahead(
+        self, wanted: Sequence[tuple[BlockId, Source]], claim: Claim, on_kept: Callable[[int], None]
+    ) -> list[Exception | None]:
+        """Contents that nobody waits for: nothing is evicted for them."""
+        slots = max(1, self._config.ahead_slots)
+        return await self._filler.keep_files(wanted, Promote.IF_SPACE, at_once=slots, claim=claim, on_kept=on_kept)
 
     # ---- sealed ----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ has asked for it for a while; what a partial has on disk survives that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -27,6 +27,7 @@ from cachefs.model import (
 from cachefs.net.flights import Flights
 from cachefs.policy import Promote, Readahead, ReadaheadConfig
 from cachefs.store import Partial, Store, page_checksum
+from cachefs.ufs.files import Claim, Data
 from cachefs.worker.counters import Counters
 from cachefs.worker.sources import Source, Sources
 
@@ -140,31 +141,57 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
-    async def keep_whole(
+    async def keep_whole(self, block: BlockId, source: Source, promote: Promote, *, loading: bool = False) -> None:
+        """As `keep_files`, of one. `loading`: in the slots of those that nobody waits to read.
+
+        Raises as `fetch` and `seal`.
+        """
+        async with self._load if loading else self._demand:
+            (error,) = await self.keep_files([(block, source)], promote, at_once=1)
+        if error is not None:
+            raise error
+
+    async def keep_files(
         self,
-        block: BlockId,
-        source: Source,
-        length: int,
+        wanted: Sequence[tuple[BlockId, Source]],
         promote: Promote,
         *,
-        ahead: bool = False,
-        loading: bool = False,
-    ) -> None:
-        """Fetch a content of at most one page, and seal it: all that the disk has to do, in one go.
+        at_once: int,
+        claim: Claim = lambda number: True,
+        on_kept: Callable[[int], None] = lambda number: None,
+    ) -> list[Exception | None]:
+        """Fetch contents of at most one page each, of one under-store, and seal them: all that the disk has to do for
+        one in one go, and in the thread that gets the bytes. Most of what a small file costs are wake-ups of threads.
 
-        Most of what a small file costs are wake-ups of threads: one is enough. `ahead`: nobody waits for it, nothing is
-        evicted, and the caller bounds how many there are. Raises as `fetch` and `seal`.
+        `claim` as of `UnderStore.read_files`; `on_kept` is called with the number of each that is sealed, at once. The
+        caller bounds how many there are. Returns what kept each from being kept: errors as of `fetch` and `seal`.
         """
-        async with nullcontext() if ahead else self._load if loading else self._demand:
-            data = await self.read(source, 0, length)
+        token = trio.lowlevel.current_trio_token()
+
+        def kept(number: int, length: int, sealed: bool) -> None:
+            self._counters.under_store_reads += 1
+            self._counters.under_store_bytes += length
+            if sealed:
+                self._counters.pages_fetched += 1
+                self._counters.blocks_sealed += 1
+                self._on_sealed(wanted[number][0], length)
+                on_kept(number)
+
+        def keep(number: int, data: Data) -> None:
+            sealed = False
             try:
-                await trio.to_thread.run_sync(self._keep, block, data, promote, limiter=self._disk)
-            except BlockCorruptError:
+                self._keep(wanted[number][0], data, promote)
+                sealed = True
+            finally:
+                token.run_sync_soon(kept, number, len(data), sealed)
+
+        outcomes = await self._sources.read_files([source for _, source in wanted], keep, at_once, claim)
+        for number, error in enumerate(outcomes):
+            if isinstance(error, (ContentChangedError, NotFoundError)):
+                outcomes[number] = await self._changed(wanted[number][1], error)
+            elif isinstance(error, BlockCorruptError):
                 self._counters.corrupt += 1
-                raise
-        self._counters.pages_fetched += 1
-        self._counters.blocks_sealed += 1
-        self._on_sealed(block, length)
+        return outcomes
 
     def _keep(self, block: BlockId, data: bytes | bytearray | memoryview, promote: Promote) -> None:
         partial = self._store.open_partial(block, len(data), promote)
@@ -231,15 +258,21 @@ class Filler:
         try:
             data = await self._sources.read(source, offset, length)
         except (ContentChangedError, NotFoundError) as error:
-            self._counters.changed += 1
-            if source.attr.key:
-                self._store.retire(BlockId(source.attr.key, 0))
-            # Before the reader hears of it: when it looks the name up again, it must find what there is now.
-            await self._on_changed(source)
-            raise ContentChangedError(f"{source.info.path}: changed or removed in the under-store") from error
+            raise await self._changed(source, error) from error
         self._counters.under_store_reads += 1
         self._counters.under_store_bytes += length
         return data
+
+    async def _changed(self, source: Source, error: CachefsError) -> ContentChangedError:
+        """What to tell whoever wanted to read an object of which there is another version now, or none."""
+        self._counters.changed += 1
+        if source.attr.key:
+            self._store.retire(BlockId(source.attr.key, 0))
+        # Before the reader hears of it: when it looks the name up again, it must find what there is now.
+        await self._on_changed(source)
+        changed = ContentChangedError(f"{source.info.path}: changed or removed in the under-store")
+        changed.__cause__ = error
+        return changed
 
 
 def _first(group: BaseExceptionGroup[CachefsError]) -> CachefsError:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import trio
 
 from cachefs.model import BlockId, CachefsError, Ino
 from cachefs.policy import FileOrder, FileOrderConfig, Run
 from cachefs.ufs import UnderStore
+from cachefs.ufs.files import Claim
 from cachefs.worker.config import WorkerConfig
+from cachefs.worker.counters import Counters
 from cachefs.worker.sources import Source, Sources
 
 logger = logging.getLogger(__name__)
@@ -23,13 +26,26 @@ _READERS = 64
 _REMEMBERED = 8192
 """Files fetched ahead, of which it may still be heard that they were opened."""
 
+_BATCHES = 2
+"""Under way at once: the next one begins while the last files of the one before are awaited."""
+_TAKEN = object()
+
+Reader = tuple[int, int]
+"""A mount's session, and which of those who open files through it."""
 _Directory = tuple[UnderStore, str]
 
 
-class Prefetch:
-    """`keep` makes one file local and returns whether there was room; it raises as `Filler.keep_whole`.
+class KeepFiles(Protocol):
+    async def __call__(
+        self, wanted: Sequence[tuple[BlockId, Source]], claim: Claim, on_kept: Callable[[int], None]
+    ) -> list[Exception | None]: ...
 
-    Memory: `ahead_slots` files of at most `ahead_file_bytes`.
+
+class Prefetch:
+    """`keep` makes files local, those that it can `claim`, and tells of each that is (as `Filler.keep_files`); `wanted`
+    says of one whether it is worth fetching, raising CapacityError when there is no room for it.
+
+    Memory: `ahead_slots` files of at most `ahead_file_bytes` for each of two batches.
     """
 
     def __init__(
@@ -37,19 +53,42 @@ class Prefetch:
         config: WorkerConfig,
         sources: Sources,
         has_room: Callable[[int], bool],
-        keep: Callable[[Source], Awaitable[bool]],
+        is_wanted: Callable[[Source], bool],
+        keep: KeepFiles,
+        counters: Counters,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._sources = sources
         self._has_room = has_room
+        self._is_wanted = is_wanted
         self._keep = keep
+        self._counters = counters
         self._nursery = nursery
-        self._slots = trio.CapacityLimiter(max(1, config.ahead_slots))
-        self._orders: OrderedDict[int, FileOrder[_Directory]] = OrderedDict()
-        self._fetched: OrderedDict[BlockId, tuple[_Directory, Ino]] = OrderedDict()
+        self._batches = trio.CapacityLimiter(_BATCHES)
+        self._orders: OrderedDict[Reader, FileOrder[_Directory]] = OrderedDict()
+        self._fetched: OrderedDict[BlockId, tuple[FileOrder[_Directory], Source]] = OrderedDict()
+        self._under_way: dict[BlockId, trio.Event] = {}
+        self._unclaimed: dict[BlockId, None] = {}
+        """Of those under way, what was not asked for yet; taken from in other threads too, by `pop` alone."""
 
-    def asked(self, reader: int, source: Source) -> None:
+    async def join(self, block: BlockId) -> bool:
+        """Wait for a file that is being fetched ahead; False, at once, if it is not. One that is only queued is taken
+        out of the queue: its reader fetches it sooner.
+        """
+        event = self._under_way.get(block)
+        if event is None:
+            return False
+        if self._claim(block):
+            del self._under_way[block]
+            return False
+        await event.wait()
+        return True
+
+    def _claim(self, block: BlockId) -> bool:
+        return self._unclaimed.pop(block, _TAKEN) is None
+
+    def asked(self, reader: Reader, source: Source) -> None:
         """A mount waits for this file."""
         size = source.attr.size_bytes
         if not self._config.files_ahead or not 0 < size <= self._config.ahead_file_bytes:
@@ -63,21 +102,18 @@ class Prefetch:
         if run is not None and not self._has_room(size):
             run.over = True
         elif run is not None:
-            self._nursery.start_soon(self._go_on, run, source.attr.ino)
+            self._nursery.start_soon(self._go_on, order, run, source.attr.ino)
 
-    def opened(self, reader: int, blocks: Iterable[BlockId]) -> bool:
+    def opened(self, blocks: Iterable[BlockId]) -> bool:
         """A mount has opened these by itself, in whatever order, some while ago. Was any of them fetched ahead?"""
-        order = self._orders.get(reader)
-        if order is None:
-            return False
         places = [self._fetched.pop(block) for block in blocks if block in self._fetched]
-        for directory, ino in sorted(places, key=lambda place: place[1]):
-            run = order.passed(directory, ino)
+        for order, source in sorted(places, key=lambda place: place[1].attr.ino):
+            run = order.passed(_directory(source), source.attr.ino)
             if run is not None:
-                self._nursery.start_soon(self._go_on, run, ino)
+                self._nursery.start_soon(self._go_on, order, run, source.attr.ino)
         return bool(places)
 
-    async def _go_on(self, run: Run, ino: Ino) -> None:
+    async def _go_on(self, order: FileOrder[_Directory], run: Run, ino: Ino) -> None:
         """Fetch the next files of a run: after inode `ino` and what was fetched ahead before."""
         try:
             sources, until = await self._sources.resolve_next(ino, Ino(run.after), run.window)
@@ -94,28 +130,54 @@ class Prefetch:
             if source.attr.key and 0 < source.attr.size_bytes <= self._config.ahead_file_bytes:
                 wanted.append(source)
         run.took(until, wanted[len(wanted) // 2].attr.ino if wanted else until)
-        for source in wanted:
-            # One slot after the other, so that what nobody fetches yet is not in the way of a reader who asks for it.
-            slot = object()
-            await self._slots.acquire_on_behalf_of(slot)
-            if run.over:
-                self._slots.release_on_behalf_of(slot)
-                return
-            self._nursery.start_soon(self._fetch, run, source, slot)
+        stores = {source.ufs for source in wanted}
+        for ufs in stores:
+            await self._fetch(order, run, [source for source in wanted if source.ufs is ufs])
 
-    async def _fetch(self, run: Run, source: Source, slot: object) -> None:
-        self._fetched[BlockId(source.attr.key, 0)] = _directory(source), source.attr.ino
-        if len(self._fetched) > _REMEMBERED:
-            self._fetched.popitem(last=False)
-        try:
-            if not await self._keep(source):
+    async def _fetch(self, order: FileOrder[_Directory], run: Run, sources: list[Source]) -> None:
+        """The files of one store. Their readers find out by themselves what is wrong with those that are not kept."""
+        wanted: list[tuple[BlockId, Source]] = []
+        for source in sources:
+            block = BlockId(source.attr.key, 0)
+            if block in self._under_way or not self._is_wanted(source):
+                continue
+            if not self._has_room(source.attr.size_bytes):
                 run.over = True
+                break
+            wanted.append((block, source))
+            self._under_way[block] = trio.Event()
+            self._unclaimed[block] = None
+            self._fetched[block] = order, source
+            if len(self._fetched) > _REMEMBERED:
+                self._fetched.popitem(last=False)
+        if not wanted:
+            return
+
+        def claim(number: int) -> bool:
+            return not run.over and self._claim(wanted[number][0])
+
+        def on_kept(number: int) -> None:
+            self._counters.files_ahead += 1
+            self._under_way.pop(wanted[number][0]).set()
+
+        try:
+            async with self._batches:
+                outcomes = await self._keep(wanted, claim, on_kept)
+            for (_, source), error in zip(wanted, outcomes, strict=True):
+                if error is not None:
+                    run.over = True
+                    if not isinstance(error, CachefsError):
+                        raise error
+                    logger.info("not fetched ahead path=%s error=%s", source.info.path, error)
         except CachefsError as error:
-            # A reader that comes for it finds out by itself.
-            logger.info("not fetched ahead path=%s error=%s", source.info.path, error)
+            logger.info("not fetched ahead files=%d error=%s", len(wanted), error)
             run.over = True
         finally:
-            self._slots.release_on_behalf_of(slot)
+            for block, _ in wanted:
+                self._unclaimed.pop(block, None)
+                event = self._under_way.pop(block, None)
+                if event is not None:
+                    event.set()
 
 
 def _directory(source: Source) -> _Directory:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import trio
 
 from cachefs.model import Attr, Ino, Kind, NamespaceChangedError, ObjectInfo, UnavailableError
 from cachefs.ufs import UnderStore, open_under_store
+from cachefs.ufs.files import Claim, Keep
 from cachefs.wire.messages import NextLocations, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
 
@@ -89,6 +91,12 @@ class Sources:
             raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
         located = [(each, self._open.get(each.store_id)) for each in found.files]
         return [self._remember(each, ufs) for each, ufs in located if ufs is not None], found.until
+
+    async def read_files(
+        self, wanted: Sequence[Source], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        """As `UnderStore.read_files`, of objects of one under-store."""
+        return await wanted[0].ufs.read_files([source.info for source in wanted], keep, at_once, claim)
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""

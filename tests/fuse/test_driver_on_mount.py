@@ -109,7 +109,7 @@ class Directory:
                 os.close(fd)
         return OpenReply(node, self.backing_ids[node])
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         await self.wait()
         return self.open_nowait(node, flags)
 

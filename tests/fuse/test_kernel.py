@@ -93,7 +93,7 @@ class Files:
     def open_nowait(self, node: int, flags: int) -> OpenReply:
         raise trio.WouldBlock
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         if node in self.stale:
             raise StaleError("superseded")
         if self.nodes[node][0] == b"blocking":

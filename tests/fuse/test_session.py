@@ -110,7 +110,7 @@ class Scripted:
         self._now()
         return OpenReply(9)
 
-    async def open(self, node: int, flags: int) -> OpenReply:
+    async def open(self, node: int, flags: int, pid: int) -> OpenReply:
         await self._later()
         return OpenReply(9)
 

@@ -188,7 +188,24 @@ def test_two_who_share_the_work_are_one_run() -> None:
     assert opens(FileOrder(), mixed)
 
 
-@given(st.integers(0, 2**32), st.sampled_from([(1000, 1), (100, 10), (10, 100)]))
+@given(st.integers(0, 2**32), st.integers(2, 12))
+def test_many_who_share_the_work_are_one_run(seed: int, readers: int) -> None:
+    """Each reads every so-manieth file, and waits for it now and then longer than the others for theirs."""
+    random = Random(seed)
+    shares = [list(range(reader, 600, readers)) for reader in range(readers)]
+    order: FileOrder[str] = FileOrder()
+    fetched, asked = 0, 0
+    while any(shares):
+        behind = min(share[0] for share in shares if share)
+        share = random.choice([share for share in shares if share and share[0] < behind + 3 * readers])
+        position = share.pop(0)
+        asked += 1
+        for _, window in opens(order, [position]):
+            fetched += window
+    assert asked == 600 and fetched >= 300
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(1000, 1), (100, 10), (10, 100), (50, 20)]))
 def test_shuffled_opens_fetch_next_to_nothing_ahead(seed: int, shape: tuple[int, int]) -> None:
     directories, files = shape
     order: FileOrder[str] = FileOrder()

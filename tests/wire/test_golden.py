@@ -206,7 +206,7 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.Promote(Ino(7)),
-        b"\x84\xa1q\xa7Promote\xa3ino\x07\xa7promote\xc0\xaabackground\xc2",
+        b"\x85\xa1q\xa7Promote\xa3ino\x07\xa7promote\xc0\xaabackground\xc2\xa6reader\x00",
     ),
     (
         m.FetchReply(-5, [(0, 3)]),
