@@ -4,17 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYFUSE3 := $(VENV)/.pyfuse3
 
 .PHONY: demo test test-all lint bench speed clean
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
-test: lint
+test: lint $(PYFUSE3)
 	$(BIN)/python -m pytest
 
 # What takes minutes as well.
-test-all: lint
+test-all: lint $(PYFUSE3)
 	$(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)
@@ -36,8 +37,30 @@ $(STAMP): pyproject.toml
 	  || { echo "cachefs needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory .apt-venv
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test-basic]'
 	@touch $(STAMP)
+
+# The second driver, which has to be compiled, and fusermount3: their tests are skipped where these cannot be had. Tried
+# again by the next `make test`, unless it worked.
+$(PYFUSE3): $(STAMP)
+	@missing="$$($(MISSING))"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ]; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing; } || true; \
+	  missing="$$($(MISSING))"; \
+	fi; \
+	if [ -n "$$missing" ]; then \
+	  echo "pyfuse3 and mounts without root are not tested: as root, apt-get install" $$missing; \
+	else \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]' && touch $(PYFUSE3) \
+	    || echo "pyfuse3 could not be installed and is not tested"; \
+	fi
+
+MISSING = \
+  command -v fusermount3 >/dev/null || echo fuse3; \
+  command -v gcc >/dev/null || echo gcc; \
+  command -v pkg-config >/dev/null || echo pkg-config; \
+  pkg-config --exists fuse3 2>/dev/null || echo libfuse3-dev; \
+  $(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
 
 .PHONY: .apt-venv
 .apt-venv:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from cachefs.fuse import Driver, why_no_pyfuse3
+
 # The same examples in every run, so that a change is judged by itself, and no deadline: machines are slow at times.
 # New examples: pytest --hypothesis-profile=explore.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -39,3 +41,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         logging.getLogger("cachefs").removeHandler(handler)
     if records and item.get_closest_marker("expect_warnings") is None:
         pytest.fail("unexpected warnings:\n" + "\n".join(f"{r.name}: {r.getMessage()}" for r in records))
+
+
+@pytest.fixture(params=list(Driver), ids=lambda driver: driver.value)
+def driver(request: pytest.FixtureRequest) -> Driver:
+    """For what both drivers do alike: the test runs once with each.
+
+    What has no such argument runs with the kernel driver only. Either because libfuse or pyfuse3 cannot do what it
+    tests: passthrough, no-open mode, NOFLUSH, cached directories, interrupts, a successor after a killed server, other
+    values of max_background, features of the kernel that are ignored. Or because no driver has a part in it.
+    """
+    driver: Driver = request.param
+    reason = why_no_pyfuse3() if driver is Driver.PYFUSE3 else None
+    if reason is not None:
+        pytest.skip(f"pyfuse3 cannot be had: {reason}; see the Makefile")
+    return driver

@@ -43,6 +43,7 @@ ARROWS = {
 ONLY_IMPORTER = {
     "fsspec": {"ufs"},
     "s3fs": {"ufs", "testing"},
+    "pyfuse3": {"fuse"},
     "sqlite3": {"meta"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -20,7 +20,17 @@ from cachefs.cli import params
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
 from cachefs.cli.settings import without_credentials
-from cachefs.fuse import FS_TYPE, all_mounts, is_dead, max_read_limit, probe, try_passthrough
+from cachefs.fuse import (
+    FS_TYPE,
+    PASSTHROUGH_NEEDS_ROOT,
+    all_mounts,
+    is_dead,
+    max_read_limit,
+    probe,
+    try_passthrough,
+    user_allow_other,
+    why_no_pyfuse3,
+)
 from cachefs.fusewire import InitFlag
 from cachefs.model import CachefsError, GiB, MiB, format_size
 from cachefs.net import Hello, open_peer, parse_address
@@ -94,15 +104,23 @@ def _machine(places: list[str], ignored: int) -> Iterator[Finding]:
     else:
         in_container = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
         mend = "docker run --device /dev/fuse --cap-add SYS_ADMIN ..." if in_container else "modprobe fuse"
+        if os.path.exists("/dev/fuse") and not in_container:
+            mend = "chmod 666 /dev/fuse, as root"
         yield Finding("/dev/fuse", "error", found.device_error, mend)
     if found.sys_admin:
         yield Finding("privileges", "ok", "CAP_SYS_ADMIN, which mounting and passthrough need")
+    elif found.helper_error is None:
+        yield from _without_root()
     else:
-        yield Finding(
-            "privileges", "error", "no CAP_SYS_ADMIN, which mounting needs", "run it as root: sudo cachefs ..."
-        )
-    if found.can_mount:
+        says = f"no CAP_SYS_ADMIN, which mounting needs, and no way around it: {found.helper_error}"
+        yield Finding("privileges", "error", says, "run it as root: sudo cachefs ...; or what is said on the left")
+    if found.why_no_mount is None:
         yield from _passthrough(places, ignored)
+    reason = why_no_pyfuse3()
+    if reason is None:
+        yield Finding("pyfuse3", "ok", "installed, for --driver pyfuse3")
+    else:
+        yield Finding("pyfuse3", "ok", f"cannot be had, and only --driver pyfuse3 needs it: {reason}")
     limit = max_read_limit()
     yield Finding("READ size", "ok", f"up to {format_size(limit)} (sysctl fs.fuse.max_pages_limit sets the limit)")
     # Clean-up does without; people who look for what hangs do not.
@@ -111,6 +129,17 @@ def _machine(places: list[str], ignored: int) -> Iterator[Finding]:
         yield Finding("fusectl", "ok", says, "mount -t fusectl none /sys/fs/fuse/connections")
     else:
         yield Finding("fusectl", "ok", "mounted")
+
+
+def _without_root() -> Iterator[Finding]:
+    yield Finding("privileges", "ok", "no CAP_SYS_ADMIN: fusermount3 mounts for this user")
+    if user_allow_other():
+        yield Finding("other users", "ok", "may use the mounts of this user (user_allow_other)")
+    else:
+        says = "may not use the mounts of this user: /etc/fuse.conf has no line user_allow_other"
+        yield Finding("other users", "warning", says, "echo user_allow_other >> /etc/fuse.conf, as root")
+    says = "stays what the kernel has (128 KiB), which halves sequential reads in cached mode: only root can set it"
+    yield Finding("read-ahead", "warning", says, "run it as root: sudo cachefs ...")
 
 
 def _passthrough(places: list[str], ignored: int) -> Iterator[Finding]:
@@ -126,6 +155,8 @@ def _passthrough(places: list[str], ignored: int) -> Iterator[Finding]:
             yield Finding("passthrough", "ok", f"works for a cache in {place}: cached files are read at native speed")
         else:
             mend = "cache on ext4, xfs or tmpfs: --tier ssd:DIR:SIZE" if "file" in reason else "use Linux 6.9 or newer"
+            if reason == PASSTHROUGH_NEEDS_ROOT:
+                mend = "run it as root: sudo cachefs ..."
             says = f"does not work for a cache in {place}: {reason}; files are read in cached mode"
             yield Finding("passthrough", "warning", says, mend)
 

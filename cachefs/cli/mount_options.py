@@ -10,7 +10,7 @@ import click
 
 from cachefs.cli import params
 from cachefs.client import ClientConfig, Timeouts
-from cachefs.fuse import MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
+from cachefs.fuse import Driver, MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
 from cachefs.fusewire import InitFlag, InitOptions
 from cachefs.model import ConfigError, format_duration
 from cachefs.net import Address
@@ -31,6 +31,14 @@ _OPTIONS = (
         "--profile",
         type=click.Choice(list(PROFILES)),
         help="Other defaults. training: names and attributes are believed for 2 hours, and 8M are read ahead.",
+    ),
+    click.option(
+        "--driver",
+        type=click.Choice([driver.value for driver in Driver]),
+        default=Driver.KERNEL.value,
+        show_default=True,
+        help="What speaks to the kernel. pyfuse3: libfuse, for comparison; in cached mode only, and slower. It needs "
+        "the extra cachefs[pyfuse3].",
     ),
     click.option(
         "--open-mode",
@@ -103,8 +111,8 @@ _OPTIONS = (
     ),
     click.option(
         "--allow-other/--no-allow-other",
-        default=True,
-        show_default=True,
+        default=None,
+        show_default="allowed; for users who are not root, if /etc/fuse.conf has user_allow_other",
         help="Whether others than the user who mounts may use the mount.",
     ),
     click.option("--uid", type=click.IntRange(0, 2**32 - 2), help="Owner of everything, as the mount shows it."),
@@ -152,7 +160,7 @@ def mount_config(
     *,
     promote: str | None = None,
 ) -> MountConfig:
-    """Raises ConfigError, with the name of the flag."""
+    """Raises ConfigError, with the name of the flag, for what is wrong or cannot be had on this machine."""
     read_ahead = flags["read_ahead"]
     if read_ahead > 1 << 40:
         raise ConfigError("--read-ahead", read_ahead, "0 to 1T")
@@ -160,7 +168,7 @@ def mount_config(
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
     try:
-        return MountConfig(
+        config = MountConfig(
             mountpoint=os.path.abspath(mountpoint),
             client=ClientConfig(
                 master,
@@ -188,7 +196,10 @@ def mount_config(
                 InitOptions(max_background=flags["max_background"], ignored=ignored), xattr=flags["xattr"]
             ),
             threads=flags["threads"],
+            driver=Driver(flags["driver"]),
         )
+        config.check_machine()
+        return config
     except ConfigError as error:
         raise ConfigError("--" + error.key.replace("_", "-"), error.value, error.accepted) from None
 
@@ -198,7 +209,7 @@ def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:
     arguments: list[str] = []
     for name, value in flags.items():
         option = "--" + name.replace("_", "-")
-        if name == "allow_other":
+        if name == "allow_other" and value is not None:
             arguments.append(option if value else "--no-allow-other")
         elif value is True:
             arguments.append(option)

@@ -171,8 +171,10 @@ def mount(
             report(
                 {
                     "mountpoint": mounted.mountpoint,
+                    "driver": config.driver.value,
                     "open_mode": chosen.mode.value,
                     "why": chosen.why,
+                    **({"notes": "; ".join(chosen.notes)} if chosen.notes else {}),
                     "connection": mounted.connection,
                 }
             )

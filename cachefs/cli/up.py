@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured, without_credentials
-from cachefs.fuse import FS_TYPE, abort, find_mount, probe, unmount
+from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size
 from cachefs.net import TcpAddress
 from cachefs.policy import Promote
@@ -132,11 +132,11 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
                         state_dir=config.state_dir,
                     )
                     with recorded(instance):
+                        told = ("driver", "open_mode", "why", "notes")
                         report(
                             {
                                 "mountpoint": config.mountpoint,
-                                "open_mode": mount.facts["open_mode"],
-                                "why": mount.facts["why"],
+                                **{name: mount.facts[name] for name in told if name in mount.facts},
                                 "master": instance.master,
                             }
                         )
@@ -168,7 +168,8 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
     if left is not None and left.fs_type == FS_TYPE and left.connection == mount.facts.get("connection"):
         logger.warning("removing what the mount left mountpoint=%s", mountpoint)
         unmount(mountpoint, lazy=True)
-        abort(left.connection)
+        with suppress(MountError):  # not root: it ends with its server
+            abort(left.connection)
 
 
 def _environment() -> dict[str, str]:
@@ -276,8 +277,8 @@ def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
     found = probe()
     if found.device_error is not None:
         raise ConfigError("/dev/fuse", "not usable", found.device_error)
-    if not found.sys_admin:
-        raise ConfigError("user", os.geteuid(), "root (CAP_SYS_ADMIN), which mounting with passthrough needs")
+    if found.why_no_mount is not None:
+        raise ConfigError("user", os.geteuid(), f"one who can mount; {found.why_no_mount}")
     mounted = find_mount(mountpoint)
     if mounted is not None and mounted.fs_type == FS_TYPE:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; see cachefs umount")

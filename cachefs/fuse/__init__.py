@@ -1,12 +1,14 @@
-"""The mount: what a file system answers (`Operations`), and the driver that asks it for the kernel.
+"""The mount: what a file system answers (`Operations`), and the drivers that ask it for the kernel.
 
-Owns /dev/fuse: mounting, the session on it, passthrough's backing files, and the table from errors to errno.
+Owns /dev/fuse: mounting, with root or without, the session on it, passthrough's backing files, and the table from
+errors to errno.
 """
 
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.errno import errno_of
+from cachefs.fuse.fusermount import user_allow_other
 from cachefs.fuse.kernel import KernelSession, SessionOptions
-from cachefs.fuse.modes import ChosenMode, OpenMode
+from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenMode
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, all_mounts, find_mount, is_mounted
 from cachefs.fuse.mounting import (
     Mount,
@@ -18,6 +20,7 @@ from cachefs.fuse.mounting import (
     max_read_limit,
     mount,
     open_device,
+    open_mount,
     probe,
     unmount,
 )
@@ -33,16 +36,18 @@ from cachefs.fuse.protocol import (
     StatfsReply,
 )
 from cachefs.fuse.selftest import try_passthrough
-from cachefs.fuse.service import MountConfig, run_mount
+from cachefs.fuse.service import MountConfig, run_mount, why_no_pyfuse3
 
 __all__ = [
     "FS_TYPE",
+    "PASSTHROUGH_NEEDS_ROOT",
     "ROOT_NODE",
     "AttrReply",
     "BackingRegistry",
     "CacheOperations",
     "ChosenMode",
     "DirEntry",
+    "Driver",
     "EntryReply",
     "KernelSession",
     "Mount",
@@ -68,8 +73,11 @@ __all__ = [
     "max_read_limit",
     "mount",
     "open_device",
+    "open_mount",
     "probe",
     "run_mount",
     "try_passthrough",
     "unmount",
+    "user_allow_other",
+    "why_no_pyfuse3",
 ]

@@ -5,8 +5,8 @@ know from memory; only what has to wait gets a task (see `waiting`). Measured ag
 docs/decisions.md.
 
 Errors end requests, never the session: those of the model and OSErrors reach the caller as errno; anything else is a
-bug, logged with its traceback, and EIO. What fails thousands of times a second is logged ten times, and counted. The
-session ends when the kernel says ENODEV (unmounted or aborted).
+bug, logged with its traceback, and EIO (see `answers`). The session ends when the kernel says ENODEV (unmounted or
+aborted).
 
 What the kernel has been told before can be taken back by `notify_inval_entry` and `notify_everything` (see `notify`).
 
@@ -27,7 +27,7 @@ from functools import partial
 
 import trio
 
-from cachefs.fuse.errno import EXPECTED, errno_of
+from cachefs.fuse.answers import REFUSED_OPEN_FLAGS, ErrorAnswers, check_length
 from cachefs.fuse.notify import KnownNames, Notifier
 from cachefs.fuse.protocol import AttrReply, DirEntry, EntryReply, OpenDirReply, OpenReply, Operations
 from cachefs.fuse.waiting import WaitingRequests
@@ -68,7 +68,7 @@ from cachefs.fusewire import (
     statfs_reply,
     xattr_size_reply,
 )
-from cachefs.model import CachefsError, ConfigError, LocalProtocolError, LogLimiter, RemoteProtocolError
+from cachefs.model import ConfigError, LocalProtocolError, LogLimiter, RemoteProtocolError
 from cachefs.net import open_background
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,6 @@ _OPEN_CACHED = int(OpenFlag.NOFLUSH)
 _OPEN_CACHED_KEEP = int(OpenFlag.NOFLUSH | OpenFlag.KEEP_CACHE)
 _OPENDIR = int(OpenFlag.CACHE_DIR)
 _OPENDIR_KEEP = int(OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE)
-_REFUSED_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC
 
 _Handler = Callable[[int, int, bytes], None]
 _Data = bytes | bytearray | memoryview
@@ -136,7 +135,7 @@ class KernelSession:
         self._waiting: WaitingRequests | None = None
         self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
         self._log = LogLimiter(logger)
-        self._bugs_seen: set[tuple[int, type[BaseException]]] = set()
+        self._errors = ErrorAnswers()
         self._handlers = self._table()
 
     async def serve(self, *, task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED) -> None:
@@ -271,25 +270,13 @@ class KernelSession:
 
     def _fail(self, unique: int, opcode: int, error: Exception) -> None:
         """Log an error and answer with it. Never raises."""
-        code = errno_of(error)
-        name = _name(opcode)
-        if code is None:
-            # One traceback for each kind of bug: an application may run into it thousands of times a second.
-            kind = (opcode, type(error))
-            trace = None if kind in self._bugs_seen else error
-            self._log.log(logging.ERROR, ("bug", *kind), "bug request=%s error=%r", name, error, exc_info=trace)
-            self._bugs_seen.add(kind)
-            code = errno.EIO
-        elif code not in EXPECTED:
-            code_name = errno.errorcode.get(code, str(code))
-            message = "request failed request=%s errno=%s error=%s"
-            self._log.log(logging.WARNING, (name, code_name), message, name, code_name, error)
+        code = self._errors.errno_for(opcode, error)
         if opcode in NO_REPLY:
             return
         try:
             self._reply(error_reply(unique, code))
         except OSError as reply_error:
-            self._log.log(logging.ERROR, "lost", "answer lost request=%s error=%s", name, reply_error)
+            self._errors.lost(opcode, reply_error)
 
     def _later(self, unique: int, opcode: int, work: Callable[[], Awaitable[None]]) -> None:
         assert self._waiting is not None
@@ -405,7 +392,7 @@ class KernelSession:
 
     def _open(self, unique: int, node: int, request: bytes) -> None:
         flags = parse_open(request).flags
-        if flags & _REFUSED_OPEN_FLAGS:
+        if flags & REFUSED_OPEN_FLAGS:
             self._reply(error_reply(unique, errno.EROFS))
             return
         if self._no_open:
@@ -453,23 +440,8 @@ class KernelSession:
     def _answer_read(self, unique: int, node: int, read: ReadRequest, data: _Data) -> None:
         length = len(data)
         if length != read.size:
-            self._check_length(node, read, length)
+            check_length(self._operations, node, read.offset, read.size, length)
         self._reply(data_header(unique, length), data)
-
-    def _check_length(self, node: int, read: ReadRequest, length: int) -> None:
-        """A short answer ends the file for the reader, without any error, so it must really end there.
-
-        That operations answer in full is their promise; this is the belt to those braces, where the size is known.
-        """
-        if length > read.size:
-            raise LocalProtocolError(f"{length} bytes instead of the {read.size} asked for")
-        try:
-            size_bytes = self._operations.getattr_nowait(node).attr.size_bytes
-        except (trio.WouldBlock, CachefsError, OSError):
-            return
-        expected = min(read.size, max(0, size_bytes - read.offset))
-        if length != expected:
-            raise LocalProtocolError(f"node {node} at {read.offset}: {length} bytes read instead of {expected}")
 
     def _release(self, unique: int, node: int, request: bytes) -> None:
         self._operations.release(node, parse_release(request).fh)
@@ -523,10 +495,3 @@ class _InitFailed(Exception):
     def __init__(self, reason: RemoteProtocolError) -> None:
         super().__init__(str(reason))
         self.reason = reason
-
-
-def _name(opcode: int) -> str:
-    try:
-        return Opcode(opcode).name
-    except ValueError:
-        return str(opcode)

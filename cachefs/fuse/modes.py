@@ -15,6 +15,9 @@ from cachefs.store import a_file_of_tier
 
 logger = logging.getLogger(__name__)
 
+NO_PASSTHROUGH = "the kernel does not offer passthrough: it is older than 6.9, or built without it"
+PASSTHROUGH_NEEDS_ROOT = "passthrough needs root (CAP_SYS_ADMIN)"
+
 
 class OpenMode(enum.Enum):
     AUTO = "auto"
@@ -28,6 +31,15 @@ class OpenMode(enum.Enum):
     object changed is an error (ESTALE) for whoever had looked its name up before, until that has expired."""
 
 
+class Driver(enum.Enum):
+    """What speaks to the kernel."""
+
+    KERNEL = "kernel"
+    """A session of our own on /dev/fuse."""
+    PYFUSE3 = "pyfuse3"
+    """libfuse, by the package pyfuse3: cached mode only, and every READ comes to us."""
+
+
 @dataclass(frozen=True)
 class ChosenMode:
     mode: OpenMode
@@ -36,17 +48,24 @@ class ChosenMode:
     """One sentence, for the person who starts the mount."""
     tiers: tuple[str, ...] = ()
     """Paths of those whose files the kernel reads by itself."""
+    notes: tuple[str, ...] = ()
+    """What else is not as it would be elsewhere: a sentence each."""
 
     def __str__(self) -> str:
         return f"{self.mode.value} ({self.why})"
 
 
 def choose_mode(
-    wanted: OpenMode, agreed: Negotiated, backings: BackingRegistry, tiers: Sequence[str], *, sys_admin: bool
+    wanted: OpenMode, agreed: Negotiated | None, backings: BackingRegistry, tiers: Sequence[str], *, sys_admin: bool
 ) -> ChosenMode:
-    """Decide, after INIT. Raises ConfigError if passthrough or no-open was insisted on and cannot be had."""
+    """Decide, after INIT. `agreed`: None if the driver knows of nothing but cached mode.
+
+    Raises ConfigError if passthrough or no-open was insisted on and cannot be had.
+    """
     if wanted is OpenMode.CACHED:
         return ChosenMode(OpenMode.CACHED, "as asked for")
+    if agreed is None:
+        return ChosenMode(OpenMode.CACHED, "pyfuse3 cannot hand files to the kernel: every READ comes to us")
     if wanted is OpenMode.NO_OPEN:
         if not agreed.no_open:
             raise ConfigError("open_mode", wanted.value, "another mode: this kernel does not open files by itself")
@@ -54,9 +73,9 @@ def choose_mode(
     able: list[str] = []
     reasons: list[str] = []
     if not agreed.passthrough:
-        reasons.append("the kernel does not offer passthrough: it is older than 6.9, or built without it")
+        reasons.append(NO_PASSTHROUGH)
     elif not sys_admin:
-        reasons.append("passthrough needs root (CAP_SYS_ADMIN)")
+        reasons.append(PASSTHROUGH_NEEDS_ROOT)
     elif not tiers:
         reasons.append("there is no worker on this node")
     else:

@@ -1,12 +1,13 @@
 """Mounting and unmounting: mount(2) on a /dev/fuse file, the read-ahead setting, aborting a connection.
 
-No libfuse and no helper programs; all of it needs root (CAP_SYS_ADMIN). Everything here is a few system calls, but an
-`unmount` may wait for the file system's server, so that a program that serves its own mount runs it in a thread.
+No libfuse. With root (CAP_SYS_ADMIN) everything here is a few system calls; without, mounting and unmounting go through
+a helper program (see `fusermount`), the read-ahead stays what it is, and a connection can only be aborted by its owner,
+where the control file system is mounted. An `unmount` may wait for the file system's server, so that a program that
+serves its own mount runs it in a thread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import logging
@@ -15,6 +16,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachefs.fuse import fusermount
+from cachefs.fuse.fusermount import FusermountError
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
 from cachefs.fusewire import PAGE_SIZE
 from cachefs.model import CachefsError, ConfigError, MiB
@@ -30,7 +33,6 @@ _BDI = Path("/sys/class/bdi")
 _MAX_PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 _MAX_PAGES = 256
 """Before Linux 6.13, which made it a setting."""
-_CAP_SYS_ADMIN = 21
 # The new mount API; the numbers are the same on every architecture, and glibc wraps them only since 2.36.
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
@@ -55,8 +57,8 @@ class MountOptions:
 
     read_only: bool = True
     """The kernel answers every attempt to write with EROFS, without asking us."""
-    allow_other: bool = True
-    """Other users than the one who mounted: pods seldom run as root."""
+    allow_other: bool | None = None
+    """Other users than the one who mounted: pods seldom run as root. None: where this user may allow it."""
     default_permissions: bool = True
     """The kernel checks mode bits, so that we are not asked (ACCESS)."""
     max_read: int = MiB
@@ -84,6 +86,7 @@ class Mount:
     source: str
     device: str
     """`major:minor`, st_dev of everything on the mount."""
+    allows_other: bool = True
 
     @property
     def connection(self) -> int:
@@ -98,12 +101,24 @@ class Probe:
     device_error: str | None
     """Why /dev/fuse cannot be opened, as a sentence; None if it can."""
     sys_admin: bool
-    """CAP_SYS_ADMIN, which mounting and passthrough need."""
+    """CAP_SYS_ADMIN, which mount(2) and passthrough need."""
     kernel: tuple[int, int]
+    helper_error: str | None
+    """Why fusermount3 cannot mount for this process, as a sentence; None if it can."""
 
     @property
     def can_mount(self) -> bool:
+        """By itself, with all that root can have."""
         return self.device_error is None and self.sys_admin
+
+    @property
+    def why_no_mount(self) -> str | None:
+        """Why this process cannot mount at all, as a sentence that says what mends it."""
+        if self.device_error is not None:
+            return self.device_error
+        if self.sys_admin or self.helper_error is None:
+            return None
+        return f"mounting needs root (CAP_SYS_ADMIN), or {fusermount.PROGRAM}; {self.helper_error}"
 
     @property
     def passthrough_possible(self) -> bool:
@@ -127,7 +142,8 @@ def probe() -> Probe:
     except MountError as exc:
         device_error = str(exc)
     release = os.uname().release.split(".")
-    return Probe(device_error, _has_sys_admin(), (int(release[0]), int(release[1])))
+    kernel = int(release[0]), int(release[1])
+    return Probe(device_error, fusermount.has_sys_admin(), kernel, fusermount.why_not_usable())
 
 
 def open_device() -> int:
@@ -138,56 +154,130 @@ def open_device() -> int:
         if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             hint = "this machine has no FUSE; load the kernel module fuse, or give the container the device"
         else:
-            hint = "the user or the container needs access to the device"
+            hint = "the user or the container needs access to the device (chmod 666 /dev/fuse, as udev does it)"
         raise MountError(f"cannot open {DEVICE}: {exc.strerror}; {hint}", exc.errno or 0) from exc
 
 
+def check_options(options: MountOptions) -> None:
+    """Raises ConfigError for what this user may not have."""
+    if options.allow_other and not fusermount.has_sys_admin() and not fusermount.user_allow_other():
+        accepted = f"false for users who are not root, unless {fusermount.CONFIGURATION} has the line user_allow_other"
+        raise ConfigError("allow_other", "true", accepted)
+
+
+def open_mount(
+    mountpoint: str | os.PathLike[str], source: str, options: MountOptions | None = None
+) -> tuple[int, Mount]:
+    """A new /dev/fuse file (close-on-exec, non-blocking, the caller's to close), mounted: by this process if it may,
+    else by fusermount3.
+
+    Raises ConfigError if the mountpoint or an option will not do, MountError.
+    """
+    options = options or MountOptions()
+    if not fusermount.has_sys_admin():
+        return _mount_by_helper(mountpoint, source, options)
+    fd = open_device()
+    try:
+        return fd, mount(fd, mountpoint, source, options)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 def mount(fd: int, mountpoint: str | os.PathLike[str], source: str, options: MountOptions | None = None) -> Mount:
-    """Mount the connection of `fd` (from `open_device`), which then asks INIT. `source` is what `mount` shows.
+    """Mount the connection of `fd` (from `open_device`), which then asks INIT. `source` is what `mount` shows. Needs
+    root; see `open_mount`.
 
     Raises ConfigError if the mountpoint will not do, MountError if the kernel refuses.
     """
     options = options or MountOptions()
-    if "\0" in source or not source:
-        raise ConfigError("source", source, "text without NUL characters")
+    _check_source(source)
     path = _check_mountpoint(mountpoint, options)
+    allow_other = options.allow_other is not False
     # Only numbers and fixed words go into the comma-separated data; the source has an argument of its own, and the
     # kernel escapes it where it shows it.
-    data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},max_read={options.max_read}"
-    data += ",allow_other" * options.allow_other + ",default_permissions" * options.default_permissions
+    data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},"
+    data += ",".join(_words(options, allow_other))
     flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if options.read_only else 0)
     raw_source, raw_path = os.fsencode(source), os.fsencode(path)
     if _libc.mount(raw_source, raw_path, FS_TYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
         code = ctypes.get_errno()
         hint = "; root (CAP_SYS_ADMIN) is needed" if code == errno.EPERM else ""
         raise MountError(f"cannot mount on {path}: {os.strerror(code)}{hint}", code)
+    return _found(path, source, allow_other)
+
+
+def _mount_by_helper(mountpoint: str | os.PathLike[str], source: str, options: MountOptions) -> tuple[int, Mount]:
+    reason = probe().why_no_mount
+    if reason is not None:
+        raise MountError(f"cannot mount on {os.fspath(mountpoint)}: {reason}", errno.EPERM)
+    check_options(options)
+    _check_source(source)
+    path = _check_mountpoint(mountpoint, options)
+    allow_other = fusermount.user_allow_other() if options.allow_other is None else options.allow_other
+    words = [*_words(options, allow_other), *(["ro"] if options.read_only else [])]
+    try:
+        fd = fusermount.mount(path, source, FS_TYPE.partition(".")[2], words)
+    except FusermountError as error:
+        raise MountError(f"cannot mount on {path}: {error}", error.errno) from error
+    try:
+        return fd, _found(path, source, allow_other)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _words(options: MountOptions, allow_other: bool) -> list[str]:
+    found = [f"max_read={options.max_read}"]
+    if allow_other:
+        found.append("allow_other")
+    if options.default_permissions:
+        found.append("default_permissions")
+    return found
+
+
+def _check_source(source: str) -> None:
+    if "\0" in source or not source:
+        raise ConfigError("source", source, "text without NUL characters")
+
+
+def _found(path: str, source: str, allows_other: bool) -> Mount:
     info = find_mount(path)
     if info is None:
         raise MountError(f"cannot mount on {path}: it was unmounted at once", errno.ENOENT)
-    return Mount(path, source, info.device)
+    return Mount(path, source, info.device, allows_other)
 
 
 def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
     """Unmount what is on top of this directory. Lazy: take it out of the tree now, while open files stay usable, and
-    end the connection when the last is closed.
+    end the connection when the last is closed. Without root, what this user has mounted.
 
-    Raises MountError: not mounted (EINVAL), or files are open on it (EBUSY).
+    Raises MountError: not mounted (EINVAL), files are open on it (EBUSY), or another user's (EPERM).
     """
     info = find_mount(mountpoint)
     path = info.mountpoint if info is not None else os.path.abspath(os.fspath(mountpoint))
-    if _libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) != 0:
-        code = ctypes.get_errno()
-        hint = {
-            errno.EBUSY: "; files on it are open, or a shell stands in it (a lazy unmount is possible)",
-            errno.EINVAL: "; nothing is mounted there",
-            errno.EPERM: "; root (CAP_SYS_ADMIN) is needed",
-        }.get(code, "")
-        raise MountError(f"cannot unmount {path}: {os.strerror(code)}{hint}", code)
+    if _libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) == 0:
+        return
+    code, said = ctypes.get_errno(), ""
+    if code == errno.EPERM and info is not None:
+        try:
+            fusermount.unmount(path, lazy=lazy)
+            return
+        except FusermountError as error:
+            code, said = error.errno, f"; {error}"
+    hint = {
+        errno.EBUSY: "; files on it are open, or a shell stands in it (a lazy unmount is possible)",
+        errno.EINVAL: "; nothing is mounted there",
+        errno.EPERM: f"; root or the user who mounted it is needed{said}",
+    }.get(code, said)
+    if code == errno.EINVAL and info is not None:
+        code, hint = errno.EPERM, "; it is another user's"
+    raise MountError(f"cannot unmount {path}: {os.strerror(code)}{hint}", code)
 
 
 def set_read_ahead(mounted: Mount, read_ahead_kb: int) -> None:
     """How far the kernel reads ahead in cached mode, and how large its READs get. After INIT, which sets it to the
-    kernel's own 128 KiB. Raises OSError.
+    kernel's own 128 KiB. Raises OSError: only root can, where /sys is writable.
     """
     (_BDI / mounted.device / "read_ahead_kb").write_text(str(read_ahead_kb))
 
@@ -216,13 +306,15 @@ def abort(connection: int) -> bool:
     """End a connection at once, mounted or not: whoever waits for an answer gets ECONNABORTED, later calls ENOTCONN,
     and the server's read ENODEV. The way out when a server is dead or stuck. False if there is no such connection.
 
-    Raises MountError.
+    Raises MountError: root is needed, or the control file system and being the one who mounted.
     """
     try:
         (_CONNECTIONS / str(connection) / "abort").write_text("1")
         return True
     except FileNotFoundError:
         pass  # nobody has mounted the control file system there, or it is the connection that does not exist
+    except PermissionError as error:
+        raise MountError(f"cannot abort connection {connection}: it is another user's", errno.EPERM) from error
     root = _open_fusectl()
     try:
         fd = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
@@ -241,19 +333,22 @@ def _open_fusectl() -> int:
     """The root of the FUSE control file system, mounted nowhere, so that nothing has to be taken away afterwards."""
     context = _libc.syscall(_SYS_FSOPEN, b"fusectl", _CLOEXEC)
     if context < 0:
-        code = ctypes.get_errno()
-        raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+        raise _no_fusectl()
     try:
         if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) != 0:
-            code = ctypes.get_errno()
-            raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+            raise _no_fusectl()
         root: int = _libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0)
         if root < 0:
-            code = ctypes.get_errno()
-            raise MountError(f"no FUSE control file system: {os.strerror(code)}", code)
+            raise _no_fusectl()
         return root
     finally:
         os.close(context)
+
+
+def _no_fusectl() -> MountError:
+    code = ctypes.get_errno()
+    hint = f"; root is needed, or the file system mounted on {_CONNECTIONS}" if code == errno.EPERM else ""
+    return MountError(f"no FUSE control file system: {os.strerror(code)}{hint}", code)
 
 
 def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions) -> str:
@@ -286,11 +381,3 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
     if occupied and not options.allow_nonempty:
         raise ConfigError("mountpoint", given, "an empty directory, unless a non-empty one is asked for")
     return os.path.realpath(given)
-
-
-def _has_sys_admin() -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapEff:"):
-                return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
-    return False

@@ -108,7 +108,6 @@ class CacheOperations:
         self,
         client: Client,
         path: str,
-        backings: BackingRegistry,
         config: OperationsConfig,
         nursery: trio.Nursery,
     ) -> None:
@@ -116,7 +115,8 @@ class CacheOperations:
         self._client = client
         self._path = path
         self._root: tuple[View, Ino] | None = None
-        self._backings = backings
+        self._backings: BackingRegistry | None = None
+        """None: no file was ever opened by passthrough."""
         self._passthrough = False
         self._node_reads: NodeReads | None = None
         self._config = config
@@ -127,10 +127,10 @@ class CacheOperations:
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, tuple[View, DirReader]] = {}
 
-    def set_mode(self, chosen: ChosenMode) -> None:
+    def set_mode(self, chosen: ChosenMode, backings: BackingRegistry) -> None:
         """What was decided after INIT; before, files are opened in cached mode."""
-        self._passthrough = chosen.mode is OpenMode.PASSTHROUGH
-        if self._passthrough:
+        if chosen.mode is OpenMode.PASSTHROUGH:
+            self._backings, self._passthrough = backings, True
             self._client.open_sealed_only_in(chosen.tiers)
         if chosen.mode is OpenMode.NO_OPEN:
             self._node_reads = NodeReads(self._client, self._config.open_wait_bytes)
@@ -307,7 +307,7 @@ class CacheOperations:
 
     def _register_sealed(self, view: View, attr: Attr) -> int | None:
         """A backing id for the sealed file of this content, if it is on this node: an open and one ioctl."""
-        if not self._passthrough:
+        if self._backings is None or not self._passthrough:
             return None
         fd = view.open_sealed(attr)
         if fd is None:
@@ -354,7 +354,7 @@ class CacheOperations:
         del self._open[opened.node]
         if opened.reader is not None:
             opened.reader.close()
-        if opened.backing_id is not None:
+        if opened.backing_id is not None and self._backings is not None:
             try:
                 self._backings.release(opened.backing_id)
             except OSError as error:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import trio
 
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.kernel import KernelSession, SessionOptions
-from cachefs.fuse.mounting import MountOptions, abort, mount, open_device, unmount
+from cachefs.fuse.modes import NO_PASSTHROUGH, PASSTHROUGH_NEEDS_ROOT
+from cachefs.fuse.mounting import MountError, MountOptions, abort, open_mount, probe, unmount
 from cachefs.fuse.protocol import Operations
 from cachefs.fusewire import InitOptions
 from cachefs.model import NotFoundError
@@ -34,29 +36,30 @@ async def try_passthrough(directories: Sequence[str], ignored: int = 0) -> dict[
 
     `ignored` are `InitFlag`s to do without. Raises MountError and ConfigError when nothing can be mounted at all.
     """
-    fd = open_device()
-    try:
-        with tempfile.TemporaryDirectory(prefix="cachefs-") as mountpoint, trio.fail_after(_LIMIT_S):
-            mounted = mount(fd, mountpoint, "cachefs-selftest", MountOptions(allow_other=False, read_ahead_kb=None))
-            try:
-                return await _try(fd, directories, ignored)
-            finally:
-                unmount(mountpoint, lazy=True)
+    with tempfile.TemporaryDirectory(prefix="cachefs-") as mountpoint, trio.fail_after(_LIMIT_S):
+        options = MountOptions(allow_other=False, read_ahead_kb=None)
+        fd, mounted = open_mount(mountpoint, "cachefs-selftest", options)
+        try:
+            return await _try(fd, directories, ignored)
+        finally:
+            unmount(mountpoint, lazy=True)
+            with suppress(MountError):  # not root: it ends with the device
                 abort(mounted.connection)
-    finally:
-        os.close(fd)
+            os.close(fd)
 
 
 async def _try(fd: int, directories: Sequence[str], ignored: int) -> dict[str, str | None]:
+    found: dict[str, str | None]
     options = SessionOptions(InitOptions(ignored=ignored))
     session = KernelSession(fd, cast(Operations, _Nothing()), options)
     async with trio.open_nursery() as nursery:
         agreed = await nursery.start(session.serve)
-        if agreed.passthrough:
+        if not probe().sys_admin:
+            found = dict.fromkeys(directories, PASSTHROUGH_NEEDS_ROOT)
+        elif agreed.passthrough:
             found = {directory: _why_not(BackingRegistry(fd), directory) for directory in directories}
         else:
-            reason = "the kernel does not offer passthrough: it is older than 6.9, or built without it"
-            found = dict.fromkeys(directories, reason)
+            found = dict.fromkeys(directories, NO_PASSTHROUGH)
         nursery.cancel_scope.cancel()
     return found
 

@@ -1,37 +1,55 @@
-"""A mount, from the device to the last unmount: the kernel driver on the cache's operations."""
+"""A mount, from the device to the last unmount: one of the drivers on the cache's operations."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import trio
 
 from cachefs.client import ClientConfig, open_client
 from cachefs.fuse.backing import BackingRegistry
+from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.kernel import KernelSession, SessionOptions
-from cachefs.fuse.modes import ChosenMode, OpenMode, choose_mode
+from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenMode, choose_mode
 from cachefs.fuse.mounting import (
     Mount,
     MountError,
     MountOptions,
     abort,
-    mount,
-    open_device,
+    check_options,
+    open_mount,
     probe,
     set_read_ahead,
     unmount,
 )
-from cachefs.fuse.operations import CacheOperations, OperationsConfig
-from cachefs.fusewire import PAGE_SIZE, Negotiated
-from cachefs.model import ConfigError
+from cachefs.fuse.notify import KnownNames
+from cachefs.fuse.operations import CacheOperations, Notices, OperationsConfig
+from cachefs.fuse.protocol import Operations
+from cachefs.fusewire import PAGE_SIZE, InitOptions, Negotiated
+from cachefs.model import ConfigError, MiB
 
 logger = logging.getLogger(__name__)
 
 _UNMOUNT_LIMIT_S = 10.0
+_PYFUSE3 = (
+    "kernel, until pyfuse3 is installed: apt-get install fuse3 libfuse3-dev pkg-config gcc python3-dev, then "
+    "pip install 'cachefs[pyfuse3]'"
+)
+
+
+class Session(Notices, Protocol):
+    """One of the drivers, serving one mount."""
+
+    known_names: KnownNames
+
+    async def serve(self, *, task_status: trio.TaskStatus[Negotiated | None] = ...) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,10 +66,40 @@ class MountConfig:
     """What depends on the other settings in it is set by `run_mount`."""
     threads: int = 32
     """For what blocks: reads of cached files that are not in the page cache."""
+    driver: Driver = Driver.KERNEL
 
     def __post_init__(self) -> None:
         if not 1 <= self.threads <= 1024:
             raise ConfigError("threads", self.threads, "1 to 1024")
+        if self.driver is Driver.PYFUSE3:
+            self._check_pyfuse3()
+
+    def _check_pyfuse3(self) -> None:
+        """What would be ignored is refused."""
+        mode, init = self.operations.open_mode, self.session.init
+        if mode not in (OpenMode.AUTO, OpenMode.CACHED):
+            raise ConfigError("open_mode", mode.value, "auto or cached with the driver pyfuse3, which has no other")
+        if self.operations.open_wait_bytes != OperationsConfig.open_wait_bytes:
+            accepted = "its default with the driver pyfuse3: every file is opened without waiting"
+            raise ConfigError("open_wait", self.operations.open_wait_bytes, accepted)
+        if init.max_background != InitOptions.max_background:
+            accepted = f"its default, {InitOptions.max_background}, with the driver pyfuse3, which leaves it to libfuse"
+            raise ConfigError("max_background", init.max_background, accepted)
+        if self.options.max_read > MiB:
+            accepted = f"{PAGE_SIZE} to {MiB} bytes with the driver pyfuse3: libfuse asks for no more"
+            raise ConfigError("max_read", self.options.max_read, accepted)
+        if init.ignored:
+            raise ConfigError("ignore_kernel_feature", str(init.ignored), "nothing with the driver pyfuse3")
+
+    def check_machine(self) -> None:
+        """Raises ConfigError for what cannot be had here, by this user. What only a mount can tell, that tells."""
+        check_options(self.options)
+        if self.operations.open_mode is OpenMode.PASSTHROUGH and not probe().sys_admin:
+            raise ConfigError("open_mode", "passthrough", f"auto or cached here: {PASSTHROUGH_NEEDS_ROOT}")
+        if self.driver is Driver.PYFUSE3:
+            reason = why_no_pyfuse3()
+            if reason is not None:
+                raise ConfigError("driver", self.driver.value, f"{_PYFUSE3} ({reason})")
 
     def session_options(self) -> SessionOptions:
         mode = self.operations.open_mode
@@ -66,6 +114,15 @@ class MountConfig:
         return replace(self.session, init=init)
 
 
+def why_no_pyfuse3() -> str | None:
+    """Why the driver pyfuse3 cannot be had in this Python; None if it can."""
+    try:
+        importlib.import_module("pyfuse3")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], None]) -> None:
     """Mount, call `ready(mount, how files are opened)`, and serve until somebody unmounts.
 
@@ -74,40 +131,61 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], No
 
     Raises ConfigError, MountError, TransportError, NotFoundError and NotADirectory about the path.
     """
+    config.check_machine()
     trio.to_thread.current_default_thread_limiter().total_tokens = config.threads
     async with open_client(config.client) as client:
-        fd = open_device()
-        try:
+        with ExitStack() as opened:
             async with trio.open_nursery() as nursery:
-                backings = BackingRegistry(fd)
-                operations = CacheOperations(client, config.path, backings, config.operations, nursery)
+                operations = CacheOperations(client, config.path, config.operations, nursery)
                 await operations.resolve_root()
-                session = KernelSession(fd, operations, config.session_options())
-                session.known_names = operations.known_names
-                operations.watch(session)
                 # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
-                mounted = await trio.to_thread.run_sync(mount, fd, config.mountpoint, config.source, config.options)
+                fd, mounted = await trio.to_thread.run_sync(
+                    open_mount, config.mountpoint, config.source, config.options
+                )
+                # After the nursery: the session reads it to the end. Without root, closing is what ends the connection.
+                opened.callback(os.close, fd)
                 try:
+                    session = _session(config, fd, operations)
+                    session.known_names = operations.known_names
+                    operations.watch(session)
                     negotiated = await nursery.start(_serve, session, nursery)
-                    if config.options.read_ahead_kb is not None:
-                        set_read_ahead(mounted, config.options.read_ahead_kb)
+                    backings = BackingRegistry(fd)
                     chosen = choose_mode(
                         *(config.operations.open_mode, negotiated, backings, client.tiers),
                         sys_admin=probe().sys_admin,
                     )
+                    chosen = replace(chosen, notes=tuple(_notes(mounted, config.options)))
                     logger.info("files are opened in mode %s", chosen)
-                    operations.set_mode(chosen)
+                    operations.set_mode(chosen, backings)
                     ready(mounted, chosen)
                     await trio.sleep_forever()
                 finally:
                     await _unmount(mounted)
                     operations.close()
-        finally:
-            os.close(fd)
+
+
+def _session(config: MountConfig, fd: int, operations: Operations) -> Session:
+    if config.driver is Driver.PYFUSE3:
+        # Here, because it needs a package that is an extra.
+        from cachefs.fuse.pyfuse3_driver import Pyfuse3Session
+
+        return Pyfuse3Session(fd, operations, config.session_options())
+    return KernelSession(fd, operations, config.session_options())
+
+
+def _notes(mounted: Mount, options: MountOptions) -> Iterator[str]:
+    """Sets the read-ahead, now that INIT, which had undone it, is over; and says what this user cannot have."""
+    if options.read_ahead_kb is not None:
+        try:
+            set_read_ahead(mounted, options.read_ahead_kb)
+        except OSError as error:
+            yield f"the read-ahead stays the kernel's: only root can set it ({error.strerror})"
+    if options.allow_other is None and not mounted.allows_other:
+        yield f"only this user may use the mount: {CONFIGURATION} has no line user_allow_other"
 
 
 async def _serve(
-    session: KernelSession, nursery: trio.Nursery, task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
+    session: Session, nursery: trio.Nursery, task_status: trio.TaskStatus[Negotiated | None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     await session.serve(task_status=task_status)
     logger.info("unmounted")
@@ -119,16 +197,24 @@ async def _unmount(mounted: Mount) -> None:
     with trio.move_on_after(_UNMOUNT_LIMIT_S, shield=True) as scope:
         await trio.to_thread.run_sync(_unmount_now, mounted, abandon_on_cancel=True)
     if scope.cancelled_caught:
-        logger.error("unmounting hangs, connection aborted mountpoint=%s", mounted.mountpoint)
-        abort(mounted.connection)
+        logger.error("unmounting hangs, the connection is ended mountpoint=%s", mounted.mountpoint)
+        _end(mounted)
 
 
 def _unmount_now(mounted: Mount) -> None:
     try:
         unmount(mounted.mountpoint)
     except MountError as error:
-        if error.errno != errno.EBUSY:
+        if error.errno == errno.EINVAL:
             return  # somebody was faster
+        if error.errno != errno.EBUSY:
+            logger.error("not unmounted, and nobody serves it any more error=%s", error)
+            return
         logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
         unmount(mounted.mountpoint, lazy=True)
+        _end(mounted)
+
+
+def _end(mounted: Mount) -> None:
+    with suppress(MountError):  # not root: it ends when we close the device
         abort(mounted.connection)

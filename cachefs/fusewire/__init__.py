@@ -26,6 +26,8 @@ from cachefs.fusewire.init import (
     parse_init,
 )
 from cachefs.fusewire.replies import (
+    BLOCK_SIZE,
+    TYPE_BITS,
     DirEntry,
     attr_reply,
     data_header,
@@ -64,12 +66,14 @@ from cachefs.fusewire.requests import (
 )
 
 __all__ = [
+    "BLOCK_SIZE",
     "INC_EPOCH_MINOR",
     "IOC_BACKING_CLOSE",
     "IOC_BACKING_OPEN",
     "KERNEL_MAJOR",
     "NO_REPLY",
     "PAGE_SIZE",
+    "TYPE_BITS",
     "UNIQUE_RESEND",
     "WRITES",
     "DirEntry",

@@ -33,10 +33,10 @@ _DIRENT_RECORD = struct.Struct("<" + _DIRENT)
 _DIRENTPLUS_RECORD = struct.Struct("<" + _ENTRY + _DIRENT)
 _BARE_DIRENTPLUS_RECORD = struct.Struct("<128x" + _DIRENT)
 
-_BLOCK_SIZE = 4096
+BLOCK_SIZE = 4096
 """st_blksize; the kernel derives its own block arithmetic from it, so it stays at a page."""
 _MAX_TTL_S = float(1 << 31)
-_TYPE_BITS = {Kind.FILE: 0o100000, Kind.DIRECTORY: 0o040000}
+TYPE_BITS = {Kind.FILE: 0o100000, Kind.DIRECTORY: 0o040000}
 _NANO = 1_000_000_000
 _PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
 
@@ -123,12 +123,12 @@ def entry_reply(unique: int, node: int, attr: Attr, attr_ttl_s: float, entry_ttl
         mtime_ns,
         mtime_ns,
         mtime_ns,
-        _TYPE_BITS[attr.kind] | attr.mode,
+        TYPE_BITS[attr.kind] | attr.mode,
         1,  # links: 1 for directories too, which tells find(1) not to count on it
         attr.uid,
         attr.gid,
         0,
-        _BLOCK_SIZE,
+        BLOCK_SIZE,
         0,
     )
 
@@ -159,12 +159,12 @@ def attr_reply(unique: int, node: int, attr: Attr, attr_ttl_s: float) -> bytes:
         mtime_ns,
         mtime_ns,
         mtime_ns,
-        _TYPE_BITS[attr.kind] | attr.mode,
+        TYPE_BITS[attr.kind] | attr.mode,
         1,
         attr.uid,
         attr.gid,
         0,
-        _BLOCK_SIZE,
+        BLOCK_SIZE,
         0,
     )
 
@@ -203,7 +203,7 @@ def pack_dirents(entries: Iterable[DirEntry], size: int, plus: bool) -> bytes:
         if plus:
             pieces.append(_plus_record(entry, length))
         else:
-            pieces.append(_DIRENT_RECORD.pack(entry.node, entry.next_offset, length, _TYPE_BITS[entry.kind] >> 12))
+            pieces.append(_DIRENT_RECORD.pack(entry.node, entry.next_offset, length, TYPE_BITS[entry.kind] >> 12))
         pieces.append(name)
         pieces.append(_PADDING[length & 7])  # both fixed parts are multiples of 8
     return b"".join(pieces)
@@ -212,7 +212,7 @@ def pack_dirents(entries: Iterable[DirEntry], size: int, plus: bool) -> bytes:
 def _plus_record(entry: DirEntry, length: int) -> bytes:
     attr = entry.attr
     node = entry.node
-    type_bits = _TYPE_BITS[entry.kind]
+    type_bits = TYPE_BITS[entry.kind]
     if attr is None:
         return _BARE_DIRENTPLUS_RECORD.pack(node, entry.next_offset, length, type_bits >> 12)
     attr_s, attr_ns = split_ttl(entry.attr_ttl_s)
@@ -240,7 +240,7 @@ def _plus_record(entry: DirEntry, length: int) -> bytes:
         attr.uid,
         attr.gid,
         0,
-        _BLOCK_SIZE,
+        BLOCK_SIZE,
         0,
         node,
         entry.next_offset,

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,15 @@ class Running:
 
 @contextmanager
 def running(
-    role: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, stderr: Any = None
+    role: str,
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+    stderr: Any = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Running]:
     """`python -m cachefs ROLE ARGUMENTS…`, ready. It ends with the block, and by itself if this process is killed.
+
+    `prefix`: a program that becomes this one, as another user or so (see `users`).
 
     Raises CachefsError when it ends or takes too long before it is ready.
     """
@@ -49,7 +55,16 @@ def running(
     with ours:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cachefs", role, *map(str, arguments), "--supervised", str(theirs.fileno())],
+                [
+                    *prefix,
+                    sys.executable,
+                    "-m",
+                    "cachefs",
+                    role,
+                    *map(str, arguments),
+                    "--supervised",
+                    str(theirs.fileno()),
+                ],
                 env={**os.environ, **(environment or {})},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

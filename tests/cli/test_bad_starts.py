@@ -45,6 +45,7 @@ class Attempt:
         self.tier = f"ssd:{directory / 'tier'}:100M"
         self.state = directory / "state"
         self.options: dict[str, str] = {}
+        self.prefix: tuple[str, ...] = ()
 
     def fails(self, *expected: str) -> str:
         """Start, and check that it ends with one line of error that has these texts, and leaves nothing."""
@@ -52,7 +53,7 @@ class Attempt:
         mounted_before = find_mount(self.mountpoint)
         began_s = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "cachefs", "up", *arguments, "--log-level", "WARNING"],
+            [*self.prefix, sys.executable, "-m", "cachefs", "up", *arguments, "--log-level", "WARNING"],
             env={**os.environ, "CACHEFS_UFS_OPTIONS": json.dumps(self.options)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -196,6 +197,21 @@ def test_a_mountpoint_that_is_mounted_already_and_a_tier_that_is_in_use(attempt:
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+# Without root: see test_without_root.py. A kernel without passthrough is none of these: see test_tunables.py.
+
+
+def test_a_machine_without_the_device(attempt: Attempt) -> None:
+    attempt.prefix = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && exec "$@"', "sh")
+    attempt.fails("/dev/fuse", "this machine has no FUSE; load the kernel module fuse")
+
+
+def test_root_that_may_not_mount(attempt: Attempt) -> None:
+    """As in a container that was not given the capability: fusermount3 could not have it either."""
+    attempt.prefix = ("setpriv", "--inh-caps", "-sys_admin", "--bounding-set", "-sys_admin")
+    attempt.fails("user", "mounting needs root (CAP_SYS_ADMIN)")
 
 
 # ---- the tier ------------------------------------------------------------------------------------------------------

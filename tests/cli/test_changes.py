@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from cachefs.fuse import probe
+from cachefs.fuse import Driver, probe
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, mountpoint_below, running
@@ -333,9 +333,19 @@ SMALL = [f"small{number}" for number in range(6)]
 LARGE = [f"large{number}" for number in range(4)]
 
 
-@pytest.mark.parametrize(("sync_interval", "if_match", "seed"), [("0", True, 1), ("1s", False, 2), ("1h", True, 3)])
+@pytest.mark.parametrize(
+    ("sync_interval", "if_match", "seed", "driver"),
+    [
+        ("0", True, 1, Driver.KERNEL),
+        ("1s", False, 2, Driver.KERNEL),
+        ("1h", True, 3, Driver.KERNEL),
+        ("0", True, 1, Driver.PYFUSE3),
+        ("1h", False, 4, Driver.PYFUSE3),
+    ],
+    indirect=["driver"],
+)
 def test_readers_while_objects_change(
-    s3_bucket: Bucket, tmp_path: Path, sync_interval: str, if_match: bool, seed: int
+    s3_bucket: Bucket, tmp_path: Path, sync_interval: str, if_match: bool, seed: int, driver: Driver
 ) -> None:
     rng = random.Random(seed)
     versions = dict.fromkeys([*SMALL, *LARGE], 0)
@@ -354,7 +364,8 @@ def test_readers_while_objects_change(
     seconds = 1.5
     with ExitStack() as stack:
         faulty = stack.enter_context(server(s3_bucket, if_match=if_match))
-        flags = ["--sync-interval", sync_interval, "--open-wait", str(OPEN_WAIT)]
+        flags = ["--sync-interval", sync_interval, "--driver", driver.value]
+        flags += ["--open-wait", str(OPEN_WAIT)] if driver is Driver.KERNEL else []
         root, _ = stack.enter_context(up(s3_bucket, tmp_path, *flags, faulty=faulty))
         readers = []
         for how in ("read", "pread", "mmap", "list"):

@@ -114,6 +114,11 @@ def test_the_profile_for_training_and_what_is_asked_for_besides(tmp_path: Path) 
         (["--gid", "nobody"], "is not a valid integer range"),
         (["--profile", "trainig"], "is not 'training'"),
         (["--promote", "sometimes"], "is not one of 'always', 'if-space', 'never'"),
+        (["--driver", "libfuse"], "'libfuse' is not one of 'kernel', 'pyfuse3'"),
+        (["--open-mode", "no-open", "--driver", "pyfuse3"], "'no-open' is not accepted; expected auto or cached"),
+        (["--open-mode", "passthrough", "--driver", "pyfuse3"], "expected auto or cached with the driver pyfuse3"),
+        (["--max-background", "9", "--driver", "pyfuse3"], "9 is not accepted; expected its default, 64, with"),
+        (["--open-wait", "1M", "--driver", "pyfuse3"], "1048576 is not accepted; expected its default"),
     ],
 )
 def test_wrong_values_are_told_before_anything_starts(tmp_path: Path, flags: list[str], said: str) -> None:
@@ -123,3 +128,20 @@ def test_wrong_values_are_told_before_anything_starts(tmp_path: Path, flags: lis
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode != 0
     assert flags[0] in done.stderr and said in done.stderr, done.stderr
+
+
+def test_pyfuse3_that_is_not_installed(tmp_path: Path) -> None:
+    """One line says which, and what installs it."""
+    broken = tmp_path / "packages" / "pyfuse3.py"
+    broken.parent.mkdir()
+    broken.write_text("raise ImportError('libfuse3.so.3: cannot open shared object file')")
+    with mountpoint_below(tmp_path) as mountpoint:
+        command = [sys.executable, "-m", "cachefs", "up", tmp_path.as_uri(), str(mountpoint), "--driver", "pyfuse3"]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(broken.parent)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(
+        "Error: --driver: 'pyfuse3' is not accepted; expected kernel, until"
+    )
+    for said in ("apt-get install fuse3 libfuse3-dev", "pip install 'cachefs[pyfuse3]'", "libfuse3.so.3: cannot open"):
+        assert said in line

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cachefs.cli.instances import runtime_root
-from cachefs.fuse import find_mount, is_mounted, probe
+from cachefs.fuse import Driver, find_mount, is_mounted, probe
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, mountpoint_below, running
 
@@ -27,6 +27,13 @@ pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /d
 
 PAGE = 64 * 1024
 SMALL_PAGES = ["--page-size", "64K", "--open-wait", "64K", "--read-ahead", "128K"]
+
+
+def flags_of(driver: Driver) -> list[str]:
+    """With small pages. Where every READ comes to us, no open waits."""
+    if driver is Driver.KERNEL:
+        return SMALL_PAGES
+    return ["--driver", driver.value, "--page-size", "64K", "--read-ahead", "128K"]
 
 
 def content(seed: object, size: int) -> bytes:
@@ -119,11 +126,15 @@ def assert_nothing_left(mountpoint: Path, directory: Path) -> None:
     assert not [line for line in listed.splitlines() if str(directory) in line and "cachefs" in line]
 
 
-def test_every_byte_read_cold_and_warm_by_four_processes(bucket: Bucket, tmp_path: Path) -> None:
+def test_every_byte_read_cold_and_warm_by_four_processes(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
     before = bucket.contents()
-    with up(bucket, tmp_path, *SMALL_PAGES) as (mountpoint, process):
-        assert process.facts["open_mode"] == "passthrough"
-        assert process.facts["why"] == "the kernel reads cached files by itself"
+    with up(bucket, tmp_path, *flags_of(driver)) as (mountpoint, process):
+        mode, why = {
+            Driver.KERNEL: ("passthrough", "the kernel reads cached files by itself"),
+            Driver.PYFUSE3: ("cached", "pyfuse3 cannot hand files to the kernel: every READ comes to us"),
+        }[driver]
+        assert (process.facts["driver"], process.facts["open_mode"]) == (driver.value, mode)
+        assert process.facts["why"] == why
         read_by_processes(mountpoint, list(DATA), 4)
         cold = report(process)
         total = sum(map(len, DATA.values()))
@@ -188,8 +199,8 @@ def test_the_cache_is_kept_for_the_next_time(bucket: Bucket, tmp_path: Path) -> 
         assert run('stat -c %i "$1"', mountpoint / "shards/0.tar") == inode
 
 
-def test_names_sizes_and_listing(bucket: Bucket, tmp_path: Path) -> None:
-    with up(bucket, tmp_path) as (mountpoint, _):
+def test_names_sizes_and_listing(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
+    with up(bucket, tmp_path, "--driver", driver.value) as (mountpoint, _):
         found = run('cd "$1" && find . -type f -printf "%P %s\\n" | LC_ALL=C sort', mountpoint)
         expected = sorted((f"{key} {len(data)}" for key, data in DATA.items()), key=str.encode)
         assert found.splitlines() == expected
@@ -197,9 +208,9 @@ def test_names_sizes_and_listing(bucket: Bucket, tmp_path: Path) -> None:
         assert run('stat -c "%F %a" "$1"', mountpoint / "deep/er").strip() == "directory 755"
 
 
-def test_every_write_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+def test_every_write_is_refused(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
     before = bucket.contents()
-    with up(bucket, tmp_path) as (mountpoint, _):
+    with up(bucket, tmp_path, "--driver", driver.value) as (mountpoint, _):
         for script in (
             'echo x > "$1/new"',
             'echo x >> "$1/empty"',
@@ -217,8 +228,8 @@ def test_every_write_is_refused(bucket: Bucket, tmp_path: Path) -> None:
     assert bucket.contents() == before
 
 
-def test_a_changed_object_is_read_anew_and_never_mixed(bucket: Bucket, tmp_path: Path) -> None:
-    with up(bucket, tmp_path, *SMALL_PAGES, "--sync-interval", "0") as (mountpoint, _):
+def test_a_changed_object_is_read_anew_and_never_mixed(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
+    with up(bucket, tmp_path, *flags_of(driver), "--sync-interval", "0") as (mountpoint, _):
         shard = mountpoint / "shards/0.tar"
         assert run('sha256sum < "$1"', shard).split()[0] == hashlib.sha256(DATA["shards/0.tar"]).hexdigest()
         changed = content("changed", 9 * PAGE)
@@ -237,9 +248,20 @@ def test_a_change_that_nobody_was_told_of_is_found_at_the_open(bucket: Bucket, t
         assert run('sha256sum < "$1"', mountpoint / "train/007.jpg").split()[0] == hashlib.sha256(changed).hexdigest()
 
 
-def test_sigterm_during_a_cold_read_leaves_nothing(bucket: Bucket, tmp_path: Path) -> None:
+def test_in_cached_mode_it_is_found_by_the_read(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
+    flags = ["--driver", driver.value, "--open-mode", "cached", "--sync-interval", "1h"]
+    with up(bucket, tmp_path, *flags) as (mountpoint, _):
+        assert "007.jpg" in run('ls -l "$1/train"', mountpoint)
+        changed = content("changed", 30_000)
+        bucket.put({"train/007.jpg": changed})
+        assert run('cat "$1"', mountpoint / "train/007.jpg").strip().endswith("Stale file handle")
+        # Then the name is asked for again.
+        assert run('sha256sum < "$1"', mountpoint / "train/007.jpg").split()[0] == hashlib.sha256(changed).hexdigest()
+
+
+def test_sigterm_during_a_cold_read_leaves_nothing(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
     bucket.put({"large": content("large", 512 * PAGE)})
-    with up(bucket, tmp_path, "--page-size", "64K", "--open-wait", "0") as (mountpoint, process):
+    with up(bucket, tmp_path, *flags_of(driver)) as (mountpoint, process):
         with subprocess.Popen(
             ["dd", f"if={mountpoint / 'large'}", "of=/dev/null", "bs=4096"], stderr=subprocess.PIPE
         ) as reader:
@@ -257,8 +279,8 @@ def test_ends_cleanly(bucket: Bucket, tmp_path: Path, number: signal.Signals) ->
         assert_nothing_left(mountpoint, tmp_path)
 
 
-def test_ends_when_somebody_unmounts(bucket: Bucket, tmp_path: Path) -> None:
-    with up(bucket, tmp_path) as (mountpoint, process):
+def test_ends_when_somebody_unmounts(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
+    with up(bucket, tmp_path, "--driver", driver.value) as (mountpoint, process):
         assert cachefs("umount", str(mountpoint)).returncode == 0
         assert process.process.wait(30) == 0
         assert_nothing_left(mountpoint, tmp_path)

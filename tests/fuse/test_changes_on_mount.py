@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from cachefs.client import ClientConfig, Timeouts
-from cachefs.fuse import ChosenMode, Mount, MountConfig, OperationsConfig, find_mount, kernel, probe, run_mount
+from cachefs.fuse import ChosenMode, Driver, Mount, MountConfig, OperationsConfig, find_mount, kernel, probe, run_mount
 from cachefs.fusewire import Opcode
 from cachefs.model import ROOT_INO, Attr, Ino
 from cachefs.net import Hello, open_background, open_peer
@@ -65,6 +65,7 @@ class Scene:
 @asynccontextmanager
 async def scene(
     tmp_path: Path,
+    driver: Driver,
     files: dict[str, bytes],
     *,
     watched: bool = True,
@@ -78,7 +79,9 @@ async def scene(
         (data / name).write_bytes(content)
     with mountpoint_below(tmp_path) as mountpoint:
         async with (
-            running_cluster(tmp_path, data.as_uri(), master={"sync_interval_s": 3600}) as cluster,
+            running_cluster(
+                tmp_path, data.as_uri(), master={"sync_interval_s": 3600}, ufs_options={"settle": "0"}
+            ) as cluster,
             open_peer(cluster.master_address, Hello("client")) as master,
             running_relay(cluster.master_address, (await master.call(GetCluster())).message.namespace_id) as relay,
             open_background() as nursery,
@@ -90,7 +93,8 @@ async def scene(
                 client=ClientConfig(
                     address, cluster.worker_config.socket, patience_s=patience_s, timeouts=timeouts or Timeouts()
                 ),
-                operations=OperationsConfig(open_wait_bytes=PAGE),
+                operations=OperationsConfig(open_wait_bytes=PAGE) if driver is Driver.KERNEL else OperationsConfig(),
+                driver=driver,
             )
 
             async def serve(task_status: trio.TaskStatus[None]) -> None:
@@ -135,10 +139,12 @@ async def the_rest(process: trio.Process) -> bytes:
 
 
 @pytest.mark.expect_warnings("another namespace is worth a warning")
-async def test_a_mount_survives_the_loss_of_the_masters_database(tmp_path: Path) -> None:
+async def test_a_mount_survives_the_loss_of_the_masters_database(tmp_path: Path, driver: Driver) -> None:
     small, large = b"small" * 1000, b"large" * 8 * PAGE
     names = {f"dir/{number:02}": b"x" * (100 + number) for number in range(20)}
-    async with scene(tmp_path, {"small": small, "large": large, "other": b"other", **names}, watched=False) as it:
+    async with scene(
+        tmp_path, driver, {"small": small, "large": large, "other": b"other", **names}, watched=False
+    ) as it:
         assert len((await it.sh("ls -l dir")).splitlines()) == 21
         for name in ("large", "small", "other"):
             await it.sh(f"stat {name}")
@@ -174,15 +180,17 @@ async def test_a_mount_survives_the_loss_of_the_masters_database(tmp_path: Path)
 
 
 @pytest.fixture(params=["as this kernel can", "before Linux 6.16"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     if request.param == "before Linux 6.16":
         monkeypatch.setattr(kernel, "INC_EPOCH_MINOR", 1000)
+        if driver is Driver.PYFUSE3:
+            monkeypatch.setattr("cachefs.fuse.pyfuse3_driver.INC_EPOCH_KERNEL", (1000, 0))
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("everything", [False, True])
-async def test_a_change_is_seen_long_before_names_expire(tmp_path: Path, everything: bool) -> None:
-    async with scene(tmp_path, {"dir/file": b"old", "dir/gone": b"x", "dir/other": b"y"}) as it:
+async def test_a_change_is_seen_long_before_names_expire(tmp_path: Path, driver: Driver, everything: bool) -> None:
+    async with scene(tmp_path, driver, {"dir/file": b"old", "dir/gone": b"x", "dir/other": b"y"}) as it:
         before = await it.sh("stat -c %s dir/file dir/gone dir/other; cat dir/file; echo; ls dir")
         assert before.split() == ["3", "1", "1", "old", "file", "gone", "other"]
         assert "No such file" in await it.sh("stat dir/new")
@@ -217,9 +225,9 @@ async def test_a_change_is_seen_long_before_names_expire(tmp_path: Path, everyth
 
 @pytest.mark.parametrize("everything", [False, True])
 async def test_who_stands_in_a_directory_that_is_asked_for_again_notices_nothing(
-    tmp_path: Path, everything: bool
+    tmp_path: Path, driver: Driver, everything: bool
 ) -> None:
-    async with scene(tmp_path, {"dir/sub/file": b"x"}) as it:
+    async with scene(tmp_path, driver, {"dir/sub/file": b"x"}) as it:
         standing = await trio.lowlevel.open_process(
             ["sh", "-c", "stat -c %s file; read go; /bin/pwd; stat -c %s file new 2>&1"],
             cwd=it.mountpoint / "dir/sub",
@@ -267,9 +275,9 @@ print(done)
 
 
 @pytest.mark.usefixtures("kernels")
-async def test_names_read_by_many_while_they_are_being_taken_back(tmp_path: Path) -> None:
+async def test_names_read_by_many_while_they_are_being_taken_back(tmp_path: Path, driver: Driver) -> None:
     """Notifications wait for locks that the kernel holds while it waits for our answers: nothing hangs or is wrong."""
-    async with scene(tmp_path, {f"dir/{number:03}": b"hello" for number in range(200)}) as it:
+    async with scene(tmp_path, driver, {f"dir/{number:03}": b"hello" for number in range(200)}) as it:
         directory = (await it.find("/dir")).ino
         outputs: list[bytes] = []
 
@@ -303,9 +311,9 @@ def notifier_waits() -> bool:
 
 
 @pytest.mark.expect_warnings("it is unmounted while somebody waits")
-async def test_a_notification_that_hangs_holds_up_nobody_and_the_mount_ends(tmp_path: Path) -> None:
+async def test_a_notification_that_hangs_holds_up_nobody_and_the_mount_ends(tmp_path: Path, driver: Driver) -> None:
     files = {"dir/known": b"x", "dir/file": b"x", "other/file": b"12345"}
-    async with scene(tmp_path, files, patience_s=600) as it:
+    async with scene(tmp_path, driver, files, patience_s=600) as it:
         assert await it.sh("stat -c %s dir/known other/file") == "1\n5"
         directory = (await it.find("/dir")).ino
         it.relay.held = Lookup
@@ -341,7 +349,7 @@ async def test_a_directory_that_was_listed_is_not_asked_for_again_until_somethin
 
     monkeypatch.setattr(kernel.KernelSession, "__init__", make)
     files = {f"dir/{number:03}": b"x" * number for number in range(300)}
-    async with scene(tmp_path, files, watched=False) as it:
+    async with scene(tmp_path, Driver.KERNEL, files, watched=False) as it:
         asked = sessions[0].requests
 
         def listings() -> int:
@@ -368,9 +376,9 @@ async def test_a_directory_that_was_listed_is_not_asked_for_again_until_somethin
         assert await sizes() == now and listings() == before
 
 
-async def test_a_listing_is_not_kept_longer_than_names_are_believed(tmp_path: Path) -> None:
+async def test_a_listing_is_not_kept_longer_than_names_are_believed(tmp_path: Path, driver: Driver) -> None:
     # The relay tells nothing of what changes.
-    async with scene(tmp_path, {"dir/a": b"1"}, timeouts=Timeouts(3600.0, 0.0, 0.0)) as it:
+    async with scene(tmp_path, driver, {"dir/a": b"1"}, timeouts=Timeouts(3600.0, 0.0, 0.0)) as it:
         assert await it.sh("ls dir") == "a"
         (it.data / "dir/b").write_bytes(b"2")
         async with open_peer(it.cluster.master_address, Hello("client")) as master:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -17,6 +20,7 @@ from cachefs.fuse import (
     AttrReply,
     BackingRegistry,
     DirEntry,
+    Driver,
     EntryReply,
     KernelSession,
     MountOptions,
@@ -31,13 +35,18 @@ from cachefs.fuse import (
     probe,
     unmount,
 )
-from cachefs.fusewire import InitOptions, Negotiated, Opcode
-from cachefs.model import Attr, ContentKey, Ino, Kind, MiB
+from cachefs.fusewire import InitOptions, Negotiated, Opcode, RequestHeader, error_reply, parse_header
+from cachefs.model import Attr, ContentKey, Ino, Kind, LocalProtocolError, MiB
 from cachefs.net import open_background
+
+if TYPE_CHECKING:
+    from cachefs.fuse.pyfuse3_driver import Pyfuse3Session
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
 LIMIT_S = 20.0
+
+only_pyfuse3 = pytest.mark.parametrize("driver", [Driver.PYFUSE3], indirect=True, ids=["pyfuse3"])
 
 
 class Directory:
@@ -160,7 +169,7 @@ class Mounted:
     def __init__(self, fd: int, mountpoint: Path, nursery: trio.Nursery) -> None:
         self.fd = fd
         self.mountpoint = mountpoint
-        self.session: KernelSession
+        self.session: KernelSession | Pyfuse3Session
         self._nursery = nursery
         self._scope = trio.CancelScope()
 
@@ -168,17 +177,33 @@ class Mounted:
         self, files: Directory, init: InitOptions | None = None, agreed: Negotiated | None = None
     ) -> Negotiated:
         """The earlier server, if there is one, is gone first."""
+        options = SessionOptions(init or InitOptions())
+        negotiated: Negotiated = await self._serve(KernelSession(self.fd, files, options, agreed=agreed))
+        return negotiated
+
+    async def serve_by(self, driver: Driver, files: Directory, options: SessionOptions | None = None) -> None:
+        if driver is Driver.PYFUSE3:
+            # Not where there is no pyfuse3.
+            from cachefs.fuse.pyfuse3_driver import Pyfuse3Session
+
+            await self._serve(Pyfuse3Session(self.fd, files, options))
+        else:
+            await self._serve(KernelSession(self.fd, files, options))
+
+    async def _serve(self, session: KernelSession | Pyfuse3Session) -> Any:
         self._scope.cancel()
         self._scope = scope = trio.CancelScope()
-        session = self.session = KernelSession(self.fd, files, SessionOptions(init or InitOptions()), agreed=agreed)
+        self.session = session
 
-        async def run(task_status: trio.TaskStatus[Negotiated]) -> None:
+        async def run(task_status: trio.TaskStatus[Any]) -> None:
             with scope:
                 await session.serve(task_status=task_status)
 
         with trio.fail_after(LIMIT_S):
-            negotiated: Negotiated = await self._nursery.start(run)
-        return negotiated
+            return await self._nursery.start(run)
+
+    def stop(self) -> None:
+        self._scope.cancel()
 
     async def read(self, *arguments: str) -> bytes:
         """Output of a program that runs in the mount."""
@@ -228,7 +253,7 @@ async def mounted(tmp_path: Path) -> AsyncIterator[OpenMount]:
         unmount(mountpoint, lazy=True)  # aborted, so that nobody has to answer
 
 
-async def test_ten_thousand_names(source: Path, mounted: OpenMount) -> None:
+async def test_ten_thousand_names(source: Path, mounted: OpenMount, driver: Driver) -> None:
     class Names(Directory):
         def attr(self, node: int) -> Attr:
             return super().attr(ROOT_NODE) if node == ROOT_NODE else one
@@ -239,7 +264,7 @@ async def test_ten_thousand_names(source: Path, mounted: OpenMount) -> None:
     files.names = [f"{'n' * (number % 50)}-{number}" for number in range(10_000)]
     files.nodes = {name.encode(): number + 2 for number, name in enumerate(files.names)}
     async with mounted() as it:
-        await it.serve(files)
+        await it.serve_by(driver, files)
         assert (await it.read("ls", "-U")).decode().split() == files.names
         # All at once, at different speeds.
         listings: list[list[str]] = []
@@ -267,12 +292,12 @@ async def test_a_listing_that_is_kept(source: Path, mounted: OpenMount) -> None:
         assert it.session.requests[Opcode.READDIR] + it.session.requests[Opcode.READDIRPLUS] == asked
 
 
-async def test_large_reads(source: Path, mounted: OpenMount) -> None:
+async def test_large_reads(source: Path, mounted: OpenMount, driver: Driver) -> None:
     """READs of 1 MiB, a tail that is no multiple of a page, and the read-ahead that both need."""
     content = os.urandom(5 * MiB + 12345)
     (source / "file").write_bytes(content)
     async with mounted() as it:
-        await it.serve(Directory(source))
+        await it.serve_by(driver, Directory(source))
         assert await it.read("cat", "file") == content
         assert it.session.requests[Opcode.READ] < 40
 
@@ -308,14 +333,14 @@ async def test_killed_while_a_direct_read_waits(source: Path, mounted: OpenMount
             assert await reader.wait() == -signal.SIGKILL
 
 
-async def test_killed_while_a_cached_read_waits(source: Path, mounted: OpenMount) -> None:
+async def test_killed_while_a_cached_read_waits(source: Path, mounted: OpenMount, driver: Driver) -> None:
     """The kernel sends no INTERRUPT: the read is the page cache's. The reader dies at once all the same, and the read
     that nobody waits for ends by itself, and then the handle."""
     (source / "file").write_bytes(b"d" * 100_000)
     async with mounted() as it:
         files = Directory(source)
         files.holds_reads = True
-        await it.serve(files)
+        await it.serve_by(driver, files)
         reader = await it.start("cat", it.mountpoint / "file")
         await until(lambda: files.waiting >= 1)
         reader.send_signal(signal.SIGKILL)
@@ -325,6 +350,115 @@ async def test_killed_while_a_cached_read_waits(source: Path, mounted: OpenMount
         files.go.set()
         await until(lambda: files.opens[2] == 0)
         assert await it.read("cat", "file") == b"d" * 100_000
+
+
+async def test_many_readers_of_many_files(source: Path, mounted: OpenMount, driver: Driver) -> None:
+    """Names, attributes, contents and their ends, all at once, and every handle released."""
+    for number in range(60):
+        (source / f"{number:02}").write_bytes(os.urandom(number * 3000))
+    async with mounted() as it:
+        files = Directory(source)
+        await it.serve_by(driver, files)
+        expected = await it.read("sh", "-c", f"cd {source} && sha256sum *")
+        found: list[bytes] = []
+
+        async def read(script: str) -> None:
+            found.append(await it.read("sh", "-c", script))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(read, "sha256sum *")
+        assert found == [expected] * 4
+        assert await it.read("stat", "-c", "%n %s %A %u %g %h %b %Y", "00", "59") == (
+            b"00 0 -rw-r--r-- 0 0 1 0 0\n" + f"59 {59 * 3000} -rw-r--r-- 0 0 1 {-(-59 * 3000 // 512)} 0\n".encode()
+        )
+        assert await it.read("sh", "-c", "cat nothing; cat 01/x; echo > 02; exit 0") == b""
+        assert (await it.read("df", ".")).split()[-5:-1] == [b"0", b"0", b"0", b"-"]
+        await until(lambda: not any(files.opens.values()))
+
+
+@only_pyfuse3
+async def test_killed_while_an_open_waits_for_libfuse(source: Path, mounted: OpenMount, driver: Driver) -> None:
+    """No interrupt comes through pyfuse3: the process is gone when the answer comes, and not before, whatever it is."""
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_opens = True
+        await it.serve_by(driver, files)
+        reader = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting == 1)
+        reader.send_signal(signal.SIGKILL)
+        assert await it.read("ls", "-U") == b"file\n"
+        assert reader.poll() is None
+        files.go.set()
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == -signal.SIGKILL
+        await until(lambda: files.opens[2] == 0)
+
+
+async def test_a_request_that_is_gone_before_it_is_read_ends_nothing(
+    source: Path, mounted: OpenMount, driver: Driver
+) -> None:
+    """The kernel withdraws what a killed process asked, if nobody has read it: between the wake-up and the read too."""
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_opens = True
+        await it.serve_by(driver, files)
+        waiting = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting == 1)
+        stolen: list[RequestHeader] = []
+
+        class Thief(trio.abc.Instrument):
+            """Reads the device right before the driver does, and answers for it."""
+
+            def before_task_step(self, task: trio.lowlevel.Task) -> None:
+                if not stolen and ("pyfuse-" in task.name or task.name.endswith("run")):
+                    with contextlib.suppress(BlockingIOError):
+                        stolen.append(parse_header(os.read(it.fd, 1 << 21)))
+                        os.write(it.fd, error_reply(stolen[-1].unique, errno.EXDEV))
+
+        thief = Thief()
+        trio.lowlevel.add_instrument(thief)
+        try:
+            with pytest.raises(subprocess.CalledProcessError):
+                await it.read("ls", "nothing")
+        finally:
+            trio.lowlevel.remove_instrument(thief)
+        assert len(stolen) == 1
+        # What was in progress goes on, and then what comes later is served.
+        assert files.waiting == 1 and files.cancelled == 0
+        files.go.set()
+        with trio.fail_after(LIMIT_S):
+            assert await waiting.wait() == 0
+        assert await it.read("cat", "file") == b"data"
+
+
+@only_pyfuse3
+async def test_a_session_that_ends_answers_what_waits(source: Path, mounted: OpenMount, driver: Driver) -> None:
+    """The kernel driver leaves it to a successor: see test_a_successor_answers_what_was_left."""
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_opens = True
+        await it.serve_by(driver, files)
+        reader = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting == 1)
+        it.stop()
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == 1
+        assert files.cancelled == 1
+
+
+@only_pyfuse3
+async def test_one_mount_at_a_time_in_a_process(source: Path, mounted: OpenMount, driver: Driver) -> None:
+    from cachefs.fuse.pyfuse3_driver import Pyfuse3Session
+
+    async with mounted() as it:
+        await it.serve_by(driver, Directory(source))
+        with pytest.raises(LocalProtocolError, match="one mount at a time"):
+            await Pyfuse3Session(it.fd, Directory(source)).serve()
+        assert await it.read("ls") == b""
 
 
 async def test_a_successor_answers_what_was_left(source: Path, mounted: OpenMount) -> None:

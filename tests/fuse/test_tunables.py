@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -22,21 +23,24 @@ from cachefs.client import ClientConfig, Timeouts
 from cachefs.fuse import (
     CacheOperations,
     ChosenMode,
-    KernelSession,
+    Driver,
     Mount,
     MountConfig,
     MountOptions,
     OpenMode,
+    Operations,
     OperationsConfig,
     SessionOptions,
     find_mount,
     max_read_limit,
     probe,
     run_mount,
+    service,
+    why_no_pyfuse3,
 )
 from cachefs.fusewire import InitFlag, InitOptions, Opcode
 from cachefs.model import ConfigError, MiB
-from cachefs.net import open_background
+from cachefs.net import TcpAddress, open_background
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.disks import overlay
@@ -55,7 +59,7 @@ class Scene:
         self.mountpoint = mountpoint
         self.chosen: ChosenMode
         self.mounted: Mount
-        self.session: KernelSession
+        self.session: Any
         self.reads: list[int] = []
         """Bytes asked for by each READ."""
 
@@ -86,6 +90,7 @@ async def scene(
     *,
     files: dict[str, bytes] | None = None,
     operations: OperationsConfig | None = None,
+    driver: Driver = Driver.KERNEL,
     options: MountOptions | None = None,
     timeouts: Timeouts | None = None,
     init: InitOptions | None = None,
@@ -94,12 +99,12 @@ async def scene(
     xattr: bool = False,
     worker: dict[str, object] | None = None,
 ) -> AsyncIterator[Scene]:
+    operations = operations or OperationsConfig()
     data = tmp_path / "data"
     for name, content in (files or {"large": LARGE, "small": SMALL}).items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_bytes(content)
         os.utime(data / name, (1e9, 1e9))
-    sessions: list[KernelSession] = []
     with mountpoint_below(tmp_path) as mountpoint:
         async with (
             running_cluster(
@@ -112,18 +117,18 @@ async def scene(
             open_background() as nursery,
         ):
             it = Scene(cluster, mountpoint)
-            made = KernelSession.__init__
+            made = service._session
             read_nowait = CacheOperations.read_nowait
 
-            def make(self: KernelSession, *arguments: object, **named: object) -> None:
-                made(self, *arguments, **named)  # type: ignore[arg-type]
-                sessions.append(self)
+            def make(config: MountConfig, fd: int, operations: Operations) -> Any:
+                it.session = made(config, fd, operations)
+                return it.session
 
             def read(self: CacheOperations, fh: int, offset: int, size: int) -> object:
                 it.reads.append(size)
                 return read_nowait(self, fh, offset, size)
 
-            monkeypatch.setattr(KernelSession, "__init__", make)
+            monkeypatch.setattr(service, "_session", make)
             monkeypatch.setattr(CacheOperations, "read_nowait", read)
             config = MountConfig(
                 mountpoint=str(mountpoint),
@@ -134,14 +139,15 @@ async def scene(
                     promote=promote,  # type: ignore[arg-type]
                 ),
                 options=options or MountOptions(),
-                operations=replace(operations or OperationsConfig(), open_wait_bytes=PAGE),
+                operations=operations if driver is Driver.PYFUSE3 else replace(operations, open_wait_bytes=PAGE),
+                driver=driver,
                 session=SessionOptions(init or InitOptions(), xattr=xattr),
                 threads=threads,
             )
 
             async def serve(task_status: trio.TaskStatus[None]) -> None:
                 def ready(mounted: Mount, chosen: ChosenMode) -> None:
-                    it.mounted, it.chosen, it.session = mounted, chosen, sessions[-1]
+                    it.mounted, it.chosen = mounted, chosen
                     task_status.started()
 
                 await run_mount(config, ready)
@@ -162,9 +168,11 @@ async def test_auto_reads_sealed_files_by_passthrough(tmp_path: Path, monkeypatc
 
 
 async def test_cached_mode_asks_for_what_the_kernel_has_not_got(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
 ) -> None:
-    async with scene(tmp_path, monkeypatch, operations=OperationsConfig(open_mode=OpenMode.CACHED)) as it:
+    async with scene(
+        tmp_path, monkeypatch, driver=driver, operations=OperationsConfig(open_mode=OpenMode.CACHED)
+    ) as it:
         assert (it.chosen.mode, it.chosen.why) == (OpenMode.CACHED, "as asked for")
         assert await it.read("small") == SMALL
         assert it.reads != []
@@ -268,12 +276,60 @@ async def test_a_kernel_without_no_open(tmp_path: Path, monkeypatch: pytest.Monk
             pass
 
 
+async def test_pyfuse3_reads_everything_through_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := why_no_pyfuse3()) is not None:
+        pytest.skip(reason)
+    async with scene(tmp_path, monkeypatch, driver=Driver.PYFUSE3) as it:
+        assert it.chosen.mode is OpenMode.CACHED
+        assert it.chosen.why == "pyfuse3 cannot hand files to the kernel: every READ comes to us"
+        for name, content in (("small", SMALL), ("large", LARGE)):
+            for _ in range(2):
+                assert await it.read(name) == content
+        assert it.reads != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"operations": OperationsConfig(open_mode=OpenMode.PASSTHROUGH)}, "open_mode: 'passthrough'.*auto or cached"),
+        ({"operations": OperationsConfig(open_mode=OpenMode.NO_OPEN)}, "open_mode: 'no-open'.*auto or cached"),
+        ({"operations": OperationsConfig(open_wait_bytes=1)}, "open_wait: 1 .*default"),
+        ({"session": SessionOptions(InitOptions(max_background=9))}, "max_background: 9 .*64"),
+        ({"session": SessionOptions(InitOptions(ignored=InitFlag.PASSTHROUGH))}, "ignore_kernel_feature"),
+        ({"options": MountOptions(max_read=max_read_limit() // 2)}, None),
+    ],
+)
+def test_what_pyfuse3_cannot_do_is_refused(changes: dict[str, Any], said: str | None) -> None:
+    def configured() -> MountConfig:
+        client = ClientConfig(TcpAddress("127.0.0.1", 1), None)
+        return MountConfig(mountpoint="/mnt", client=client, driver=Driver.PYFUSE3, **changes)
+
+    if said is None:
+        assert configured().driver is Driver.PYFUSE3
+        return
+    with pytest.raises(ConfigError, match=f"{said}.*pyfuse3"):
+        configured()
+
+
+@pytest.mark.usefixtures("raised_page_limit")
+def test_pyfuse3_reads_a_mebibyte_at_most() -> None:
+    with pytest.raises(ConfigError, match=r"max_read: 2097152.*4096 to 1048576 bytes with the driver pyfuse3"):
+        MountConfig(
+            mountpoint="/mnt",
+            client=ClientConfig(TcpAddress("127.0.0.1", 1), None),
+            options=MountOptions(max_read=2 * MiB),
+            driver=Driver.PYFUSE3,
+        )
+
+
 # ---- sizes and counts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_read", [4096, 64 << 10, 256 << 10])
-async def test_max_read_bounds_every_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_read: int) -> None:
-    async with scene(tmp_path, monkeypatch, options=MountOptions(max_read=max_read)) as it:
+async def test_max_read_bounds_every_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver, max_read: int
+) -> None:
+    async with scene(tmp_path, monkeypatch, driver=driver, options=MountOptions(max_read=max_read)) as it:
         assert await it.read("large") == LARGE
         assert max(it.reads) == max_read
 
@@ -307,9 +363,9 @@ async def test_max_read_goes_as_far_as_the_kernel(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("read_ahead_kb", [0, 128, 512])
 async def test_read_ahead_is_how_far_the_kernel_looks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_ahead_kb: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver, read_ahead_kb: int
 ) -> None:
-    async with scene(tmp_path, monkeypatch, options=MountOptions(read_ahead_kb=read_ahead_kb)) as it:
+    async with scene(tmp_path, monkeypatch, driver=driver, options=MountOptions(read_ahead_kb=read_ahead_kb)) as it:
         # One byte at the start: everything else that is asked for is read ahead.
         assert await it.sh("head -c 4096 large | wc -c") == "4096"
         assert (read_ahead_kb == 0) == (sum(it.reads) <= 4096)
@@ -327,7 +383,7 @@ async def test_max_background_is_what_the_kernel_is_told(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("threads", [1, 3])
 async def test_threads_are_how_many_reads_wait_for_disks_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver, threads: int
 ) -> None:
     files = {str(number): LARGE for number in range(8)}
     most = now = 0
@@ -349,7 +405,7 @@ async def test_threads_are_how_many_reads_wait_for_disks_at_once(
         return bytearray(os.pread(fd, length, offset))
 
     monkeypatch.setattr("cachefs.client.files.read_exactly", slow)
-    async with scene(tmp_path, monkeypatch, files=files, threads=threads, init=InitOptions()) as it:
+    async with scene(tmp_path, monkeypatch, driver=driver, files=files, threads=threads, init=InitOptions()) as it:
         async with trio.open_nursery() as nursery:
             for name in files:
                 nursery.start_soon(it.read, name)
@@ -368,19 +424,21 @@ FOREVER = Timeouts(3600.0, 3600.0, 3600.0)
 
 
 async def test_attributes_are_asked_for_again_after_their_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
 ) -> None:
     for attr_s, asks in ((3600.0, False), (0.0, True)):
-        async with scene(tmp_path, monkeypatch, timeouts=replace(FOREVER, attr_s=attr_s)) as it:
+        async with scene(tmp_path, monkeypatch, driver=driver, timeouts=replace(FOREVER, attr_s=attr_s)) as it:
             await it.sh("stat small")
             before = it.asked[Opcode.GETATTR]
             await it.sh("exec 3<small; for i in 1 2 3 4 5; do stat -L /dev/fd/3; done")
             assert (it.asked[Opcode.GETATTR] >= before + 5) == asks
 
 
-async def test_names_are_asked_for_again_after_their_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_names_are_asked_for_again_after_their_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
     for entry_s, asks in ((3600.0, False), (0.0, True)):
-        async with scene(tmp_path, monkeypatch, timeouts=replace(FOREVER, entry_s=entry_s)) as it:
+        async with scene(tmp_path, monkeypatch, driver=driver, timeouts=replace(FOREVER, entry_s=entry_s)) as it:
             await it.sh("stat small")
             before = it.asked[Opcode.LOOKUP]
             await it.sh("for i in 1 2 3 4 5; do stat small; done")
@@ -388,10 +446,10 @@ async def test_names_are_asked_for_again_after_their_timeout(tmp_path: Path, mon
 
 
 async def test_missing_names_are_asked_for_again_after_their_timeout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
 ) -> None:
     for negative_s, asks in ((3600.0, False), (0.0, True)):
-        async with scene(tmp_path, monkeypatch, timeouts=replace(FOREVER, negative_s=negative_s)) as it:
+        async with scene(tmp_path, monkeypatch, driver=driver, timeouts=replace(FOREVER, negative_s=negative_s)) as it:
             await it.sh("stat missing")
             before = it.asked[Opcode.LOOKUP]
             assert "No such file" in await it.sh("for i in 1 2 3 4 5; do stat missing; done")
@@ -451,8 +509,12 @@ async def xattrs_of(it: Scene, *names: str) -> dict[str, dict[str, str | int]]:
     return found
 
 
-async def test_extended_attributes_tell_what_is_cached_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(tmp_path, monkeypatch, files={"dir/small": SMALL, "large": LARGE}, xattr=True) as it:
+async def test_extended_attributes_tell_what_is_cached_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
+    async with scene(
+        tmp_path, monkeypatch, driver=driver, files={"dir/small": SMALL, "large": LARGE}, xattr=True
+    ) as it:
         before = (await xattrs_of(it, "dir/small"))["dir/small"]
         assert (before["user.cachefs.cached_bytes"], before["user.cachefs.tier"]) == ("0", "")
         assert len(str(before["user.cachefs.key"])) == 32 and before["user.cachefs.workers"] == ""
@@ -470,8 +532,10 @@ async def test_extended_attributes_tell_what_is_cached_where(tmp_path: Path, mon
         assert "user.cachefs.key" not in (await xattrs_of(it, "dir"))["dir"]
 
 
-async def test_without_the_flag_the_kernel_asks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(tmp_path, monkeypatch) as it:
+async def test_without_the_flag_the_kernel_asks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
+    async with scene(tmp_path, monkeypatch, driver=driver) as it:
         for _ in range(3):
             found = await it.sh(f'{sys.executable} -c \'import os; os.getxattr("small", "user.cachefs.key")\' 2>&1')
             assert "not supported" in found
@@ -481,11 +545,17 @@ async def test_without_the_flag_the_kernel_asks_once(tmp_path: Path, monkeypatch
 # ---- owners and promotion ------------------------------------------------------------------------------------------
 
 
-async def test_owner_and_permissions_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(tmp_path, monkeypatch, files={"dir/file": b"x"}) as it:
+async def test_owner_and_permissions_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
+    async with scene(tmp_path, monkeypatch, driver=driver, files={"dir/file": b"x"}) as it:
         plain = await it.sh("stat -c '%u %g %a' dir dir/file")
     async with scene(
-        tmp_path, monkeypatch, files={"dir/file": b"x"}, operations=OperationsConfig(uid=1234, gid=77, umask=0o027)
+        tmp_path,
+        monkeypatch,
+        driver=driver,
+        files={"dir/file": b"x"},
+        operations=OperationsConfig(uid=1234, gid=77, umask=0o027),
     ) as it:
         for listed in ("", "ls -lR >/dev/null;"):
             found = await it.sh(f"{listed} stat -c '%u %g %a' dir dir/file")
@@ -494,11 +564,14 @@ async def test_owner_and_permissions_as_asked_for(tmp_path: Path, monkeypatch: p
         assert await it.sh("exec 3<dir/file; stat -L -c '%u %g' /dev/fd/3") == "1234 77"
 
 
-async def test_the_mount_decides_whether_what_it_reads_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(tmp_path, monkeypatch, promote="never") as it:
+async def test_the_mount_decides_whether_what_it_reads_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
+    async with scene(tmp_path, monkeypatch, driver=driver, promote="never") as it:
         assert await it.read("small") == SMALL and await it.read("large") == LARGE
         status = await it.cluster.worker_status()
         assert status.tiers[0].blocks == 0 and status.tiers[0].partials == 0
-    async with scene(tmp_path, monkeypatch) as it:
+    # Elsewhere: files written anew are others, and in cached mode it is a READ that finds out.
+    async with scene(tmp_path / "again", monkeypatch, driver=driver) as it:
         assert await it.read("small") == SMALL
         assert (await it.cluster.worker_status()).tiers[0].blocks == 1
