@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import trio
 
-from cachefs.model import Attr, Ino, Kind, NamespaceChangedError, ObjectInfo, UnavailableError
+from cachefs.model import (
+    Attr,
+    Ino,
+    IsADirectory,
+    Kind,
+    NamespaceChangedError,
+    NotFoundError,
+    ObjectInfo,
+    StaleError,
+    UnavailableError,
+)
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
+from cachefs.wire import Request
 from cachefs.wire.messages import NextLocations, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
+
+R = TypeVar("R")
 
 _REMEMBERED = 100_000
 """Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
@@ -59,18 +72,28 @@ class Sources:
         """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that
         had to be waited for, came back with another namespace.
         """
-        namespace_id = self.namespace_id
         known = self._known.get(ino)
         if known is not None:
             self._known.move_to_end(ino)
             return known
-        location: ObjectLocation = (await self._master.call(Resolve(ino))).message
-        if self.namespace_id != namespace_id:
-            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+        location: ObjectLocation = await self._ask(Resolve(ino), ino)
         ufs = self._open.get(location.store_id)
         if ufs is None:
             raise UnavailableError(f"under-store {location.store_id} of {location.path} is not open on this worker")
         return self._remember(location, ufs)
+
+    async def _ask(self, request: Request[R], ino: Ino) -> R:
+        """What the master says, unless it speaks of another namespace by now: also that there is no such inode."""
+        namespace_id = self.namespace_id
+        try:
+            found = (await self._master.call(request)).message
+        except (NotFoundError, IsADirectory, StaleError):
+            if self.namespace_id == namespace_id:
+                raise
+        else:
+            if self.namespace_id == namespace_id:
+                return found
+        raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
 
     def _remember(self, location: ObjectLocation, ufs: UnderStore) -> Source:
         attr = location.attr
@@ -85,10 +108,7 @@ class Sources:
 
         Raises as `resolve`.
         """
-        namespace_id = self.namespace_id
-        found: NextLocations = (await self._master.call(ResolveNext(ino, after, count))).message
-        if self.namespace_id != namespace_id:
-            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+        found: NextLocations = await self._ask(ResolveNext(ino, after, count), ino)
         located = [(each, self._open.get(each.store_id)) for each in found.files]
         return [self._remember(each, ufs) for each, ufs in located if ufs is not None], found.until
 
