@@ -3,7 +3,7 @@
 from cachefs.client.client import Client, open_client
 from cachefs.client.config import ClientConfig, Timeouts
 from cachefs.client.dirs import DirReader
-from cachefs.client.files import ContentReader, read_exactly
+from cachefs.client.files import ContentReader, read_exactly, read_exactly_nowait
 from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.view import View
 
@@ -18,4 +18,5 @@ __all__ = [
     "View",
     "open_client",
     "read_exactly",
+    "read_exactly_nowait",
 ]

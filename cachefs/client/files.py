@@ -62,7 +62,7 @@ class ContentReader:
     def read_nowait(self, offset: int, size: int) -> Data:
         """The bytes, `size` of them or up to the end of the content, if that needs neither the worker nor the disk.
 
-        Raises trio.WouldBlock otherwise.
+        Raises trio.WouldBlock otherwise. As of `read_exactly_nowait`, overwritten by the next read of this process.
         """
         slices = self._geometry.split(self.attr.size_bytes, offset, size)
         if not slices:
@@ -71,17 +71,7 @@ class ContentReader:
         view = self._views.get(piece.block_index)
         if len(slices) > 1 or view is None or not self._covers(view, piece):
             raise trio.WouldBlock
-        buffer = bytearray(piece.length)
-        try:
-            # Only what is in the page cache: anything else belongs into a thread.
-            count = os.preadv(view.fd, [buffer], piece.offset, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno in (*_NOT_WITHOUT_WAITING, *_DISK_FAILS):
-                raise trio.WouldBlock from None
-            raise
-        if count != piece.length:
-            raise trio.WouldBlock
-        return buffer
+        return read_exactly_nowait(view.fd, piece.offset, piece.length)
 
     async def read(self, offset: int, size: int) -> Data:
         """The bytes, `size` of them or up to the end of the content; never fewer.
@@ -166,6 +156,30 @@ class ContentReader:
             os.close(fd)
         self._retired.clear()
         self._views.clear()
+
+
+_scratch = memoryview(bytearray(MiB))
+
+
+def read_exactly_nowait(fd: int, offset: int, length: int) -> memoryview:
+    """`length` bytes of a file that has them in the page cache, in memory that the next call overwrites: new memory,
+    which the kernel has to clear first, would cost as much as the reading. Called from one thread only.
+
+    Raises trio.WouldBlock where it would have to wait, or the disk fails: that belongs into a thread; OSError.
+    """
+    global _scratch
+    if length > len(_scratch):
+        _scratch = memoryview(bytearray(length))
+    buffer = _scratch[:length]
+    try:
+        count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno in (*_NOT_WITHOUT_WAITING, *_DISK_FAILS):
+            raise trio.WouldBlock from None
+        raise
+    if count != length:
+        raise trio.WouldBlock
+    return buffer
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytearray:

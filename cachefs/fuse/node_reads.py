@@ -6,20 +6,18 @@ closed, because an open sealed file cannot be evicted. What the kernel has read 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import OrderedDict
 
 import trio
 
-from cachefs.client import Client, ContentReader, View, read_exactly
+from cachefs.client import Client, ContentReader, View, read_exactly, read_exactly_nowait
 from cachefs.model import Attr, Ino, StaleError
 
 Data = bytes | bytearray | memoryview
 
 _MAX_OPEN = 256
 _IDLE_S = 2.0
-_NOT_WITHOUT_WAITING = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class _Content:
@@ -60,16 +58,7 @@ class NodeReads:
         content.used_at = trio.current_time()
         if content.reader is not None:
             return content.reader.read_nowait(offset, size)
-        length = _length(content.attr, offset, size)
-        buffer = bytearray(length)
-        try:
-            # Only what is in the page cache: anything else belongs into a thread.
-            if os.preadv(content.fd, [buffer], offset, os.RWF_NOWAIT) == length:
-                return buffer
-        except OSError as error:
-            if error.errno not in _NOT_WITHOUT_WAITING:
-                raise
-        raise trio.WouldBlock
+        return read_exactly_nowait(content.fd, offset, _length(content.attr, offset, size))
 
     async def read(self, view: View, ino: Ino, offset: int, size: int) -> Data:
         """As `ContentReader.read`; raises as `Metadata.attr` too."""

@@ -98,6 +98,7 @@ class Operations(Protocol):
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
         """Exactly `size` bytes, or fewer if and only if the content ends there: the kernel takes a short answer for
         the end of the file, without any error. On a mount without OPEN (`InitOptions.no_open`) fh is the node id.
+        The memory may be overwritten by the next call.
         """
 
     async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview: ...

@@ -277,7 +277,8 @@ class _Handlers(pyfuse3.Operations):
         data = await _ask(self._operations.read_nowait, self._operations.read, fh, off, size)
         if len(data) != size:
             check_length(self._operations, self._nodes[fh][0], off, size, len(data))
-        return data  # type: ignore[return-value]  # anything with bytes in it will do
+        # Others may be answered before libfuse has this.
+        return bytes(data)
 
     @_request(Opcode.RELEASE)
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
