@@ -19,10 +19,9 @@ from rich.table import Table
 from cachefs.cli import params
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
-from cachefs.cli.settings import without_credentials
 from cachefs.fuse import FS_TYPE, all_mounts, is_dead, max_read_limit, probe, try_passthrough
 from cachefs.fusewire import InitFlag
-from cachefs.model import CachefsError, GiB, MiB, format_size
+from cachefs.model import CachefsError, GiB, MiB, format_size, without_credentials
 from cachefs.net import Hello, open_peer, parse_address
 from cachefs.store import TierConfig
 from cachefs.ufs import open_under_store

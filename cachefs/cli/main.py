@@ -22,6 +22,7 @@ COMMANDS = {
     "refresh": "cachefs.cli.metadata",
     "load": "cachefs.cli.load",
     "free": "cachefs.cli.free",
+    "ufs": "cachefs.cli.ufs",
     "verify": "cachefs.cli.verify",
     "doctor": "cachefs.cli.doctor",
     "config": "cachefs.cli.config",

@@ -25,6 +25,7 @@ from cachefs.model import (
 from cachefs.net import Hello, Pool, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
+    AddStore,
     ClusterInfo,
     Free,
     FreeReply,
@@ -35,10 +36,12 @@ from cachefs.wire.messages import (
     LoadProgress,
     Locate,
     MasterStatus,
+    MountInfo,
     OpenCounts,
     Opened,
     Refresh,
     RefreshReply,
+    RemoveStore,
 )
 
 logger = logging.getLogger(__name__)
@@ -258,6 +261,17 @@ class Client:
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
         return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message
+
+    async def add_store(self, path: str, url: str, options: dict[str, str]) -> MountInfo:
+        """Have the master attach one more under-store.
+
+        Raises ConfigError, NotFoundError, UnderStoreError and its kinds, TransportError.
+        """
+        return (await self._master.call(AddStore(path, url, options))).message
+
+    async def remove_store(self, path: str, *, dry_run: bool = False) -> MountInfo:
+        """Have the master detach an under-store, or only tell of it. Raises ConfigError, TransportError."""
+        return (await self._master.call(RemoveStore(path, dry_run))).message
 
     async def refresh(self, path: str, *, recursive: bool = False) -> RefreshReply:
         """Have the master look at the under-store now: at a file, or at a directory's names (`recursive`: also of those

@@ -159,6 +159,31 @@ class MountInfo(msgspec.Struct, frozen=True):
     """Keys seen that cannot be names of files."""
     serving_stale: int
     """Listings that failed, so that an older one was served."""
+    by_hand: bool = False
+    """Attached while the master ran, by `AddStore`."""
+
+
+class AddStore(Request[MountInfo], frozen=True):
+    """Attach one more under-store, for good. Holds credentials: never logged, never shown.
+
+    Raises ConfigError for a path, URL or option that will not do; NotFoundError, UnderStoreError and its kinds when the
+    store cannot be listed. Nothing is changed then.
+    """
+
+    path: str
+    url: str
+    options: dict[str, str]
+
+
+class RemoveStore(Request[MountInfo], frozen=True):
+    """Detach an under-store, for good, and tell how it was. Nothing in it is touched, and what is cached stays.
+
+    Raises ConfigError for a path without one, for the last one, and for one that others are attached in.
+    """
+
+    path: str
+    dry_run: bool = False
+    """Only tell."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -205,6 +230,14 @@ class StoreInfo(msgspec.Struct, frozen=True):
     store_id: int
     url: str
     options: dict[str, str]
+
+
+class Stores(msgspec.Struct, frozen=True):
+    stores: list[StoreInfo]
+
+
+class GetStores(Request[Stores], frozen=True):
+    """All that are attached now: asked by a worker that meets one it has not heard of."""
 
 
 class Registered(msgspec.Struct, frozen=True):

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import trio
 
-from cachefs.model import Attr, Ino, Kind, NamespaceChangedError, ObjectInfo, UnavailableError
+from cachefs.model import (
+    Attr,
+    ConfigError,
+    Ino,
+    Kind,
+    NamespaceChangedError,
+    NamespaceError,
+    ObjectInfo,
+    UnavailableError,
+    without_credentials,
+)
 from cachefs.ufs import UnderStore, open_under_store
-from cachefs.wire.messages import NextLocations, ObjectLocation, Resolve, ResolveNext, StoreInfo
+from cachefs.wire import Request
+from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _REMEMBERED = 100_000
 """Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
@@ -34,6 +50,7 @@ class Sources:
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
+        self._opening = trio.Lock()
         self._known: OrderedDict[Ino, Source] = OrderedDict()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
@@ -44,9 +61,19 @@ class Sources:
             self._known.clear()
             self._open = {}
             self.namespace_id = namespace_id
-        for store in stores:
-            if store.store_id not in self._open:
-                self._open[store.store_id] = await self._nursery.start(self._hold, store)
+        async with self._opening:
+            for store in stores:
+                if store.store_id in self._open or self.namespace_id != namespace_id:
+                    continue
+                try:
+                    ufs = await self._nursery.start(self._hold, store)
+                    if self.namespace_id == namespace_id:
+                        self._open[store.store_id] = ufs
+                except ConfigError as error:
+                    # A package that is missing here must not take the other stores away.
+                    logger.warning(
+                        "under-store cannot be opened url=%s error=%s", without_credentials(store.url), error
+                    )
 
     async def _hold(self, store: StoreInfo, task_status: trio.TaskStatus[UnderStore]) -> None:
         async with open_under_store(store.url, store.options) as ufs:
@@ -62,13 +89,37 @@ class Sources:
         if known is not None:
             self._known.move_to_end(ino)
             return known
-        location: ObjectLocation = (await self._master.call(Resolve(ino))).message
+        location = await self._ask(Resolve(ino), namespace_id)
+        return self._remember(location, await self._store(location, namespace_id))
+
+    async def _ask(self, request: Request[R], namespace_id: str) -> R:
+        """Of what has numbers of that namespace, in the request or in the answer. Raises as the master does, and
+        NamespaceChangedError whatever another one's master answered: that it has no such inode, too.
+        """
+        try:
+            answer = await self._master.call(request)
+        except NamespaceError:
+            self._check_namespace(namespace_id)
+            raise
+        self._check_namespace(namespace_id)
+        return answer.message
+
+    def _check_namespace(self, namespace_id: str) -> None:
         if self.namespace_id != namespace_id:
-            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+            raise NamespaceChangedError("these inode numbers are of a namespace that the master no longer has")
+
+    async def _store(self, location: ObjectLocation, namespace_id: str) -> UnderStore:
+        """Where that object is. One that was attached since this worker registered is opened now.
+
+        Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.
+        """
+        if location.store_id not in self._open:
+            await self.add(namespace_id, (await self._ask(GetStores(), namespace_id)).stores)
+            self._check_namespace(namespace_id)
         ufs = self._open.get(location.store_id)
         if ufs is None:
-            raise UnavailableError(f"under-store {location.store_id} of {location.path} is not open on this worker")
-        return self._remember(location, ufs)
+            raise UnavailableError(f"the under-store of {location.path} cannot be opened on this worker; see its log")
+        return ufs
 
     def _remember(self, location: ObjectLocation, ufs: UnderStore) -> Source:
         attr = location.attr
@@ -84,11 +135,8 @@ class Sources:
         Raises as `resolve`.
         """
         namespace_id = self.namespace_id
-        found: NextLocations = (await self._master.call(ResolveNext(ino, after, count))).message
-        if self.namespace_id != namespace_id:
-            raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
-        located = [(each, self._open.get(each.store_id)) for each in found.files]
-        return [self._remember(each, ufs) for each, ufs in located if ufs is not None], found.until
+        found = await self._ask(ResolveNext(ino, after, count), namespace_id)
+        return [self._remember(each, await self._store(each, namespace_id)) for each in found.files], found.until
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""

@@ -106,7 +106,24 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.MountInfo("/", "s3://b", 1, 2, 3, 4),
-        b"\x86\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04",
+        b"\x87\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04"
+        b"\xa7by_hand\xc2",
+    ),
+    (
+        m.AddStore("/a", "s3://b", {"key": "value"}),
+        b"\x84\xa1q\xa8AddStore\xa4path\xa2/a\xa3url\xa6s3://b\xa7options\x81\xa3key\xa5value",
+    ),
+    (
+        m.RemoveStore("/a", True),
+        b"\x83\xa1q\xabRemoveStore\xa4path\xa2/a\xa7dry_run\xc3",
+    ),
+    (
+        m.Stores([m.StoreInfo(1, "s3://b", {})]),
+        b"\x81\xa6stores\x91\x83\xa8store_id\x01\xa3url\xa6s3://b\xa7options\x80",
+    ),
+    (
+        m.GetStores(),
+        b"\x81\xa1q\xa9GetStores",
     ),
     (
         m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
