@@ -22,6 +22,8 @@ COMMANDS = {
     "refresh": "cachefs.cli.metadata",
     "load": "cachefs.cli.load",
     "free": "cachefs.cli.free",
+    "pin": "cachefs.cli.pin",
+    "unpin": "cachefs.cli.pin",
     "ufs": "cachefs.cli.ufs",
     "verify": "cachefs.cli.verify",
     "doctor": "cachefs.cli.doctor",

@@ -13,9 +13,10 @@ from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.config import MasterConfig
 from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
+from cachefs.master.pins import Pinning
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
-from cachefs.meta import MetaStore, open_meta_store
+from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.model import BlockId, Geometry, NamespaceChangedError, without_credentials
 from cachefs.net import Address, Hello, Service, Session, open_background, serve
 from cachefs.wire import messages as m
@@ -32,6 +33,7 @@ class Master:
         writer: Writer,
         namespace: Namespace,
         attaching: Attaching,
+        pinning: Pinning,
         cluster: m.ClusterInfo,
         workers: Workers,
     ) -> None:
@@ -39,6 +41,7 @@ class Master:
         self._writer = writer
         self._namespace = namespace
         self._attaching = attaching
+        self._pinning = pinning
         self._cluster = cluster
         self._workers = workers
         self._started = trio.current_time()
@@ -57,6 +60,11 @@ class Master:
         service.on(m.AddStore, self.add_store)
         service.on(m.RemoveStore, self.remove_store)
         service.on(m.GetStores, self.get_stores)
+        service.on(m.Pin, self.pin)
+        service.on(m.Unpin, self.unpin)
+        service.on(m.ListPins, self.list_pins)
+        service.on_stream(m.WatchPins, self.watch_pins)
+        service.on(m.PinsApplied, self.pins_applied)
         service.on(m.Locate, self.locate)
         service.on(m.RegisterWorker, self.register_worker)
         service.on(m.Resolve, self.resolve)
@@ -149,6 +157,27 @@ class Master:
     def _store_infos(self) -> list[m.StoreInfo]:
         return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
 
+    async def pin(self, request: m.Pin, session: Session) -> m.PinReply:
+        paths = [normalise_mount_path(path, "PATH") for path in request.paths]
+        for path in paths:
+            await self._namespace.resolve_path(path)
+        return await self._pinning.pin(paths, dry_run=request.dry_run)
+
+    async def unpin(self, request: m.Unpin, session: Session) -> m.UnpinReply:
+        return await self._pinning.unpin([normalise_mount_path(path, "PATH") for path in request.paths])
+
+    async def list_pins(self, request: m.ListPins, session: Session) -> m.PinList:
+        return await self._pinning.list_pins(sizes=request.sizes)
+
+    async def watch_pins(self, request: m.WatchPins, session: Session) -> AsyncGenerator[m.PinnedContents, None]:
+        async with aclosing(self._namespace.pins.contents()) as contents:
+            async for part in contents:
+                yield part
+
+    async def pins_applied(self, request: m.PinsApplied, session: Session) -> m.Done:
+        self._workers.pins_applied(self._workers.name_of(session), request.serial)
+        return m.Done()
+
     async def locate(self, request: m.Locate, session: Session) -> m.Holders:
         return m.Holders(self._store.holders(BlockId(request.key, request.block_index)))
 
@@ -195,7 +224,9 @@ async def run_master(
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
                 attaching = Attaching(namespace, holder)
-                master = Master(store, writer, namespace, attaching, cluster, Workers())
+                workers = Workers()
+                pinning = Pinning(store, writer, namespace.pins, workers, geometry)
+                master = Master(store, writer, namespace, attaching, pinning, cluster, workers)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
 

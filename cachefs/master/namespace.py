@@ -22,6 +22,7 @@ import trio
 
 from cachefs.master.load import Load
 from cachefs.master.mounted import MountedStore
+from cachefs.master.pins import Pins
 from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
 from cachefs.meta import Found, Inode, Merged, MetaStore, check_mounts, normalise_mount_path, parent_path
@@ -92,6 +93,7 @@ class Namespace:
         self._has_forgotten_denied = False
         self._attaching = trio.Lock()
         self.watchers = Watchers()
+        self.pins = Pins(store)
 
     def getattr(self, ino: Ino) -> AttrReply:
         """Raises NotFoundError for a number never given out."""
@@ -106,7 +108,8 @@ class Namespace:
         if inode.mount_id not in self._mounted:
             raise StaleError(f"inode {ino} belongs to an under-store that is no longer mounted")
         path = self._store.path_below_mount(inode)
-        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag)
+        pinned = self.pins.covers_inode(inode)
+        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag, pinned)
 
     def resolve_next(self, ino: Ino, after: Ino, count: int) -> NextLocations:
         """Files beside `ino`, of the next `count` entries after inode `after`. Raises NotFoundError."""
@@ -116,8 +119,16 @@ class Namespace:
             return NextLocations([], after)
         above = self._store.path_below_mount(directory)
         rows = self._store.child_inodes(directory.attr.ino, after, count)
+        all_pinned = self.pins.covers_inode(directory)
         files = [
-            ObjectLocation(each.attr, False, each.mount_id, f"{above}/{each.name}" if above else each.name, each.tag)
+            ObjectLocation(
+                each.attr,
+                False,
+                each.mount_id,
+                f"{above}/{each.name}" if above else each.name,
+                each.tag,
+                all_pinned or self.pins.covers_inode(each),
+            )
             for each in rows
             if not each.attr.is_dir
         ]
@@ -369,6 +380,7 @@ class Namespace:
         else:
             self._denied.pop(new, None)
             self.watchers.tell(new[0], [new[1]])
+        self.pins.note_change(None)
         return mounted
 
     def _first_missing(self, path: str) -> tuple[Ino, str] | None:
@@ -390,6 +402,7 @@ class Namespace:
             mounted.remove()
             await self._writer.run(lambda: self._store.remove_mount(mounted.mount.mount_id))
         self.watchers.tell_everything()
+        self.pins.note_change(None)
 
     async def _settled(self, ino: Ino) -> tuple[Inode, MountedStore | None]:
         """A directory, and the store it is in; None above the mounts. One that is just being attached or removed is
@@ -417,6 +430,7 @@ class Namespace:
             if self._store.child(ino, name) is not None:
                 await self._writer.run(lambda: self._store.remove_child(ino, name))
                 self.watchers.tell(ino, [name])
+                self.pins.note_change(directory)
             self._deny(ino, name, asked_ns)
             mounted.failing = False
             return None
@@ -442,6 +456,8 @@ class Namespace:
         denied = [name for name in merged.new if self._denied.pop((ino, name), None) is not None]
         is_known = directory.listed_ns or self._has_forgotten_denied
         self.watchers.tell(ino, merged.moved + (merged.new if is_known else denied))
+        if merged.moved or merged.new:
+            self.pins.note_change(directory)
 
     def _start_listing(self, directory: Inode, mounted: MountedStore) -> _Listing:
         """The listing of a directory that is running, or a new one; it goes on whether anybody follows or not."""
@@ -465,6 +481,7 @@ class Namespace:
             if parent is not None and parent.mount_id == directory.mount_id:
                 await self._writer.run(lambda: self._store.remove_child(directory.parent, directory.name))
                 self.watchers.tell(directory.parent, [directory.name])
+                self.pins.note_change(parent)
             elif directory.listed_ns:
                 self._note_failure(mounted, error)
         except UnderStoreError as error:
@@ -508,6 +525,8 @@ class Namespace:
             after, gone = await self._writer.run(partial(store.drop_unseen, ino, number, after, _CHUNK))
             listing.changed += len(gone)
             self.watchers.tell(ino, gone)
+            if gone:
+                self.pins.note_change(directory)
         await self._writer.run(lambda: store.end_listing(ino, started_ns))
 
     # ---- helpers ---------------------------------------------------------------------------------------------------

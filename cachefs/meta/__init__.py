@@ -3,10 +3,12 @@
 from cachefs.meta.database import open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
+from cachefs.meta.pins import Content
 from cachefs.meta.store import MetaStore, open_meta_store
 
 __all__ = [
     "Added",
+    "Content",
     "Found",
     "Inode",
     "Merged",

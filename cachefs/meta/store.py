@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, mounts, replicas
+from cachefs.meta import inodes, mounts, pins, replicas
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
-from cachefs.model import NO_INO, BlockId, Entry, Ino
+from cachefs.meta.pins import Content
+from cachefs.model import NO_INO, BlockId, ContentKey, Entry, Ino
 
 
 class MetaStore:
@@ -63,6 +64,18 @@ class MetaStore:
 
     def holders(self, block: BlockId) -> list[str]:
         return replicas.holders(self._reader, block)
+
+    def pins(self) -> dict[str, int]:
+        """Path -> Unix time in nanoseconds at which it was pinned."""
+        return pins.all_pins(self._reader)
+
+    def contents(self, directory: Ino, after: Ino, limit: int, *, with_cached: bool) -> list[Content]:
+        """As `children`, what is of interest for pinning."""
+        return pins.contents(self._reader, directory, after, limit, with_cached=with_cached)
+
+    def cached_blocks(self, key: ContentKey) -> int:
+        """Blocks of a content that some worker said it holds."""
+        return replicas.cached_blocks(self._reader, key)
 
     # ---- scans, to be called as writes are -------------------------------------------------------------------------
 
@@ -142,6 +155,15 @@ class MetaStore:
         """Whether this under-store is mounted at this path already. Raises ConfigError for what is no path."""
         row = (normalise_mount_path(path), origin)
         return self._reader.execute("SELECT 1 FROM mounts WHERE path = ? AND origin = ?", row).fetchone() is not None
+
+    def add_pins(self, paths: Iterable[str]) -> None:
+        """Paths that are not pinned yet."""
+        with self._transaction() as db:
+            pins.add(db, paths, time.time_ns())
+
+    def remove_pins(self, paths: Iterable[str]) -> None:
+        with self._transaction() as db:
+            pins.remove(db, paths)
 
     def begin_listing(self) -> int:
         """A number that marks what one listing sees; larger than all before."""

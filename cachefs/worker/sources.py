@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -47,6 +48,8 @@ class Sources:
     def __init__(self, master: MasterLink, nursery: trio.Nursery) -> None:
         self.namespace_id = ""
         """Of the master this worker is registered with: the one that inode numbers are of."""
+        self.on_pinned: Callable[[Source], None] = lambda source: None
+        """Called with what is pinned, when the master says so."""
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
@@ -127,6 +130,8 @@ class Sources:
         source = self._known[attr.ino] = Source(attr, info, ufs)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+        if location.pinned:
+            self.on_pinned(source)
         return source
 
     async def resolve_next(self, ino: Ino, after: Ino, count: int) -> tuple[list[Source], Ino]:
