@@ -108,10 +108,10 @@ class Attaching:
             ufs, close = await self._holder.open(url, options)
             try:
                 await _try_out(ufs)
-                mounted = await self._namespace.attach(path, url, options, ufs, close)
             except BaseException:
                 close()
                 raise
+            mounted = await self._namespace.attach(path, url, options, ufs, close)
         logger.info("under-store attached path=%s origin=%s", path, ufs.origin)
         return mounted
 

@@ -25,7 +25,7 @@ from cachefs.master.mounted import MountedStore
 from cachefs.master.pins import Pins
 from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
-from cachefs.meta import Found, Inode, Merged, MetaStore, check_mounts, normalise_mount_path, parent_path
+from cachefs.meta import Found, Inode, Merged, MetaStore, Mount, check_mounts, normalise_mount_path, parent_path
 from cachefs.model import (
     NO_INO,
     ROOT_INO,
@@ -370,18 +370,21 @@ class Namespace:
         self, path: str, url: str, options: dict[str, str], ufs: UnderStore, close: Callable[[], None]
     ) -> MountedStore:
         """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it."""
+
+        def attached(mount: Mount) -> None:
+            self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
+            if new is None:
+                # What was a directory above mounts has other names now.
+                self.watchers.tell_everything()
+            else:
+                self._denied.pop(new, None)
+                self.watchers.tell(new[0], [new[1]])
+            self.pins.note_change(None)
+
         async with self._attaching:
             new = self._first_missing(path)
-            mount = await self._writer.run(lambda: self._store.add_mount(path, ufs.origin, url, options))
-            mounted = self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
-        if new is None:
-            # What was a directory above mounts has other names now.
-            self.watchers.tell_everything()
-        else:
-            self._denied.pop(new, None)
-            self.watchers.tell(new[0], [new[1]])
-        self.pins.note_change(None)
-        return mounted
+            mount = await self._writer.run(lambda: self._store.add_mount(path, ufs.origin, url, options), then=attached)
+        return self._mounted[mount.mount_id]
 
     def _first_missing(self, path: str) -> tuple[Ino, str] | None:
         """(directory, name) of the first part of a path that does not exist, as far as is known."""
@@ -397,12 +400,15 @@ class Namespace:
         """Take an under-store out of the namespace, for good. Watchers are told to believe nothing they know, since all
         names below it are gone. What is open there is known by number as before, and superseded.
         """
+
+        def detached(_: None) -> None:
+            self.watchers.tell_everything()
+            self.pins.note_change(None)
+
         async with self._attaching:
             del self._mounted[mounted.mount.mount_id]
             mounted.remove()
-            await self._writer.run(lambda: self._store.remove_mount(mounted.mount.mount_id))
-        self.watchers.tell_everything()
-        self.pins.note_change(None)
+            await self._writer.run(lambda: self._store.remove_mount(mounted.mount.mount_id), then=detached)
 
     async def _settled(self, ino: Ino) -> tuple[Inode, MountedStore | None]:
         """A directory, and the store it is in; None above the mounts. One that is just being attached or removed is

@@ -98,12 +98,16 @@ class Pins:
         self._changes += 1
         self._tell()
 
-    def changed(self, paths: dict[str, int]) -> int:
-        """These are pinned now; returns the serial by which workers confirm that."""
-        self._pinned = paths
+    @property
+    def serial(self) -> int:
+        """By which workers confirm what is pinned now."""
+        return self._serial
+
+    def changed(self) -> None:
+        """Others are pinned now, as the database has it."""
+        self._pinned = self._store.pins()
         self._serial += 1
         self._tell()
-        return self._serial
 
     def _tell(self) -> None:
         self._news.set()
@@ -203,7 +207,7 @@ class Pinning:
                         f" takes {format_size(needed)}, and {format_size(limit)} may be pinned: {SHARE:.0%} of the"
                         f" {format_size(capacity)} that the caches of connected workers hold. Nothing was changed"
                     )
-                await self._writer.run(lambda: self._store.add_pins(new))
+                await self._writer.run(lambda: self._store.add_pins(new), then=lambda _: self._pins.changed())
                 unconfirmed = await self._confirmed()
             return PinReply(own.files, own.bytes, needed, limit, capacity, unconfirmed)
 
@@ -213,7 +217,8 @@ class Pinning:
             for path in paths:
                 if path not in self._pins.paths:
                     raise NotFoundError(self._not_pinned(path))
-            await self._writer.run(lambda: self._store.remove_pins(set(paths)))
+            gone = set(paths)
+            await self._writer.run(lambda: self._store.remove_pins(gone), then=lambda _: self._pins.changed())
             return UnpinReply(await self._confirmed())
 
     def _not_pinned(self, path: str) -> str:
@@ -224,7 +229,7 @@ class Pinning:
 
     async def _confirmed(self) -> list[str]:
         """Returns when all workers have heard of it, or else the names of those that have not after a while."""
-        serial = self._pins.changed(self._store.pins())
+        serial = self._pins.serial
         with trio.move_on_after(_CONFIRM_TIMEOUT_S):
             await self._workers.wait_for_pins(serial)
         return self._workers.without_pins(serial)

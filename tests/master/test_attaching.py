@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs.client import Client
 from cachefs.master.mounted import MountedStore
@@ -202,3 +203,23 @@ async def test_a_listing_that_runs_while_its_store_is_removed_brings_no_name_bac
             assert closed.is_set()
             assert [entries async for entries in namespace.list_dir(ROOT_INO)] == []
             assert namespace.getattr(first[0].attr.ino).superseded
+
+
+async def test_whoever_asks_may_leave_and_what_is_known_is_what_was_written(tmp_path: Path, more: Path) -> None:
+    with open_meta_store(str(tmp_path / "meta")) as meta:
+        async with open_under_store(more.as_uri(), {}) as ufs, open_background() as nursery:
+            meta.attach([])
+            writer = Writer(meta)
+            namespace = Namespace(meta, writer, [], 3600, nursery)
+            closed = trio.Event()
+            with namespace.watchers.watch() as watcher:
+                async with trio.open_nursery() as asking:
+                    asking.start_soon(namespace.attach, "/more", more.as_uri(), {}, ufs, closed.set)
+                    await trio.testing.wait_all_tasks_blocked()
+                    asking.cancel_scope.cancel()
+                assert namespace.mounted() == []
+                # It is written only now.
+                nursery.start_soon(writer.serve)
+                assert (await watcher.next()).names == [(ROOT_INO, ["more"])]
+                assert (await namespace.resolve_path("/more/deep/file")).attr.size_bytes == len(MORE)
+                assert not closed.is_set()
