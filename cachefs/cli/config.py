@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cachefs.cli import params, settings
 from cachefs.cli.mount_options import PROFILES
+from cachefs.model import without_credentials
 
 
 @click.group()
@@ -49,7 +50,7 @@ def show(command: str, path: str | None, as_json: bool) -> None:
             setting.update({"value": _shown(value), "from": f"profile {profile}"})
     ufs = {
         name: {
-            "value": "***" if settings.is_secret(name) else settings.without_credentials(value),
+            "value": "***" if settings.is_secret(name) else without_credentials(value),
             "from": f"{file.path}: [ufs.options]" if from_file.get(name) == value else settings.UFS_OPTIONS_VARIABLE,
         }
         for name, value in options.items()
@@ -71,4 +72,4 @@ def _shown(value: Any) -> Any:
         return [_shown(each) for each in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return settings.without_credentials(str(value))
+    return without_credentials(str(value))

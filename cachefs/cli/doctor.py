@@ -19,7 +19,6 @@ from rich.table import Table
 from cachefs.cli import params
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
-from cachefs.cli.settings import without_credentials
 from cachefs.fuse import (
     FS_TYPE,
     PASSTHROUGH_NEEDS_ROOT,
@@ -32,7 +31,7 @@ from cachefs.fuse import (
     why_no_pyfuse3,
 )
 from cachefs.fusewire import InitFlag
-from cachefs.model import CachefsError, GiB, MiB, format_size
+from cachefs.model import CachefsError, GiB, MiB, format_size, without_credentials
 from cachefs.net import Hello, open_peer, parse_address
 from cachefs.store import TierConfig
 from cachefs.ufs import open_under_store

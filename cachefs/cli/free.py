@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 
 import click
 
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
+from cachefs.cli.loading import check_paths
 from cachefs.cli.walk import File, Walk
 from cachefs.client import Client
 from cachefs.model import BlockId, ConfigError, format_size
@@ -26,30 +28,31 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
     """Drop what is cached on this node of files and of everything below directories.
 
     Nothing in the under-store is touched: what is read again is fetched again. What somebody has open stays, and so
-    does what is cached in part.
+    does what is cached in part, and what is pinned; a path that is pinned as a whole is refused.
     """
-    for path in paths:
-        if not path.startswith("/"):
-            raise ConfigError("PATH", path, "a path of the namespace, beginning with a slash")
-    blocks = freed_bytes = in_use = 0
+    check_paths(paths)
+    blocks = freed_bytes = in_use = pinned = 0
     failed: list[tuple[str, str]] = []
 
     async def run(client: Client) -> None:
-        nonlocal blocks, freed_bytes, in_use
+        nonlocal blocks, freed_bytes, in_use, pinned
+        pins = [each.path for each in (await client.pins(sizes=False)).pins]
+        _check_not_pinned(paths, pins)
         walk = Walk(client, paths)
         await walk.count(lambda _: None)
         batch: list[BlockId] = []
 
         async def send() -> None:
-            nonlocal blocks, freed_bytes, in_use
+            nonlocal blocks, freed_bytes, in_use, pinned
             reply = await client.free(batch)
             blocks += reply.freed_blocks
             freed_bytes += reply.freed_bytes
             in_use += reply.in_use
+            pinned += reply.pinned
             batch.clear()
 
         async def visit(file: File) -> None:
-            nonlocal blocks, freed_bytes
+            nonlocal blocks, freed_bytes, pinned
             attr = file.attr
             if not attr.key or not attr.size_bytes:
                 return
@@ -57,6 +60,9 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
                 fd = client.open_sealed(attr)
                 if fd is not None:
                     os.close(fd)
+                    if _pin_of(file.path, pins) is not None:
+                        pinned += 1
+                        return
                     blocks, freed_bytes = blocks + 1, freed_bytes + attr.size_bytes
                 return
             for index in range(client.cluster.geometry.block_count(attr.size_bytes)):
@@ -71,14 +77,30 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
 
     run_with_client(master_address, run, with_worker=True)
     if as_json:
-        facts = {"blocks": blocks, "bytes": freed_bytes, "in_use": in_use, "dry_run": dry_run}
+        facts = {"blocks": blocks, "bytes": freed_bytes, "in_use": in_use, "pinned": pinned, "dry_run": dry_run}
         print(json.dumps({**facts, "failed": [{"path": path, "reason": reason} for path, reason in failed]}))
     else:
         would = "would be freed" if dry_run else "freed"
         print(f"{blocks} blocks, {format_size(freed_bytes)} {would}")
         if in_use:
             print(f"{in_use} are in use and stay")
+        if pinned:
+            print(f"{pinned} are pinned and stay; see cachefs pin --list")
         for path, reason in failed:
             click.echo(f"{path}: {reason}", err=True)
     if failed:
         raise SystemExit(1)
+
+
+def _check_not_pinned(paths: Sequence[str], pins: Sequence[str]) -> None:
+    """Raises ConfigError."""
+    for path in paths:
+        by = _pin_of(path, pins)
+        if by is not None:
+            raise ConfigError("PATH", path, f"a path that is not pinned: cachefs unpin {by} comes first")
+
+
+def _pin_of(path: str, pins: Sequence[str]) -> str | None:
+    """The pin that a path lies at or below."""
+    whole = "/" + "/".join(part for part in path.split("/") if part) + "/"
+    return next((each for each in pins if whole.startswith(each.rstrip("/") + "/")), None)

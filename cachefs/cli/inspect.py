@@ -104,11 +104,14 @@ def report(master_address: Address | None, as_json: bool) -> None:
 
     async def run(client: Client) -> None:
         status = await client.master_status()
+        pins = [each.path for each in (await client.pins(sizes=False)).pins]
         workers = [(info, await _worker_status(info)) for info in status.workers]
         if as_json:
-            print(json.dumps(_report_json(status, workers)))
+            print(json.dumps({**_report_json(status, workers), "pins": pins}))
         else:
             _print_report(status, workers)
+            if pins:
+                print(f"pinned: {', '.join(pins)}; cachefs pin --list tells how much that is")
 
     run_with_client(master_address, run)
 
@@ -153,7 +156,8 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
         )
     console.print(mounts)
     table = Table(
-        *("worker", "tier", "used", "capacity", "blocks", "evicted", "from under-store", "not admitted", "corrupt"),
+        *("worker", "tier", "used", "pinned", "capacity", "blocks", "evicted"),
+        *("from under-store", "not admitted", "corrupt"),
         title="workers",
     )
     for info, details in workers:
@@ -166,6 +170,7 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
                 info.name,
                 f"{tier.kind}:{tier.path}",
                 format_size(tier.used_bytes + tier.reserved_bytes),
+                format_size(tier.pinned_bytes),
                 format_size(tier.capacity_bytes),
                 str(tier.blocks),
                 str(tier.evictions),

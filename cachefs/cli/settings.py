@@ -149,10 +149,6 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def without_credentials(url: str) -> str:
-    return re.sub(r"(?<=://)[^/@]*@", "***@", url)
-
-
 class Configured(click.Command):
     """A command whose settings can come from the environment and from a file too."""
 

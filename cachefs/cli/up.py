@@ -23,9 +23,9 @@ from cachefs.cli.instances import Instance, instance_name, recorded, running, st
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import log_level_option, supervised_option
-from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured, without_credentials
+from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, probe, unmount
-from cachefs.model import CachefsError, ConfigError, format_size
+from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
 from cachefs.net import TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig

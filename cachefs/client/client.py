@@ -25,20 +25,29 @@ from cachefs.model import (
 from cachefs.net import Hello, Pool, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
+    AddStore,
     ClusterInfo,
     Free,
     FreeReply,
     GetCluster,
     GetMasterStatus,
     GetWorkerStatus,
+    ListPins,
     LoadMetadata,
     LoadProgress,
     Locate,
     MasterStatus,
+    MountInfo,
     OpenCounts,
     Opened,
+    Pin,
+    PinList,
+    PinReply,
     Refresh,
     RefreshReply,
+    RemoveStore,
+    Unpin,
+    UnpinReply,
 )
 
 logger = logging.getLogger(__name__)
@@ -258,6 +267,32 @@ class Client:
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
         return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message
+
+    async def add_store(self, path: str, url: str, options: dict[str, str]) -> MountInfo:
+        """Have the master attach one more under-store.
+
+        Raises ConfigError, NotFoundError, UnderStoreError and its kinds, TransportError.
+        """
+        return (await self._master.call(AddStore(path, url, options))).message
+
+    async def remove_store(self, path: str, *, dry_run: bool = False) -> MountInfo:
+        """Have the master detach an under-store, or only tell of it. Raises ConfigError, TransportError."""
+        return (await self._master.call(RemoveStore(path, dry_run))).message
+
+    async def pin(self, paths: list[str], *, dry_run: bool = False) -> PinReply:
+        """Have contents at and below these paths never evicted, or only see whether they would fit.
+
+        Raises NotFoundError, UnderStoreError, CapacityError, TransportError.
+        """
+        return (await self._master.call(Pin(paths, dry_run))).message
+
+    async def unpin(self, paths: list[str]) -> UnpinReply:
+        """Raises NotFoundError, TransportError."""
+        return (await self._master.call(Unpin(paths))).message
+
+    async def pins(self, *, sizes: bool) -> PinList:
+        """What is pinned; without `sizes` at once. Raises TransportError."""
+        return (await self._master.call(ListPins(sizes))).message
 
     async def refresh(self, path: str, *, recursive: bool = False) -> RefreshReply:
         """Have the master look at the under-store now: at a file, or at a directory's names (`recursive`: also of those

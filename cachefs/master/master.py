@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 
 import msgspec
 import trio
 
+from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.config import MasterConfig
-from cachefs.master.namespace import MountedStore, Namespace
+from cachefs.master.mounted import Holder, MountedStore
+from cachefs.master.namespace import Namespace
+from cachefs.master.pins import Pinning
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
-from cachefs.meta import MetaStore, open_meta_store
-from cachefs.model import BlockId, Geometry, NamespaceChangedError, NotFoundError, UnavailableError, UnderStoreError
-from cachefs.net import Address, Hello, Service, Session, serve
-from cachefs.ufs import UnderStore, at_most, open_under_store
+from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
+from cachefs.model import BlockId, Geometry, NamespaceChangedError, without_credentials
+from cachefs.net import Address, Hello, Service, Session, open_background, serve
 from cachefs.wire import messages as m
 
 logger = logging.getLogger(__name__)
-
-FIRST_CONTACT_S = 8.0
-"""How long an under-store may take to answer at the start; later requests have their store's deadline."""
 
 
 class Master:
     """Handlers of requests."""
 
     def __init__(
-        self, store: MetaStore, writer: Writer, namespace: Namespace, cluster: m.ClusterInfo, workers: Workers
+        self,
+        store: MetaStore,
+        writer: Writer,
+        namespace: Namespace,
+        attaching: Attaching,
+        pinning: Pinning,
+        cluster: m.ClusterInfo,
+        workers: Workers,
     ) -> None:
         self._store = store
         self._writer = writer
         self._namespace = namespace
+        self._attaching = attaching
+        self._pinning = pinning
         self._cluster = cluster
         self._workers = workers
         self._started = trio.current_time()
@@ -49,6 +57,14 @@ class Master:
         service.on(m.Refresh, self.refresh)
         service.on_stream(m.LoadMetadata, self.load_metadata)
         service.on(m.GetMasterStatus, self.get_status)
+        service.on(m.AddStore, self.add_store)
+        service.on(m.RemoveStore, self.remove_store)
+        service.on(m.GetStores, self.get_stores)
+        service.on(m.Pin, self.pin)
+        service.on(m.Unpin, self.unpin)
+        service.on(m.ListPins, self.list_pins)
+        service.on_stream(m.WatchPins, self.watch_pins)
+        service.on(m.PinsApplied, self.pins_applied)
         service.on(m.Locate, self.locate)
         service.on(m.RegisterWorker, self.register_worker)
         service.on(m.Resolve, self.resolve)
@@ -98,25 +114,76 @@ class Master:
             yield progress
 
     async def get_status(self, request: m.GetMasterStatus, session: Session) -> m.MasterStatus:
+        mounts, totals = await self._mount_infos(self._namespace.mounted())
+        uptime_s = trio.current_time() - self._started
+        return m.MasterStatus(self._cluster, uptime_s, mounts, self._workers.infos(totals))
+
+    async def _mount_infos(self, mounted: list[MountedStore]) -> tuple[list[m.MountInfo], dict[str, tuple[int, int]]]:
+        """With the totals of workers, counted at the same time."""
         # Counting scans tables: in a thread, through the writer's connection, which nobody else uses meanwhile.
-        mounted = self._namespace.mounted()
         counts, totals = await self._writer.run(
             lambda: ([self._store.counts(each.mount.mount_id) for each in mounted], self._store.replica_totals())
         )
-        mounts = [
-            m.MountInfo(each.mount.path, each.url, directories, files, each.ufs.hidden_keys, each.serving_stale)
+        infos = [
+            m.MountInfo(
+                path=each.mount.path,
+                url=without_credentials(each.url),
+                directories=directories,
+                files=files,
+                hidden_keys=each.ufs.hidden_keys,
+                serving_stale=each.serving_stale,
+                by_hand=each.by_hand,
+            )
             for each, (directories, files) in zip(mounted, counts, strict=True)
         ]
-        uptime_s = trio.current_time() - self._started
-        return m.MasterStatus(self._cluster, uptime_s, mounts, self._workers.infos(totals))
+        return infos, totals
+
+    async def add_store(self, request: m.AddStore, session: Session) -> m.MountInfo:
+        mounted = await self._attaching.add(request.path, request.url, request.options)
+        return (await self._mount_infos([mounted]))[0][0]
+
+    async def remove_store(self, request: m.RemoveStore, session: Session) -> m.MountInfo:
+        mounted = await self._attaching.remove(request.path, dry_run=True)
+        # Told as it was before.
+        (info,), _ = await self._mount_infos([mounted])
+        if not request.dry_run:
+            await self._attaching.remove(request.path, dry_run=False)
+        return info
+
+    async def get_stores(self, request: m.GetStores, session: Session) -> m.Stores:
+        self._check_namespace(session)
+        return m.Stores(self._store_infos())
+
+    def _store_infos(self) -> list[m.StoreInfo]:
+        return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
+
+    async def pin(self, request: m.Pin, session: Session) -> m.PinReply:
+        paths = [normalise_mount_path(path, "PATH") for path in request.paths]
+        for path in paths:
+            await self._namespace.resolve_path(path)
+        return await self._pinning.pin(paths, dry_run=request.dry_run)
+
+    async def unpin(self, request: m.Unpin, session: Session) -> m.UnpinReply:
+        return await self._pinning.unpin([normalise_mount_path(path, "PATH") for path in request.paths])
+
+    async def list_pins(self, request: m.ListPins, session: Session) -> m.PinList:
+        return await self._pinning.list_pins(sizes=request.sizes)
+
+    async def watch_pins(self, request: m.WatchPins, session: Session) -> AsyncGenerator[m.PinnedContents, None]:
+        async with aclosing(self._namespace.pins.contents()) as contents:
+            async for part in contents:
+                yield part
+
+    async def pins_applied(self, request: m.PinsApplied, session: Session) -> m.Done:
+        self._workers.pins_applied(self._workers.name_of(session), request.serial)
+        return m.Done()
 
     async def locate(self, request: m.Locate, session: Session) -> m.Holders:
         return m.Holders(self._store.holders(BlockId(request.key, request.block_index)))
 
     async def register_worker(self, request: m.RegisterWorker, session: Session) -> m.Registered:
         self._workers.register(request, session)
-        stores = [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
-        return m.Registered(self._cluster, stores)
+        return m.Registered(self._cluster, self._store_infos())
 
     async def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
         self._check_namespace(session)
@@ -144,52 +211,24 @@ async def run_master(
 ) -> None:
     """Serve until cancelled; reports the addresses it listens on.
 
-    Raises ConfigError; CachefsError for a database that cannot be used; NotFoundError, DeniedError, UnavailableError
-    when a store to be mounted does not answer at the start; one that was mounted before may be unavailable.
+    Raises ConfigError; CachefsError for a database that cannot be used; as `open_mounts` for under-stores.
     """
     with open_meta_store(config.data_dir) as store:
-        async with AsyncExitStack() as stack:
+        async with open_background() as holding:
             geometry = _settle_geometry(store, config)
-            opened = [
-                await stack.enter_async_context(open_under_store(url, config.ufs_options)) for _, url in config.mounts
-            ]
-            silent = [
-                ufs
-                for (path, _), ufs in zip(config.mounts, opened, strict=True)
-                if not await _first_contact(ufs, is_known=store.is_attached(path, ufs.origin))
-            ]
-            mounts = store.attach([(path, ufs.origin) for (path, _), ufs in zip(config.mounts, opened, strict=True)])
-            mounted = [
-                MountedStore(mount, url, config.ufs_options, ufs, failing=ufs in silent)
-                for mount, (_, url), ufs in zip(mounts, config.mounts, opened, strict=True)
-            ]
+            holder = Holder(holding)
+            mounted = await open_mounts(store, config.mounts, config.ufs_options, holder)
             cluster = m.ClusterInfo(config.cluster_id, store.namespace_id, geometry, config.sync_interval_s)
             async with trio.open_nursery() as nursery:
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
-                master = Master(store, writer, namespace, cluster, Workers())
+                attaching = Attaching(namespace, holder)
+                workers = Workers()
+                pinning = Pinning(store, writer, namespace.pins, workers, geometry)
+                master = Master(store, writer, namespace, attaching, pinning, cluster, workers)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
-
-
-async def _first_contact(ufs: UnderStore, *, is_known: bool) -> bool:
-    """A wrong name, endpoint or key is told now, to the person who typed it and waits, and not to a reader later.
-
-    One that was mounted before may be away for now: what is known of it is worth serving. Returns whether it answered.
-    Raises NotFoundError, UnderStoreError.
-    """
-    try:
-        with at_most(FIRST_CONTACT_S):
-            await ufs.stat("")
-        return True
-    except UnavailableError as error:
-        if not is_known:
-            raise UnavailableError(f"cannot mount {ufs.origin}: {error}") from error
-        logger.warning("under-store is away, serving what is known origin=%s error=%s", ufs.origin, error)
-        return False
-    except (NotFoundError, UnderStoreError) as error:
-        raise type(error)(f"cannot mount {ufs.origin}: {error}") from error
 
 
 def _settle_geometry(store: MetaStore, config: MasterConfig) -> Geometry:

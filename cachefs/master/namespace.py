@@ -15,20 +15,22 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import trio
 
 from cachefs.master.load import Load
+from cachefs.master.mounted import MountedStore
+from cachefs.master.pins import Pins
 from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
-from cachefs.meta import Found, Inode, Merged, MetaStore, Mount
+from cachefs.meta import Found, Inode, Merged, MetaStore, Mount, check_mounts, normalise_mount_path, parent_path
 from cachefs.model import (
     NO_INO,
     ROOT_INO,
     Attr,
+    ConfigError,
     Entry,
     Ino,
     IsADirectory,
@@ -51,20 +53,6 @@ _MOST_DENIED = 100_000
 _REFRESHED_AT_ONCE = 8
 _PROGRESS_EVERY_S = 0.5
 NS_PER_S = 1_000_000_000
-
-
-@dataclass
-class MountedStore:
-    """An under-store and where it is attached."""
-
-    mount: Mount
-    url: str
-    options: dict[str, str]
-    ufs: UnderStore
-    serving_stale: int = 0
-    """Looks at this store that failed, so that what was known before was served."""
-    failing: bool = False
-    """Whether the last look failed: an outage is logged once."""
 
 
 class _Listing:
@@ -103,7 +91,9 @@ class Namespace:
         self._denied: OrderedDict[tuple[Ino, str], int] = OrderedDict()
         """Names that were asked for and are missing, and the Unix time of that."""
         self._has_forgotten_denied = False
+        self._attaching = trio.Lock()
         self.watchers = Watchers()
+        self.pins = Pins(store)
 
     def getattr(self, ino: Ino) -> AttrReply:
         """Raises NotFoundError for a number never given out."""
@@ -118,7 +108,8 @@ class Namespace:
         if inode.mount_id not in self._mounted:
             raise StaleError(f"inode {ino} belongs to an under-store that is no longer mounted")
         path = self._store.path_below_mount(inode)
-        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag)
+        pinned = self.pins.covers_inode(inode)
+        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag, pinned)
 
     def resolve_next(self, ino: Ino, after: Ino, count: int) -> NextLocations:
         """Files beside `ino`, of the next `count` entries after inode `after`. Raises NotFoundError."""
@@ -128,8 +119,16 @@ class Namespace:
             return NextLocations([], after)
         above = self._store.path_below_mount(directory)
         rows = self._store.child_inodes(directory.attr.ino, after, count)
+        all_pinned = self.pins.covers_inode(directory)
         files = [
-            ObjectLocation(each.attr, False, each.mount_id, f"{above}/{each.name}" if above else each.name, each.tag)
+            ObjectLocation(
+                each.attr,
+                False,
+                each.mount_id,
+                f"{above}/{each.name}" if above else each.name,
+                each.tag,
+                all_pinned or self.pins.covers_inode(each),
+            )
             for each in rows
             if not each.attr.is_dir
         ]
@@ -152,12 +151,11 @@ class Namespace:
 
         Raises NotFoundError and NotADirectory about the parent, StaleError when it is gone, UnderStoreError.
         """
-        directory = self._directory(parent)
+        directory, mounted = await self._settled(parent)
         if not is_file_name(name):
             # "..", "a/b": below another directory, or outside of the store.
             return None
         known = self._store.child(parent, name)
-        mounted = self._mounted.get(directory.mount_id)
         if mounted is None or (known is not None and known.mount_id != directory.mount_id):
             # Above the mounts, or a mount point: nobody else knows these.
             return known.attr if known else None
@@ -185,8 +183,7 @@ class Namespace:
 
         A first listing is followed while it runs. Raises as `lookup`; after some chunks too, if the listing fails.
         """
-        directory = self._directory(ino)
-        mounted = self._mounted.get(directory.mount_id)
+        directory, mounted = await self._settled(ino)
         listing: _Listing | None = None
         if mounted is not None and not self._is_fresh(directory.listed_ns):
             listing = self._start_listing(directory, mounted)
@@ -323,8 +320,7 @@ class Namespace:
 
     async def _list_whole(self, ino: Ino) -> None:
         """Return when a directory is listed and fresh. Raises as a listing does."""
-        directory = self._directory(ino)
-        mounted = self._mounted.get(directory.mount_id)
+        directory, mounted = await self._settled(ino)
         if mounted is None or self._is_fresh(directory.listed_ns):
             return
         listing = self._start_listing(directory, mounted)
@@ -338,8 +334,91 @@ class Namespace:
         """Whether an under-store is being asked, by whomever."""
         return bool(self._listings) or len(self._checks) > 0
 
+    # ---- under-stores come and go ----------------------------------------------------------------------------------
+
     def mounted(self) -> list[MountedStore]:
         return list(self._mounted.values())
+
+    def mounted_at(self, path: str) -> MountedStore:
+        """What is attached at a path. Raises ConfigError."""
+        path = normalise_mount_path(path, "PATH")
+        for each in self._mounted.values():
+            if each.mount.path == path:
+                return each
+        paths = ", ".join(sorted(each.mount.path for each in self._mounted.values()))
+        raise ConfigError("PATH", path, f"one that an under-store is attached at: {paths}")
+
+    async def check_free(self, path: str) -> str:
+        """The path, normalised, if another under-store may be attached there. Raises ConfigError, UnderStoreError."""
+        path = normalise_mount_path(path, "PATH")
+        for each in self._mounted.values():
+            if each.mount.path == path:
+                raise ConfigError("PATH", path, f"a path that nothing is attached at; it has {each.mount.origin}")
+        check_mounts([path, *(each.mount.path for each in self._mounted.values())], "PATH")
+        name = path.rpartition("/")[2]
+        for each in self._mounted.values():
+            if name and each.mount.path == parent_path(path):
+                outer = self._directory(each.mount.root_ino)
+                await self._look(outer, name)
+                if self._store.child(outer.attr.ino, name) is not None:
+                    raise ConfigError(
+                        "PATH", path, f"a name that {each.mount.origin} does not have; it would be hidden"
+                    )
+        return path
+
+    async def attach(
+        self, path: str, url: str, options: dict[str, str], ufs: UnderStore, close: Callable[[], None]
+    ) -> MountedStore:
+        """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it."""
+
+        def attached(mount: Mount) -> None:
+            self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
+            if new is None:
+                # What was a directory above mounts has other names now.
+                self.watchers.tell_everything()
+            else:
+                self._denied.pop(new, None)
+                self.watchers.tell(new[0], [new[1]])
+            self.pins.note_change(None)
+
+        async with self._attaching:
+            new = self._first_missing(path)
+            mount = await self._writer.run(lambda: self._store.add_mount(path, ufs.origin, url, options), then=attached)
+        return self._mounted[mount.mount_id]
+
+    def _first_missing(self, path: str) -> tuple[Ino, str] | None:
+        """(directory, name) of the first part of a path that does not exist, as far as is known."""
+        ino = ROOT_INO
+        for name in [part for part in path.split("/") if part]:
+            known = self._store.child(ino, name)
+            if known is None:
+                return ino, name
+            ino = known.attr.ino
+        return None
+
+    async def detach(self, mounted: MountedStore) -> None:
+        """Take an under-store out of the namespace, for good. Watchers are told to believe nothing they know, since all
+        names below it are gone. What is open there is known by number as before, and superseded.
+        """
+
+        def detached(_: None) -> None:
+            self.watchers.tell_everything()
+            self.pins.note_change(None)
+
+        async with self._attaching:
+            del self._mounted[mounted.mount.mount_id]
+            mounted.remove()
+            await self._writer.run(lambda: self._store.remove_mount(mounted.mount.mount_id), then=detached)
+
+    async def _settled(self, ino: Ino) -> tuple[Inode, MountedStore | None]:
+        """A directory, and the store it is in; None above the mounts. One that is just being attached or removed is
+        waited for: nobody is told that it is empty. Raises as `_directory`.
+        """
+        directory = self._directory(ino)
+        if directory.mount_id and directory.mount_id not in self._mounted:
+            async with self._attaching:
+                directory = self._directory(ino)
+        return directory, self._mounted.get(directory.mount_id)
 
     # ---- looking at the under-store --------------------------------------------------------------------------------
 
@@ -350,15 +429,19 @@ class Namespace:
         ino = directory.attr.ino
         asked_ns = time.time_ns()
         try:
-            info = await mounted.ufs.stat(path)
+            with mounted.in_use():
+                info = await mounted.ufs.stat(path)
         except NotFoundError:
+            mounted.check_attached()
             if self._store.child(ino, name) is not None:
                 await self._writer.run(lambda: self._store.remove_child(ino, name))
                 self.watchers.tell(ino, [name])
+                self.pins.note_change(directory)
             self._deny(ino, name, asked_ns)
             mounted.failing = False
             return None
         mounted.failing = False
+        mounted.check_attached()
         merged = await self._writer.run(
             lambda: self._store.put_child(directory, mounted.mount.origin, Found(name, info))
         )
@@ -379,6 +462,8 @@ class Namespace:
         denied = [name for name in merged.new if self._denied.pop((ino, name), None) is not None]
         is_known = directory.listed_ns or self._has_forgotten_denied
         self.watchers.tell(ino, merged.moved + (merged.new if is_known else denied))
+        if merged.moved or merged.new:
+            self.pins.note_change(directory)
 
     def _start_listing(self, directory: Inode, mounted: MountedStore) -> _Listing:
         """The listing of a directory that is running, or a new one; it goes on whether anybody follows or not."""
@@ -392,7 +477,8 @@ class Namespace:
     async def _run_listing(self, directory: Inode, mounted: MountedStore, listing: _Listing) -> None:
         ino = directory.attr.ino
         try:
-            await self._list(directory, mounted, listing)
+            with mounted.in_use():
+                await self._list(directory, mounted, listing)
             mounted.failing = False
         except NotFoundError as error:
             # The directory itself is gone; the root of a store stays, whatever becomes of the store.
@@ -401,12 +487,16 @@ class Namespace:
             if parent is not None and parent.mount_id == directory.mount_id:
                 await self._writer.run(lambda: self._store.remove_child(directory.parent, directory.name))
                 self.watchers.tell(directory.parent, [directory.name])
+                self.pins.note_change(parent)
             elif directory.listed_ns:
                 self._note_failure(mounted, error)
         except UnderStoreError as error:
             listing.error = error
             if directory.listed_ns:
                 self._note_failure(mounted, error)
+        except StaleError as error:
+            # Removed meanwhile.
+            listing.error = error
         except Exception as error:
             # Followers get it as an error of their own; it must not end the service.
             logger.exception("listing failed dir=%d", ino)
@@ -430,15 +520,19 @@ class Namespace:
                 def add(found: list[Found] = found) -> Merged:
                     return store.add_listed(directory, origin, found, number)
 
+                mounted.check_attached()
                 merged = await self._writer.run(add)
                 listing.changed += len(merged.new) + len(merged.moved)
                 self._tell(directory, merged)
                 listing.advance()
         after: Ino | None = NO_INO
         while after is not None:
+            mounted.check_attached()
             after, gone = await self._writer.run(partial(store.drop_unseen, ino, number, after, _CHUNK))
             listing.changed += len(gone)
             self.watchers.tell(ino, gone)
+            if gone:
+                self.pins.note_change(directory)
         await self._writer.run(lambda: store.end_listing(ino, started_ns))
 
     # ---- helpers ---------------------------------------------------------------------------------------------------

@@ -5,23 +5,34 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import trio
+
 from cachefs.model import AuthenticationError
 from cachefs.net import Session
 from cachefs.wire.messages import RegisterWorker, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
+_LOOK_EVERY_S = 0.5
+
 
 @dataclass
 class _Worker:
     registration: RegisterWorker
     session: Session
+    pins_serial: int = 0
+    """Of the pins that are in force there."""
+
+    @property
+    def connected(self) -> bool:
+        return not self.session.closed.is_set()
 
 
 class Workers:
     def __init__(self) -> None:
         self._by_name: dict[str, _Worker] = {}
         self._names: dict[int, str] = {}
+        self._heard = trio.Event()
 
     def register(self, request: RegisterWorker, session: Session) -> None:
         """The newest registration of a name counts: a worker that was restarted is faster than its old connection."""
@@ -36,6 +47,26 @@ class Workers:
             raise AuthenticationError("only a registered worker may report")
         return name
 
+    def capacity_bytes(self) -> int:
+        """Of all tiers of the workers that are connected."""
+        return sum(each.registration.capacity_bytes for each in self._by_name.values() if each.connected)
+
+    def pins_applied(self, name: str, serial: int) -> None:
+        self._by_name[name].pins_serial = serial
+        self._heard.set()
+        self._heard = trio.Event()
+
+    def without_pins(self, serial: int) -> list[str]:
+        """Names of connected workers on which the pins of that serial are not in force yet."""
+        return [name for name, each in self._by_name.items() if each.connected and each.pins_serial < serial]
+
+    async def wait_for_pins(self, serial: int) -> None:
+        """Returns when they are in force on every worker that is connected."""
+        while self.without_pins(serial):
+            # One that went away says nothing.
+            with trio.move_on_after(_LOOK_EVERY_S):
+                await self._heard.wait()
+
     def infos(self, totals: dict[str, tuple[int, int]]) -> list[WorkerInfo]:
         """`totals`: per worker, (blocks, bytes)."""
         return [
@@ -44,7 +75,7 @@ class Workers:
                 address=worker.registration.address,
                 socket=worker.registration.socket,
                 host_boot_id=worker.registration.host_boot_id,
-                connected=not worker.session.closed.is_set(),
+                connected=worker.connected,
                 blocks=totals.get(name, (0, 0))[0],
                 block_bytes=totals.get(name, (0, 0))[1],
             )

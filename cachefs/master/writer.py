@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 
 class _Write:
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
         self.function = function
+        self.then = then
         self.done = trio.Event()
         self.result: outcome.Outcome[Any] | None = None
 
@@ -29,9 +30,13 @@ class Writer:
         self._wanted = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """The result of `function`, committed. Cancelling does not undo what was asked: it may still be written."""
-        write = _Write(function)
+    async def run(self, function: Callable[[], T], then: Callable[[T], None] | None = None) -> T:
+        """The result of `function`, committed. Cancelling does not undo what was asked: it may still be written.
+
+        `then` is called with the result once that is committed, in the event loop's thread, whether anybody waits or
+        not: what is in memory must not differ from the database because an asker left. It must not raise.
+        """
+        write = _Write(function, then)
         self._queue.append(write)
         self._wanted.set()
         await write.done.wait()
@@ -47,6 +52,8 @@ class Writer:
             writes, self._queue = self._queue, []
             await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
             for write in writes:
+                if write.then is not None and isinstance(write.result, outcome.Value):
+                    write.then(write.result.value)
                 write.done.set()
 
     def _commit(self, writes: list[_Write]) -> None:

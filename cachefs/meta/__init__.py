@@ -2,7 +2,22 @@
 
 from cachefs.meta.database import open_database
 from cachefs.meta.inodes import Found, Inode, Merged
-from cachefs.meta.mounts import Mount
+from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
+from cachefs.meta.pins import Content
 from cachefs.meta.store import MetaStore, open_meta_store
 
-__all__ = ["Found", "Inode", "Merged", "MetaStore", "Mount", "open_database", "open_meta_store"]
+__all__ = [
+    "Added",
+    "Content",
+    "Found",
+    "Inode",
+    "Merged",
+    "MetaStore",
+    "Mount",
+    "check_mounts",
+    "is_below",
+    "normalise_mount_path",
+    "open_database",
+    "open_meta_store",
+    "parent_path",
+]

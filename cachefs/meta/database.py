@@ -7,12 +7,12 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from cachefs.model import CachefsError, ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
 SCHEMA = """
@@ -22,8 +22,13 @@ CREATE TABLE mounts (
     mount_id INTEGER PRIMARY KEY,
     path TEXT NOT NULL UNIQUE,
     origin TEXT NOT NULL,
-    root_ino BIGINT NOT NULL
+    root_ino BIGINT NOT NULL,
+    by_hand SMALLINT NOT NULL,
+    url TEXT NOT NULL,
+    options TEXT NOT NULL
 );
+CREATE TABLE removed_mounts (path TEXT NOT NULL, origin TEXT NOT NULL, PRIMARY KEY (path, origin));
+CREATE TABLE pins (path TEXT PRIMARY KEY, pinned_ns BIGINT NOT NULL);
 CREATE TABLE inodes (
     ino INTEGER PRIMARY KEY,
     parent BIGINT NOT NULL,
@@ -54,6 +59,17 @@ CREATE TABLE replicas (
 CREATE INDEX replicas_of_worker ON replicas (worker);
 """
 
+UPGRADES = {
+    1: """
+ALTER TABLE mounts ADD COLUMN by_hand SMALLINT NOT NULL DEFAULT 0;
+ALTER TABLE mounts ADD COLUMN url TEXT NOT NULL DEFAULT '';
+ALTER TABLE mounts ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
+CREATE TABLE removed_mounts (path TEXT NOT NULL, origin TEXT NOT NULL, PRIMARY KEY (path, origin));
+CREATE TABLE pins (path TEXT PRIMARY KEY, pinned_ns BIGINT NOT NULL);
+""",
+}
+"""From an older schema to the next: a namespace outlives the versions that made it."""
+
 
 @dataclass(frozen=True)
 class Database:
@@ -82,9 +98,11 @@ def open_database(data_dir: str) -> Iterator[Database]:
         except BlockingIOError as error:
             raise ConfigError("--data-dir", data_dir, "a directory that no running master uses") from error
         path = os.path.join(data_dir, "namespace.db")
+        _make_private(path)
         try:
             with closing(_connect(path)) as writer:
                 _check(writer, path)
+                _keep_private(path)
                 _set_up(writer)
                 namespace_id = _prepare(writer)
                 with closing(_connect(path)) as reader:
@@ -94,6 +112,21 @@ def open_database(data_dir: str) -> Iterator[Database]:
             raise CachefsError(f"the namespace in {path} cannot be used: {error}") from error
     finally:
         os.close(lock_fd)
+
+
+def _make_private(path: str) -> None:
+    """Options of under-stores are kept in it, and may be secret: only its owner reads it, from its first moment on,
+    whatever the directory and the umask allow. What stands in the way is told when it is opened.
+    """
+    with suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _keep_private(path: str) -> None:
+    """The same for one of an earlier version; files that are made beside it get its mode."""
+    for each in (path, f"{path}-wal", f"{path}-shm"):
+        with suppress(FileNotFoundError):
+            os.chmod(each, 0o600)
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -107,7 +140,7 @@ def _check(connection: sqlite3.Connection, path: str) -> None:
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if version == 0 and tables:
         raise CachefsError(f"{path} is a database of something else; it was not changed")
-    if version not in (0, SCHEMA_VERSION):
+    if version not in (0, *UPGRADES, SCHEMA_VERSION):
         raise CachefsError(f"{path} has schema {version}; this version reads schema {SCHEMA_VERSION}")
 
 
@@ -121,7 +154,7 @@ def _set_up(connection: sqlite3.Connection) -> None:
 
 
 def _prepare(connection: sqlite3.Connection) -> str:
-    """Make the schema where there is none; returns the namespace id."""
+    """Make the schema where there is none, bring an older one up to date; returns the namespace id."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         connection.execute("BEGIN IMMEDIATE")
@@ -130,6 +163,13 @@ def _prepare(connection: sqlite3.Connection) -> str:
         connection.execute("INSERT INTO facts VALUES ('namespace_id', ?)", (secrets.token_hex(16),))
         connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0)")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    while version in UPGRADES:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in UPGRADES[version].split(";"):
+            connection.execute(statement)
+        version += 1
+        connection.execute(f"PRAGMA user_version = {version}")
         connection.execute("COMMIT")
     (namespace_id,) = connection.execute("SELECT value FROM facts WHERE name = 'namespace_id'").fetchone()
     return str(namespace_id)

@@ -23,6 +23,10 @@ _SELECT = (
 )
 
 
+_OF_ITS_PARENT = "mount_id = (SELECT mount_id FROM inodes WHERE ino = ?)"
+"""Of the same under-store as the directory it is in: others may be attached there, and come and go by themselves."""
+
+
 class Inode(NamedTuple):
     """One row."""
 
@@ -155,6 +159,10 @@ def merge(
         ).fetchone()
         old = _inode(row) if row else None
         if old is not None:
+            if old.mount_id != parent.mount_id:
+                # Another under-store is attached here, and hides what this one has.
+                merged.entries.append(Entry(name, old.attr))
+                continue
             shadowed = shadow and old.attr.is_dir and info.kind is Kind.FILE and old.seen == listing
             if shadowed:
                 continue
@@ -169,7 +177,7 @@ def merge(
                 )
                 merged.entries.append(Entry(name, attr))
                 continue
-            connection.execute("UPDATE inodes SET live = 0 WHERE ino = ?", (old.attr.ino,))
+            supersede(connection, old.attr.ino)
         (merged.new if old is None else merged.moved).append(name)
         last_ino += 1
         attr = _new_attr(Ino(last_ino), origin, info, now_ns)
@@ -180,8 +188,16 @@ def merge(
 
 
 def remove_child(connection: sqlite3.Connection, parent: Ino, name: str) -> None:
-    """The under-store no longer has this name."""
-    connection.execute("UPDATE inodes SET live = 0 WHERE parent = ? AND name = ? AND live = 1", (parent, name))
+    """The under-store no longer has this name; another one that is attached there stays."""
+    connection.execute(
+        f"UPDATE inodes SET live = 0 WHERE parent = ? AND name = ? AND live = 1 AND {_OF_ITS_PARENT}",
+        (parent, name, parent),
+    )
+
+
+def supersede(connection: sqlite3.Connection, ino: Ino) -> None:
+    """Its name points at something else now, or at nothing."""
+    connection.execute("UPDATE inodes SET live = 0 WHERE ino = ?", (ino,))
 
 
 def drop_unseen(
@@ -197,8 +213,8 @@ def drop_unseen(
     if not inos:
         return None, []
     last = Ino(inos[-1][0])
-    gone = "parent = ? AND ino > ? AND ino <= ? AND live = 1 AND seen < ?"
-    scope = (parent, after, last, listing)
+    gone = f"parent = ? AND ino > ? AND ino <= ? AND live = 1 AND seen < ? AND {_OF_ITS_PARENT}"
+    scope = (parent, after, last, listing, parent)
     names = [str(name) for (name,) in connection.execute(f"SELECT name FROM inodes WHERE {gone}", scope)]
     if names:
         connection.execute(f"UPDATE inodes SET live = 0 WHERE {gone}", scope)

@@ -36,6 +36,13 @@ def holders(connection: sqlite3.Connection, block: BlockId) -> list[str]:
     return [name for (name,) in rows]
 
 
+def cached_blocks(connection: sqlite3.Connection, key: ContentKey) -> int:
+    """How many blocks of a content somebody said to hold."""
+    sql = "SELECT COUNT(DISTINCT block_index) FROM replicas WHERE content_key = ?"
+    (count,) = connection.execute(sql, (key,)).fetchone()
+    return int(count)
+
+
 def totals(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """Per worker: (blocks, bytes)."""
     rows = connection.execute("SELECT worker, COUNT(*), SUM(length_bytes) FROM replicas GROUP BY worker")

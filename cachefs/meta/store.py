@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, replicas
+from cachefs.meta import inodes, mounts, pins, replicas
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
-from cachefs.meta.mounts import Mount, check_mounts, normalise_mount_path
-from cachefs.model import NO_INO, ROOT_INO, BlockId, ConfigError, Entry, Ino
+from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
+from cachefs.meta.pins import Content
+from cachefs.model import NO_INO, BlockId, ContentKey, Entry, Ino
 
 
 class MetaStore:
@@ -64,6 +65,18 @@ class MetaStore:
     def holders(self, block: BlockId) -> list[str]:
         return replicas.holders(self._reader, block)
 
+    def pins(self) -> dict[str, int]:
+        """Path -> Unix time in nanoseconds at which it was pinned."""
+        return pins.all_pins(self._reader)
+
+    def contents(self, directory: Ino, after: Ino, limit: int, *, with_cached: bool) -> list[Content]:
+        """As `children`, what is of interest for pinning."""
+        return pins.contents(self._reader, directory, after, limit, with_cached=with_cached)
+
+    def cached_blocks(self, key: ContentKey) -> int:
+        """Blocks of a content that some worker said it holds."""
+        return replicas.cached_blocks(self._reader, key)
+
     # ---- scans, to be called as writes are -------------------------------------------------------------------------
 
     def replica_totals(self) -> dict[str, tuple[int, int]]:
@@ -104,31 +117,53 @@ class MetaStore:
         with self._transaction() as db:
             db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
 
-    def attach(self, mounts: Iterable[tuple[str, str]]) -> list[Mount]:
-        """Make the given (path, origin) pairs the mounts of this namespace; returns them in that order.
+    def attach(self, told: Iterable[tuple[str, str]]) -> list[Mount]:
+        """Make the (path, origin) pairs that the master was told at its start the mounts of this namespace, with those
+        that were added by hand; returns them all, those told first, in that order.
 
-        A mount that is there with the same origin keeps its inodes. One with another origin is attached afresh. Those
-        that are not given any more are detached: their names are gone, and nothing else is touched. Raises ConfigError.
+        One that is there with the same origin keeps its inodes; one with another origin is attached afresh, also in the
+        place of one that was added by hand. One that was removed by hand stays away for as long as it is told. Those
+        that are neither told nor added are detached: their names are gone, and nothing else is touched. Raises
+        ConfigError.
         """
-        wanted = [(normalise_mount_path(path), origin) for path, origin in mounts]
-        paths = [path for path, _ in wanted]
-        if len(set(paths)) != len(paths):
-            raise ConfigError("--mount", ", ".join(paths), "each path once")
-        check_mounts(paths)
+        wanted = [(normalise_mount_path(path), origin) for path, origin in told]
+        check_mounts([path for path, _ in wanted])
         with self._transaction() as db:
-            now_ns = time.time_ns()
-            if inodes.get(db, ROOT_INO) is None:
-                root = inodes.insert_directory(db, 0, "", 0, now_ns)
-                assert root == ROOT_INO
-            for mount_id, path, origin in db.execute("SELECT mount_id, path, origin FROM mounts").fetchall():
-                if (path, origin) not in wanted:
-                    _detach(db, mount_id, path)
-            return [_attach(db, path, origin, now_ns) for path, origin in wanted]
+            return mounts.attach_all(db, wanted, time.time_ns())
+
+    def add_mount(self, path: str, origin: str, url: str, options: dict[str, str]) -> Mount:
+        """Attach one more, by hand, at a normalised path that the caller has checked. It is there again after a
+        restart; so its options are kept, credentials included, in a file that only its owner can read.
+        """
+        with self._transaction() as db:
+            return mounts.add(db, path, origin, url, options, time.time_ns())
+
+    def remove_mount(self, mount_id: int) -> None:
+        """Detach one by hand: it stays away, also if the master is told of it at its next start."""
+        with self._transaction() as db:
+            mounts.remove(db, mount_id)
+
+    def added_mounts(self) -> list[Added]:
+        """Those that were added by hand."""
+        return mounts.added(self._reader)
+
+    def removed_mounts(self) -> set[tuple[str, str]]:
+        """(path, origin) of those removed by hand that the master may still be told of."""
+        return mounts.removed(self._reader)
 
     def is_attached(self, path: str, origin: str) -> bool:
         """Whether this under-store is mounted at this path already. Raises ConfigError for what is no path."""
         row = (normalise_mount_path(path), origin)
         return self._reader.execute("SELECT 1 FROM mounts WHERE path = ? AND origin = ?", row).fetchone() is not None
+
+    def add_pins(self, paths: Iterable[str]) -> None:
+        """Paths that are not pinned yet."""
+        with self._transaction() as db:
+            pins.add(db, paths, time.time_ns())
+
+    def remove_pins(self, paths: Iterable[str]) -> None:
+        with self._transaction() as db:
+            pins.remove(db, paths)
 
     def begin_listing(self) -> int:
         """A number that marks what one listing sees; larger than all before."""
@@ -187,35 +222,3 @@ def open_meta_store(data_dir: str) -> Iterator[MetaStore]:
     """Raises as `database.open_database`."""
     with open_database(data_dir) as database:
         yield MetaStore(database)
-
-
-def _attach(db: sqlite3.Connection, path: str, origin: str, now_ns: int) -> Mount:
-    row = db.execute("SELECT mount_id, root_ino FROM mounts WHERE path = ?", (path,)).fetchone()
-    if row is not None:
-        return Mount(row[0], path, origin, Ino(row[1]))
-    # Never used again, so that superseded inodes of a detached mount are not taken for those of its successor.
-    mount_id = inodes.last_number(db, "mount") + 1
-    inodes.take_numbers(db, "mount", mount_id)
-    parts = [part for part in path.split("/") if part]
-    ino = ROOT_INO
-    for depth, part in enumerate(parts, 1):
-        owner = mount_id if depth == len(parts) else 0
-        known = inodes.child(db, ino, part)
-        if known is not None and known.mount_id == owner == 0:
-            ino = known.attr.ino
-        else:
-            inodes.remove_child(db, ino, part)
-            ino = inodes.insert_directory(db, ino, part, owner, now_ns)
-    if not parts:
-        db.execute("UPDATE inodes SET mount_id = ?, listed_ns = 0 WHERE ino = ?", (mount_id, ROOT_INO))
-    db.execute("INSERT INTO mounts VALUES (?, ?, ?, ?)", (mount_id, path, origin, ino))
-    return Mount(mount_id, path, origin, ino)
-
-
-def _detach(db: sqlite3.Connection, mount_id: int, path: str) -> None:
-    # Detached inodes keep their rows, as superseded ones do: their numbers must never come back with another meaning.
-    (root_ino,) = db.execute("SELECT root_ino FROM mounts WHERE mount_id = ?", (mount_id,)).fetchone()
-    db.execute("DELETE FROM mounts WHERE mount_id = ?", (mount_id,))
-    db.execute("UPDATE inodes SET live = 0 WHERE mount_id = ? AND ino <> ?", (mount_id, ROOT_INO))
-    if root_ino == ROOT_INO:
-        db.execute("UPDATE inodes SET mount_id = 0, listed_ns = 0 WHERE ino = ?", (ROOT_INO,))

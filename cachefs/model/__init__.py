@@ -32,6 +32,7 @@ from cachefs.model.ids import NO_INO, ROOT_INO, BlockId, ContentKey, Ino, conten
 from cachefs.model.log_limit import LogLimiter
 from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, div_up
 from cachefs.model.units import GiB, KiB, MiB, TiB, format_duration, format_size, parse_duration, parse_size
+from cachefs.model.urls import without_credentials
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
@@ -83,4 +84,5 @@ __all__ = [
     "format_size",
     "parse_duration",
     "parse_size",
+    "without_credentials",
 ]

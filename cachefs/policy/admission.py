@@ -20,13 +20,21 @@ class Promote(enum.Enum):
 
 
 def admits(
-    mode: Promote, *, block_length: int, capacity_bytes: int, free_bytes: int, reclaimable_bytes: int = 0
+    mode: Promote,
+    *,
+    block_length: int,
+    capacity_bytes: int,
+    free_bytes: int,
+    reclaimable_bytes: int = 0,
+    pinned_bytes: int = 0,
 ) -> bool:
     """The decision for one block on one node.
 
     `free_bytes` is what the tier could still take without evicting; `reclaimable_bytes` what it holds that counts as
-    free: superseded content, duplicates of what other nodes hold, blocks idle for long.
+    free: superseded content, duplicates of what other nodes hold, blocks idle for long; `pinned_bytes` what never goes.
     """
     if mode is Promote.NEVER or block_length * MAX_SHARE_OF_TIER > capacity_bytes:
+        return False
+    if block_length > capacity_bytes - pinned_bytes:
         return False
     return mode is Promote.ALWAYS or block_length <= free_bytes + reclaimable_bytes

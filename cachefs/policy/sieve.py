@@ -3,6 +3,9 @@
 One queue, newest at the head, and a hand that walks from the tail to the head and around. A hit only sets a bit, so
 nothing moves on the hot path. The hand clears the bit of what was visited and stops at the first that was not: the
 candidate. What survives keeps its place, which is what makes one-time scans leave soon.
+
+What is pinned is kept outside of the queue: it is never a candidate, and walking past it costs nothing, however much
+of the cache it is.
 """
 
 from __future__ import annotations
@@ -28,19 +31,41 @@ class Sieve(Generic[K]):
 
     def __init__(self) -> None:
         self._nodes: dict[K, _Node[K]] = {}
+        self._pinned: set[K] = set()
         self._newest: _Node[K] | None = None
         self._oldest: _Node[K] | None = None
         self._hand: _Node[K] | None = None
         """The node to look at next; None stands for the oldest."""
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._nodes) + len(self._pinned)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._nodes
+        return key in self._nodes or key in self._pinned
+
+    def is_pinned(self, key: K) -> bool:
+        return key in self._pinned
+
+    def pin(self, key: K) -> bool:
+        """Make a key no candidate until `unpin` or `remove`; False if it is not there, or is pinned already."""
+        if key not in self._nodes:
+            return False
+        self._unlink(key)
+        self._pinned.add(key)
+        return True
+
+    def unpin(self, key: K) -> bool:
+        """Put a pinned key back, as a new one; False if it is none."""
+        if key not in self._pinned:
+            return False
+        self._pinned.discard(key)
+        self.add(key)
+        return True
 
     def add(self, key: K) -> None:
         """Put a new key at the head, not visited. A key that is there already counts as visited."""
+        if key in self._pinned:
+            return
         if key in self._nodes:
             self._nodes[key].visited = True
             return
@@ -60,6 +85,10 @@ class Sieve(Generic[K]):
 
     def remove(self, key: K) -> None:
         """Forget a key, evicted or dropped; an unknown key is ignored."""
+        self._pinned.discard(key)
+        self._unlink(key)
+
+    def _unlink(self, key: K) -> None:
         node = self._nodes.pop(key, None)
         if node is None:
             return
@@ -75,7 +104,7 @@ class Sieve(Generic[K]):
             self._oldest = node.newer
 
     def candidates(self) -> Iterator[K]:
-        """The keys in eviction order, each at most once; ends when all were offered.
+        """The keys that are not pinned, in eviction order, each at most once; ends when all were offered.
 
         The hand moves only as far as candidates are taken: it stays at the offered key until the next one is asked
         for. The caller evicts by calling `remove(key)`; a key it leaves alone (in use) keeps its place in the queue

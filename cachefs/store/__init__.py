@@ -3,6 +3,7 @@
 from cachefs.store.config import TierConfig, parse_tier
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
+from cachefs.store.pinned import PinnedKeys
 from cachefs.store.reader import SealedReader, a_file_of_tier
 from cachefs.store.store import Store, open_store
 from cachefs.store.sums import page_checksum
@@ -10,6 +11,7 @@ from cachefs.store.tier import Tier, TierStatus
 
 __all__ = [
     "Partial",
+    "PinnedKeys",
     "SealedReader",
     "Store",
     "Tier",

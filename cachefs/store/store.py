@@ -20,6 +20,7 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Capacit
 from cachefs.policy import Promote, admits
 from cachefs.store.config import TierConfig
 from cachefs.store.partial import Partial
+from cachefs.store.pinned import PinnedKeys
 from cachefs.store.tier import Tier, open_tier
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ _MOVED_AT_ONCE = 16
 class Store:
     """Made by `open_store`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
 
-    def __init__(self, tiers: Sequence[Tier]) -> None:
+    def __init__(self, tiers: Sequence[Tier], pinned: PinnedKeys) -> None:
         self.tiers = tiers
+        self._pinned = pinned
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
         """Of open partials."""
@@ -72,6 +74,26 @@ class Store:
         for tier in self.tiers:
             tier.retire(block)
 
+    # ---- pinned ----------------------------------------------------------------------------------------------------
+
+    def is_pinned(self, block: BlockId) -> bool:
+        """It is not evicted, whether it is here or not yet."""
+        return block.key in self._pinned
+
+    def pin(self, blocks: Sequence[BlockId]) -> None:
+        """All of one content, from now on. A few microseconds: called inline."""
+        if blocks and blocks[0].key not in self._pinned:
+            self._pinned.add(blocks[0].key)
+            self._apply_pins(blocks)
+
+    def apply_pins(self) -> None:
+        """Another set of contents is pinned. Looks at every block: for a thread."""
+        self._apply_pins(None)
+
+    def _apply_pins(self, blocks: Sequence[BlockId] | None) -> None:
+        for tier in self.tiers:
+            tier.apply_pins(blocks)
+
     # ---- filling ---------------------------------------------------------------------------------------------------
 
     def admits(self, length: int, mode: Promote) -> bool:
@@ -86,6 +108,7 @@ class Store:
             capacity_bytes=tier.config.capacity_bytes,
             free_bytes=free,
             reclaimable_bytes=0 if free >= length else tier.idle_bytes(),
+            pinned_bytes=tier.pinned_bytes,
         )
 
     def open_partial(self, block: BlockId, length: int, mode: Promote = Promote.ALWAYS) -> Partial | None:
@@ -171,7 +194,9 @@ class Store:
             tier.drop(block)
 
     def evict(self, block: BlockId) -> bool:
-        """Drop a sealed block that nobody reads; False if somebody does, or it is not sealed here."""
+        """Drop a sealed block that nobody reads; False if somebody does, it is pinned, or it is not sealed here."""
+        if self.is_pinned(block):
+            return False
         return any(tier.evict(block) for tier in self.tiers if tier.is_sealed(block))
 
     def move_down(self, mode: Promote) -> int:
@@ -246,8 +271,11 @@ def min_mode(mode: Promote) -> Promote:
 
 
 @contextmanager
-def open_store(configs: Sequence[TierConfig], geometry: Geometry, cluster_id: str) -> Iterator[Store]:
-    """Open or create all tiers, alone, until the end of the block, the fastest one first.
+def open_store(
+    configs: Sequence[TierConfig], geometry: Geometry, cluster_id: str, pinned: PinnedKeys | None = None
+) -> Iterator[Store]:
+    """Open or create all tiers, alone, until the end of the block, the fastest one first. Of `pinned` nothing is
+    evicted; who changes it calls `Store.apply_pins`.
 
     Raises ConfigError and TierError as `open_tier`; ConfigError for two tiers in one directory.
     """
@@ -256,8 +284,9 @@ def open_store(configs: Sequence[TierConfig], geometry: Geometry, cluster_id: st
         if paths.count(path) > 1:
             raise ConfigError("--tier", path, "a directory of its own for each tier")
     with ExitStack() as stack:
-        tiers = [stack.enter_context(open_tier(config, geometry, cluster_id)) for config in configs]
-        store = Store(tiers)
+        pinned = pinned if pinned is not None else PinnedKeys()
+        tiers = [stack.enter_context(open_tier(config, geometry, cluster_id, pinned)) for config in configs]
+        store = Store(tiers, pinned)
         for number, tier in enumerate(tiers):
             # Cut off between the copy and the eviction: one copy is enough.
             for block, _ in tier.blocks():

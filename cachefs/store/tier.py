@@ -6,7 +6,8 @@ How the parts stay consistent:
   never while pages are written, read back or compared.
 - A block is in exactly one of: nowhere, dormant (a partial on disk that nobody has open), open, sealed, suspect.
 - Space is reserved for a partial's full length before its file exists, by evicting where needed. Only what nobody reads
-  is evicted: whoever reads holds a shared lock on the open file, and eviction wants the exclusive one.
+  is evicted: whoever reads holds a shared lock on the open file, and eviction wants the exclusive one. What is pinned
+  is never evicted to make room, nor moved away; damaged, it is dropped like anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -44,11 +45,13 @@ from cachefs.store.layout import (
     unlink_if_exists,
 )
 from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
+from cachefs.store.pinned import PinnedKeys
 from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
 
 _IDLE_EVERY_S = 5.0
+_SORTED_AT_ONCE = 1000
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
 
@@ -61,13 +64,18 @@ class TierStatus(NamedTuple):
     suspect: int
     partials: int
     evictions: int
+    pinned_bytes: int
 
 
 class Tier:
     """Made by `open_tier`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
 
-    def __init__(self, config: TierConfig, layout: Layout, geometry: Geometry, cluster_id: str) -> None:
+    def __init__(
+        self, config: TierConfig, layout: Layout, geometry: Geometry, cluster_id: str, pinned: PinnedKeys
+    ) -> None:
         self.config = config
+        self._pinned = pinned
+        self._pinned_bytes = 0
         self._cluster_id = cluster_id
         self._layout = layout
         self._geometry = geometry
@@ -115,9 +123,11 @@ class Tier:
                 self._idle_queue.appendleft(block)
 
     def idle_bytes(self) -> int:
-        """What blocks take that nobody has read for `idle_after_s`, or that are retired; some seconds old."""
+        """What blocks take that nobody has read for `idle_after_s`, or that are retired; some seconds old. Pinned ones
+        are never idle.
+        """
         with self._lock:
-            return sum(self._sealed.get(block, 0) for block in self._idle())
+            return sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
 
     def _idle(self) -> deque[BlockId]:
         """Blocks that count as free, longest idle first; looked for now and then only, since that looks at every block.
@@ -131,6 +141,11 @@ class Tier:
             self._idle_queue = deque(sorted(idle, key=self._used_at.__getitem__))
             self._idle_next = now + _IDLE_EVERY_S
         return self._idle_queue
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What sealed blocks take that are never evicted."""
+        return self._pinned_bytes
 
     def room_bytes(self) -> int:
         """What could be taken in without evicting anything."""
@@ -147,6 +162,7 @@ class Tier:
                 len(self._suspect),
                 len(self._open) + len(self._dormant),
                 self._evictions,
+                self._pinned_bytes,
             )
 
     def _unwritten(self) -> int:
@@ -271,6 +287,7 @@ class Tier:
         self._space.used += size
         self._sieve.add(block)
         self._used_at[block] = time.monotonic()
+        self._sort_by_pin(block)
 
     def give_up(self, partial: Partial) -> None:
         """Forget an open partial and remove its files: writing to it raises from now on. Blocks on the disk.
@@ -309,7 +326,10 @@ class Tier:
         self._discount_sealed(block)
 
     def _discount_sealed(self, block: BlockId) -> None:
-        self._space.used -= self._sealed.pop(block)
+        size = self._sealed.pop(block)
+        self._space.used -= size
+        if self._sieve.is_pinned(block):
+            self._pinned_bytes -= size
         self._sieve.remove(block)
         del self._used_at[block]
         self.on_evicted(block)
@@ -321,6 +341,9 @@ class Tier:
         """
         if need > self._space.capacity:
             raise CapacityError(f"a block of {need} bytes is larger than the tier")
+        if need > self._space.capacity - self._space.reserved - self._pinned_bytes:
+            # Told before anything is evicted for nothing.
+            raise CapacityError(f"no room for {need} bytes beside what is pinned and being filled")
         unwritten = self._unwritten()
         if self._space.room(unwritten) >= need:
             return
@@ -342,12 +365,31 @@ class Tier:
         before = time.monotonic() - self.config.idle_after_s
         for _ in range(len(idle)):
             block = idle.popleft()
-            if self._used_at.get(block, math.inf) <= before:
+            if self._used_at.get(block, math.inf) <= before and not self._sieve.is_pinned(block):
                 yield block
                 if block in self._sealed:
                     idle.append(block)
         if evict:
             yield from self._sieve.candidates()
+
+    def apply_pins(self, blocks: Iterable[BlockId] | None = None) -> None:
+        """What is pinned was changed: for these blocks, or all that are sealed. All are taken in portions, so that
+        nobody waits for long.
+        """
+        waiting = list(blocks) if blocks is not None else [block for block, _ in self.blocks()]
+        for start in range(0, len(waiting), _SORTED_AT_ONCE):
+            with self._lock:
+                for block in waiting[start : start + _SORTED_AT_ONCE]:
+                    self._sort_by_pin(block)
+
+    def _sort_by_pin(self, block: BlockId) -> None:
+        size = self._sealed.get(block)
+        if size is None:
+            return
+        if block.key in self._pinned:
+            self._pinned_bytes += size if self._sieve.pin(block) else 0
+        else:
+            self._pinned_bytes -= size if self._sieve.unpin(block) else 0
 
     def _evict(self, directory_fd: int, block: BlockId) -> bool:
         """Unlink a block that nobody reads; False if somebody does."""
@@ -564,15 +606,18 @@ def _read_page(fd: int, known: sums.Sums, page: int, block: BlockId) -> bytes:
 
 
 @contextmanager
-def open_tier(config: TierConfig, geometry: Geometry, cluster_id: str) -> Iterator[Tier]:
+def open_tier(
+    config: TierConfig, geometry: Geometry, cluster_id: str, pinned: PinnedKeys | None = None
+) -> Iterator[Tier]:
     """Open or create a tier, alone, until the end of the block. Blocks on the disk while it looks at what is there.
+    `pinned` are the contents that it never evicts; who changes them calls `Tier.apply_pins`.
 
     Raises ConfigError, and TierError as `layout.open_layout`.
     """
     check_capacity(config, geometry.page_size)
     with open_layout(config.path, cluster_id) as layout:
         check_medium(config, layout.tier_fd)
-        tier = Tier(config, layout, geometry, cluster_id)
+        tier = Tier(config, layout, geometry, cluster_id, pinned if pinned is not None else PinnedKeys())
         with tier_errors(f"tier {config.path}"):
             tier.recover()
         try:

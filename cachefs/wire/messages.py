@@ -159,6 +159,31 @@ class MountInfo(msgspec.Struct, frozen=True):
     """Keys seen that cannot be names of files."""
     serving_stale: int
     """Listings that failed, so that an older one was served."""
+    by_hand: bool = False
+    """Attached while the master ran, by `AddStore`."""
+
+
+class AddStore(Request[MountInfo], frozen=True):
+    """Attach one more under-store, for good. Holds credentials: never logged, never shown.
+
+    Raises ConfigError for a path, URL or option that will not do; NotFoundError, UnderStoreError and its kinds when the
+    store cannot be listed. Nothing is changed then.
+    """
+
+    path: str
+    url: str
+    options: dict[str, str]
+
+
+class RemoveStore(Request[MountInfo], frozen=True):
+    """Detach an under-store, for good, and tell how it was. Nothing in it is touched, and what is cached stays.
+
+    Raises ConfigError for a path without one, for the last one, and for one that others are attached in.
+    """
+
+    path: str
+    dry_run: bool = False
+    """Only tell."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -186,6 +211,68 @@ class GetMasterStatus(Request[MasterStatus], frozen=True):
     pass
 
 
+class PinReply(msgspec.Struct, frozen=True):
+    """What is pinned, and may be. Sizes are those of contents, but `needed_bytes`: what all of them take on a disk."""
+
+    files: int
+    """Known below the paths that were asked for."""
+    bytes: int
+    needed_bytes: int
+    """Of everything that is pinned, these paths included."""
+    limit_bytes: int
+    """What may be pinned."""
+    capacity_bytes: int
+    """Of all tiers of the workers that are connected."""
+    unconfirmed: list[str]
+    """Workers that have not said that they heard of it."""
+
+
+class Pin(Request[PinReply], frozen=True):
+    """Never evict contents at or below these paths, now and later, until they are unpinned. For good.
+
+    Raises NotFoundError, NotADirectory, UnderStoreError; CapacityError when it does not fit: nothing is changed then.
+    """
+
+    paths: list[str]
+    dry_run: bool = False
+    """Only tell, also if it does not fit."""
+
+
+class UnpinReply(msgspec.Struct, frozen=True):
+    unconfirmed: list[str]
+
+
+class Unpin(Request[UnpinReply], frozen=True):
+    """Raises NotFoundError for a path that is not pinned itself: nothing is changed then."""
+
+    paths: list[str]
+
+
+class PinInfo(msgspec.Struct, frozen=True):
+    path: str
+    pinned_ns: int
+    """Unix time."""
+    exists: bool
+    """As far as is known; a pin stays when its path is gone, and holds again when it is back."""
+    files: int
+    bytes: int
+    cached_files: int
+    """Of which some worker has everything."""
+    cached_bytes: int
+
+
+class PinList(msgspec.Struct, frozen=True):
+    pins: list[PinInfo]
+    needed_bytes: int
+    limit_bytes: int
+    """As of `PinReply`."""
+
+
+class ListPins(Request[PinList], frozen=True):
+    sizes: bool
+    """Without, only paths and times are told, at once: all sizes are 0."""
+
+
 class Holders(msgspec.Struct, frozen=True, array_like=True):
     workers: list[str]
     """Names of those that said they hold it, which may be out of date."""
@@ -207,6 +294,14 @@ class StoreInfo(msgspec.Struct, frozen=True):
     options: dict[str, str]
 
 
+class Stores(msgspec.Struct, frozen=True):
+    stores: list[StoreInfo]
+
+
+class GetStores(Request[Stores], frozen=True):
+    """All that are attached now: asked by a worker that meets one it has not heard of."""
+
+
 class Registered(msgspec.Struct, frozen=True):
     cluster: ClusterInfo
     stores: list[StoreInfo]
@@ -219,6 +314,27 @@ class RegisterWorker(Request[Registered], frozen=True):
     address: str
     socket: str
     host_boot_id: str
+    capacity_bytes: Bytes = 0
+    """Of all its tiers."""
+
+
+class PinnedContents(msgspec.Struct, frozen=True, array_like=True):
+    """A part of all contents that are pinned; the last part puts them in force, in the place of those before."""
+
+    serial: int
+    keys: bytes
+    """16 bytes each."""
+    last: bool
+
+
+class WatchPins(StreamRequest[PinnedContents], frozen=True):
+    """Which contents are pinned, and again whenever that changes, until the asker leaves."""
+
+
+class PinsApplied(Request[Done], frozen=True):
+    """What `WatchPins` told with that serial is in force on this worker."""
+
+    serial: int
 
 
 class ObjectLocation(msgspec.Struct, frozen=True):
@@ -229,6 +345,8 @@ class ObjectLocation(msgspec.Struct, frozen=True):
     store_id: int
     path: str
     tag: str
+    pinned: bool = False
+    """Whoever gets it after `WatchPins` told which contents are pinned learns of a new one by this."""
 
 
 class Resolve(Request[ObjectLocation], frozen=True):
@@ -289,6 +407,8 @@ class TierInfo(msgspec.Struct, frozen=True):
     blocks: int
     partials: int
     evictions: int
+    pinned_bytes: int = 0
+    """Of `used_bytes`: never evicted."""
 
 
 class FetchCounters(msgspec.Struct, frozen=True):
@@ -395,10 +515,14 @@ class FreeReply(msgspec.Struct, frozen=True, array_like=True):
     freed_bytes: int
     in_use: int
     """Blocks that somebody has open: left as they are."""
+    pinned: int = 0
+    """Blocks that are pinned: the same."""
 
 
 class Free(Request[FreeReply], frozen=True):
-    """Drop these blocks from the tiers of this worker, but for those in use. What is not sealed is passed over."""
+    """Drop these blocks from the tiers of this worker, but for those in use, or pinned. What is not sealed is passed
+    over.
+    """
 
     blocks: Annotated[list[BlockName], msgspec.Meta(max_length=1000)]
 

@@ -77,7 +77,7 @@ class Blocks:
         Raises as `Filler.fetch`.
         """
         source = await self._sources.resolve(request.ino)
-        mode = self._mode(request)
+        mode = self._mode(request, source)
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
@@ -160,7 +160,7 @@ class Blocks:
                     with suppress(BlockCorruptError, CapacityError):
                         await self._whole.join(block, trio.lowlevel.checkpoint)
                     continue
-                job = await self._job(block, source, self._mode(request))
+                job = await self._job(block, source, self._mode(request, source))
                 if job is not None:
                     try:
                         return await self._fetch_into(job, pages, request.held, reader)
@@ -203,19 +203,21 @@ class Blocks:
         return BlockStatus(f"{tier.config.kind}:{tier.config.path}", present)
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
-        """Drop sealed blocks that nobody reads."""
+        """Drop sealed blocks that nobody reads, and that are not pinned."""
 
         def free() -> FreeReply:
             lengths = dict(self._store.blocks())
-            freed = freed_bytes = in_use = 0
+            freed = freed_bytes = in_use = pinned = 0
             for block in blocks:
                 if block not in lengths:
                     continue
-                if self._store.evict(block):
+                if self._store.is_pinned(block):
+                    pinned += 1
+                elif self._store.evict(block):
                     freed, freed_bytes = freed + 1, freed_bytes + lengths[block]
                 else:
                     in_use += 1
-            return FreeReply(freed, freed_bytes, in_use)
+            return FreeReply(freed, freed_bytes, in_use, pinned)
 
         return await trio.to_thread.run_sync(free, limiter=self._disk)
 
@@ -312,8 +314,12 @@ class Blocks:
         job = self._jobs[block] = Job(partial, source, block.block_index * self._geometry.block_size)
         return job
 
-    def _mode(self, request: Fetch | PromoteRequest) -> Promote:
-        return self._config.promote if request.promote is None else Promote(request.promote)
+    def _mode(self, request: Fetch | PromoteRequest, source: Source) -> Promote:
+        mode = self._config.promote if request.promote is None else Promote(request.promote)
+        if mode is Promote.IF_SPACE and self._store.is_pinned(BlockId(source.attr.key, 0)):
+            # What is pinned goes before what is not.
+            return Promote.ALWAYS
+        return mode
 
     def _admits(self, length: int, mode: Promote) -> bool:
         admitted = self._store.admits(length, mode)

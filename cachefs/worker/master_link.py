@@ -9,7 +9,7 @@ from typing import TypeVar
 import trio
 
 from cachefs.model import BlockId, TransportError
-from cachefs.net import Address, Answer, Hello, Peer, open_peer
+from cachefs.net import Address, Answer, Hello, Peer, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.messages import HeldBlock, Registered, RegisterWorker, ReportBlocks
 
@@ -69,11 +69,13 @@ class MasterLink:
         self,
         on_registered: Callable[[Registered], Awaitable[None]],
         held: Callable[[], list[tuple[BlockId, int]]],
+        follow: Callable[[Peer], Awaitable[None]],
         task_status: trio.TaskStatus[Registered] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Connect, register, report, and again after every loss, until cancelled.
 
-        Reports the first registration. `on_registered` is called with each one before requests go out.
+        Reports the first registration. `on_registered` is called with each one before requests go out; `follow` runs
+        with each connection, for as long as that lasts.
         """
         hello = Hello(role="worker", name=self._registration.name)
         pause_s = 0.05
@@ -90,7 +92,9 @@ class MasterLink:
                     self._up.set()
                     logger.info("registered master=%s", self._address)
                     pause_s = 0.05
-                    await self._report(peer, held())
+                    async with open_background() as following:
+                        following.start_soon(follow, peer)
+                        await self._report(peer, held())
             except TransportError as error:
                 logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
             finally:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import trio
 
 from cachefs.model import (
     Attr,
+    ConfigError,
     Ino,
-    IsADirectory,
     Kind,
     NamespaceChangedError,
-    NotFoundError,
+    NamespaceError,
     ObjectInfo,
     StaleError,
     UnavailableError,
+    without_credentials,
 )
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
-from cachefs.wire.messages import NextLocations, ObjectLocation, Resolve, ResolveNext, StoreInfo
+from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -46,9 +50,12 @@ class Sources:
     def __init__(self, master: MasterLink, nursery: trio.Nursery) -> None:
         self.namespace_id = ""
         """Of the master this worker is registered with: the one that inode numbers are of."""
+        self.on_pinned: Callable[[Source], None] = lambda source: None
+        """Called with what is pinned, when the master says so."""
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
+        self._opening = trio.Lock()
         self._known: OrderedDict[Ino, Source] = OrderedDict()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
@@ -59,9 +66,19 @@ class Sources:
             self._known.clear()
             self._open = {}
             self.namespace_id = namespace_id
-        for store in stores:
-            if store.store_id not in self._open:
-                self._open[store.store_id] = await self._nursery.start(self._hold, store)
+        async with self._opening:
+            for store in stores:
+                if store.store_id in self._open or self.namespace_id != namespace_id:
+                    continue
+                try:
+                    ufs = await self._nursery.start(self._hold, store)
+                    if self.namespace_id == namespace_id:
+                        self._open[store.store_id] = ufs
+                except ConfigError as error:
+                    # A package that is missing here must not take the other stores away.
+                    logger.warning(
+                        "under-store cannot be opened url=%s error=%s", without_credentials(store.url), error
+                    )
 
     async def _hold(self, store: StoreInfo, task_status: trio.TaskStatus[UnderStore]) -> None:
         async with open_under_store(store.url, store.options) as ufs:
@@ -72,28 +89,42 @@ class Sources:
         """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that
         had to be waited for, came back with another namespace.
         """
+        namespace_id = self.namespace_id
         known = self._known.get(ino)
         if known is not None:
             self._known.move_to_end(ino)
             return known
-        location: ObjectLocation = await self._ask(Resolve(ino), ino)
+        location = await self._ask(Resolve(ino), namespace_id)
+        return self._remember(location, await self._store(location, namespace_id))
+
+    async def _ask(self, request: Request[R], namespace_id: str) -> R:
+        """Of what has numbers of that namespace, in the request or in the answer. Raises as the master does, and
+        NamespaceChangedError whatever another one's master answered: that it has no such inode, too.
+        """
+        try:
+            answer = await self._master.call(request)
+        except (NamespaceError, StaleError):
+            self._check_namespace(namespace_id)
+            raise
+        self._check_namespace(namespace_id)
+        return answer.message
+
+    def _check_namespace(self, namespace_id: str) -> None:
+        if self.namespace_id != namespace_id:
+            raise NamespaceChangedError("these inode numbers are of a namespace that the master no longer has")
+
+    async def _store(self, location: ObjectLocation, namespace_id: str) -> UnderStore:
+        """Where that object is. One that was attached since this worker registered is opened now.
+
+        Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.
+        """
+        if location.store_id not in self._open:
+            await self.add(namespace_id, (await self._ask(GetStores(), namespace_id)).stores)
+            self._check_namespace(namespace_id)
         ufs = self._open.get(location.store_id)
         if ufs is None:
-            raise UnavailableError(f"under-store {location.store_id} of {location.path} is not open on this worker")
-        return self._remember(location, ufs)
-
-    async def _ask(self, request: Request[R], ino: Ino) -> R:
-        """What the master says, unless it speaks of another namespace by now: also that there is no such inode."""
-        namespace_id = self.namespace_id
-        try:
-            found = (await self._master.call(request)).message
-        except (NotFoundError, IsADirectory, StaleError):
-            if self.namespace_id == namespace_id:
-                raise
-        else:
-            if self.namespace_id == namespace_id:
-                return found
-        raise NamespaceChangedError(f"inode {ino} is of a namespace that the master no longer has")
+            raise UnavailableError(f"the under-store of {location.path} cannot be opened on this worker; see its log")
+        return ufs
 
     def _remember(self, location: ObjectLocation, ufs: UnderStore) -> Source:
         attr = location.attr
@@ -101,6 +132,8 @@ class Sources:
         source = self._known[attr.ino] = Source(attr, info, ufs)
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+        if location.pinned:
+            self.on_pinned(source)
         return source
 
     async def resolve_next(self, ino: Ino, after: Ino, count: int) -> tuple[list[Source], Ino]:
@@ -108,9 +141,9 @@ class Sources:
 
         Raises as `resolve`.
         """
-        found: NextLocations = await self._ask(ResolveNext(ino, after, count), ino)
-        located = [(each, self._open.get(each.store_id)) for each in found.files]
-        return [self._remember(each, ufs) for each, ufs in located if ufs is not None], found.until
+        namespace_id = self.namespace_id
+        found = await self._ask(ResolveNext(ino, after, count), namespace_id)
+        return [self._remember(each, await self._store(each, namespace_id)) for each in found.files], found.until
 
     async def read_files(
         self, wanted: Sequence[Source], keep: Keep, at_once: int, claim: Claim

@@ -20,6 +20,7 @@ from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.pins import Pins
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.verify import verify
 
@@ -109,6 +110,7 @@ def _tier_info(tier: Tier) -> m.TierInfo:
         blocks=status.sealed,
         partials=status.partials,
         evictions=status.evictions,
+        pinned_bytes=status.pinned_bytes,
     )
 
 
@@ -125,10 +127,15 @@ async def run_worker(
     async with listening([config.listen, UnixAddress(config.socket)]) as listeners, trio.open_nursery() as nursery:
         public, local = listeners
         registration = m.RegisterWorker(
-            name=config.name, address=str(public.address), socket=config.socket, host_boot_id=running_boot_id()
+            name=config.name,
+            address=str(public.address),
+            socket=config.socket,
+            host_boot_id=running_boot_id(),
+            capacity_bytes=sum(tier.capacity_bytes for tier in config.tiers),
         )
         link = MasterLink(config.master, registration)
         sources = Sources(link, nursery)
+        pins = Pins()
         known: m.ClusterInfo | None = None
 
         async def on_registered(registered: m.Registered) -> None:
@@ -143,10 +150,20 @@ async def run_worker(
             known = cluster
             await sources.add(cluster.namespace_id, registered.stores)
 
-        registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held())
+        registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held(), pins.follow)
         geometry, cluster = registered.cluster.geometry, registered.cluster
-        with open_store(config.tiers, geometry, cluster.cluster_id) as store:
+        with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys) as store:
             held = store.blocks
+            pins.apply = store.apply_pins
+            # Nothing is evicted before it is known what must not be.
+            await pins.known.wait()
+            await trio.to_thread.run_sync(store.apply_pins)
+
+            def on_pinned(source: Source) -> None:
+                key, blocks = source.attr.key, geometry.block_count(source.attr.size_bytes)
+                store.pin([BlockId(key, index) for index in range(blocks)] if key else [])
+
+            sources.on_pinned = on_pinned
             token = trio.lowlevel.current_trio_token()
 
             def on_evicted(block: BlockId) -> None:

@@ -12,7 +12,8 @@ import trio
 
 from cachefs.client import Client
 from cachefs.master import MasterConfig
-from cachefs.master.namespace import MountedStore, Namespace
+from cachefs.master.mounted import MountedStore
+from cachefs.master.namespace import Namespace
 from cachefs.master.writer import Writer
 from cachefs.meta import open_meta_store
 from cachefs.model import (

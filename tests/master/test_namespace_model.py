@@ -22,7 +22,8 @@ import trio
 from hypothesis import given, settings
 
 from cachefs.master import namespace as namespace_module
-from cachefs.master.namespace import MountedStore, Namespace
+from cachefs.master.mounted import MountedStore
+from cachefs.master.namespace import Namespace
 from cachefs.master.watchers import Watcher
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, open_meta_store

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -205,8 +207,81 @@ def test_mounts_below_directories(tmp_path: Path) -> None:
         assert store.counts(other.mount_id) == (1, 0)
 
 
+def test_a_mount_right_below_another_hides_what_that_one_has(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        store.attach([("/", ORIGIN)])
+        store.put_child(root(store), ORIGIN, file("b"))
+        store.attach([("/", ORIGIN), ("/b", "s3://e/b"), ("/b/c", "s3://e/c")])
+        inner = store.child(ROOT_INO, "b")
+        assert inner is not None and inner.attr.is_dir and store.path_below_mount(inner) == ""
+        # Neither a look nor a listing of the outer one changes it, whatever they find or miss.
+        merged = store.put_child(root(store), ORIGIN, file("b"))
+        assert [entry.attr.ino for entry in merged.entries] == [inner.attr.ino] and not merged.moved
+        store.remove_child(ROOT_INO, "b")
+        list_all(store, [file("x"), directory("b")])
+        list_all(store, [file("x")])
+        assert names(store) == {"b": inner.attr.ino, "x": names(store)["x"]}
+        assert [entry.name for entry in store.children(inner.attr.ino)] == ["c"]
+        # Without the outer ones, the innermost stays where it is.
+        before = store.child(inner.attr.ino, "c")
+        store.attach([("/b/c", "s3://e/c")])
+        assert names(store) == {"b": inner.attr.ino} and store.child(inner.attr.ino, "c") == before
+        store.attach([("/", ORIGIN)])
+        assert names(store) == {}
+
+
+def test_what_was_added_or_removed_by_hand_is_so_after_a_restart(tmp_path: Path) -> None:
+    told = [("/", ORIGIN), ("/told", "s3://e/told")]
+    with open_meta_store(str(tmp_path)) as store:
+        _, second = store.attach(told)
+        added = store.add_mount("/added", "s3://e/added", "s3://added", {"secret": "hush"})
+        store.remove_mount(second.mount_id)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    with open_meta_store(str(tmp_path)) as store:
+        assert [mount.path for mount in store.attach(told)] == ["/", "/added"]
+        assert [tuple(each) for each in store.added_mounts()] == [
+            ("/added", "s3://e/added", "s3://added", {"secret": "hush"})
+        ]
+        assert store.child(ROOT_INO, "told") is None and store.child(ROOT_INO, "added") is not None
+        assert store.removed_mounts() == {("/told", "s3://e/told")}
+        # Another store at that path is meant; and so is the same one, once the master was not told of it.
+        assert [mount.path for mount in store.attach([*told[:1], ("/told", "s3://e/other")])] == [
+            "/",
+            "/told",
+            "/added",
+        ]
+        assert [mount.path for mount in store.attach(told)] == ["/", "/told", "/added"]
+        # What the master is told counts more than what was added.
+        mounts = store.attach([*told, ("/added", "s3://e/another")])
+        assert mounts[2].mount_id != added.mount_id and store.added_mounts() == []
+        assert [mount.path for mount in store.attach(told)] == ["/", "/told"]
+        # Added again, one that was removed is there.
+        store.remove_mount(store.attach(told)[1].mount_id)
+        store.add_mount("/told", "s3://e/told", "s3://told", {})
+        assert store.removed_mounts() == set() and [mount.path for mount in store.attach(told)] == ["/", "/told"]
+
+
+def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        (mount,) = store.attach([("/data", ORIGIN)])
+    with closing(sqlite3.connect(tmp_path / "namespace.db")) as db:
+        for statement in (
+            "DROP TABLE pins",
+            "DROP TABLE removed_mounts",
+            *(f"ALTER TABLE mounts DROP COLUMN {column}" for column in ("by_hand", "url", "options")),
+            "PRAGMA user_version = 1",
+        ):
+            db.execute(statement)
+        db.commit()
+    (tmp_path / "namespace.db").chmod(0o644)
+    with open_meta_store(str(tmp_path)) as store:
+        assert store.attach([("/data", ORIGIN)]) == [mount]
+        assert store.added_mounts() == [] and store.removed_mounts() == set()
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 @pytest.mark.parametrize(
-    "mounts", [[("data", "o")], [("/a/../b", "o")], [("/", "o"), ("/a", "p")], [("/a", "o"), ("/a/", "p")]]
+    "mounts", [[("data", "o")], [("/a/../b", "o")], [("/", "o"), ("/a/b", "p")], [("/a", "o"), ("/a/", "p")]]
 )
 def test_wrong_mounts_are_refused_and_change_nothing(tmp_path: Path, mounts: list[tuple[str, str]]) -> None:
     with open_meta_store(str(tmp_path)) as store:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from cachefs.policy import FileOrder, FileOrderConfig, Promote, Readahead, ReadaheadConfig, Sieve, admits
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "visit", "remove", "evict"]), st.integers(0, 8)), max_size=200)
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["add", "visit", "remove", "pin", "unpin", "evict"]), st.integers(0, 8)), max_size=200
+)
 
 
 class ListSieve:
@@ -20,9 +22,12 @@ class ListSieve:
     def __init__(self) -> None:
         self.queue: list[int] = []
         self.visited: set[int] = set()
+        self.pinned: set[int] = set()
         self.hand = 0
 
     def add(self, key: int) -> None:
+        if key in self.pinned:
+            return
         if key in self.queue:
             self.visited.add(key)
         else:
@@ -32,7 +37,18 @@ class ListSieve:
         if key in self.queue:
             self.visited.add(key)
 
+    def pin(self, key: int) -> None:
+        if key in self.queue:
+            self.remove(key)
+            self.pinned.add(key)
+
+    def unpin(self, key: int) -> None:
+        if key in self.pinned:
+            self.pinned.remove(key)
+            self.add(key)
+
     def remove(self, key: int) -> None:
+        self.pinned.discard(key)
         if key not in self.queue:
             return
         at = self.queue.index(key)
@@ -71,7 +87,9 @@ def test_sieve_evicts_as_the_paper_says(actions: list[tuple[str, int]]) -> None:
         else:
             getattr(sieve, action)(key)
             getattr(model, action)(key)
-        assert len(sieve) == len(model.queue) and all(each in sieve for each in model.queue)
+        assert len(sieve) == len(model.queue) + len(model.pinned)
+        assert all(each in sieve for each in (*model.queue, *model.pinned))
+        assert {each for each in range(9) if sieve.is_pinned(each)} == model.pinned
 
 
 @given(ACTIONS, st.sets(st.integers(0, 8)))
@@ -82,7 +100,8 @@ def test_sieve_offers_everything_once_when_nothing_may_go(actions: list[tuple[st
     for action, key in actions:
         if action == "visit":
             sieve.visit(key)
-    assert sorted(sieve.candidates()) == sorted(keys)
+    pinned = {key for action, key in actions if action == "pin" and sieve.pin(key)}
+    assert sorted(sieve.candidates()) == sorted(keys - pinned), "what is pinned is never offered"
     assert len(sieve) == len(keys)
 
 
@@ -132,6 +151,12 @@ def test_admission(mode: Promote, length: int, free: int, admitted: bool) -> Non
 
 def test_admission_counts_what_may_be_reclaimed() -> None:
     assert admits(Promote.IF_SPACE, block_length=10, capacity_bytes=100, free_bytes=4, reclaimable_bytes=6)
+
+
+@pytest.mark.parametrize(("pinned", "admitted"), [(0, True), (90, True), (91, False), (100, False)])
+def test_beside_what_is_pinned_nothing_larger_than_the_rest_is_admitted(pinned: int, admitted: bool) -> None:
+    for mode in (Promote.ALWAYS, Promote.IF_SPACE):
+        assert admits(mode, block_length=10, capacity_bytes=100, free_bytes=50, pinned_bytes=pinned) is admitted
 
 
 # ---- files in the order of their directory -------------------------------------------------------------------------

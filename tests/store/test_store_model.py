@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError
 from cachefs.policy import Promote
-from cachefs.store import Partial, SealedReader, TierConfig, open_store, page_checksum
+from cachefs.store import Partial, PinnedKeys, SealedReader, TierConfig, open_store, page_checksum
 from cachefs.store import sums as sums_module
 from cachefs.store.space import allocated_bytes, estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages
@@ -92,6 +92,9 @@ class StoreModel(RuleBasedStateMachine):
         self.ledger: dict[Home, int] = {}
         """What sealed and suspect blocks took when they became that."""
         self.retired: set[Home] = set()
+        self.keys = PinnedKeys()
+        self.pins: set[int] = set()
+        """Blocks that are never evicted."""
         self.spoilt: set[Inode] = set()
         """Data that the model wrote into, and that nobody has verified since."""
         self.open: dict[int, list[Partial]] = {}
@@ -109,7 +112,7 @@ class StoreModel(RuleBasedStateMachine):
         self.age = 0
         """Steps since."""
         self.stack = ExitStack()
-        self.store = self.stack.enter_context(open_store(self.configs, GEOMETRY, CLUSTER))
+        self.store = self.stack.enter_context(open_store(self.configs, GEOMETRY, CLUSTER, self.keys))
         self.reader = SealedReader(self.store.paths)
         self.store.on_evicted = self.gone.append
         self.retired.clear()
@@ -195,6 +198,7 @@ class StoreModel(RuleBasedStateMachine):
             number
             for number, tiers in self.sealed.items()
             if tiers
+            and number not in self.pins
             and not self.being_read(number)
             and (mode is Promote.ALWAYS or any((tier, number) in self.retired for tier in tiers))
         ]
@@ -225,7 +229,7 @@ class StoreModel(RuleBasedStateMachine):
             assert self.home(number) == before or number in self.unsure, "it can be resumed later"
             if mode is Promote.ALWAYS:
                 suspects = any(self.suspect_now(number) for number in EVERY)
-                assert self.open or self.kept or suspects, "there was room to be made"
+                assert self.open or self.kept or suspects or self.pins, "there was room to be made"
             self.forget_evicted_partials()
             self.learn(evictable)
             return
@@ -475,10 +479,39 @@ class StoreModel(RuleBasedStateMachine):
             for suffix in ("", ".sums"):
                 assert not self.path(tier, "sealed", number, suffix).exists()
 
+    @precondition(lambda self: any(self.sealed.values()))
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        """Somebody asks for it to go: it does, unless it is being read, or pinned."""
+        number = self.draw_sealed(data)
+        before, may_go = self.sealed[number], number in self.evictable(Promote.ALWAYS)
+        if self.store.evict(block(number)):
+            assert may_go
+        else:
+            assert self.sealed_now(number) == before
+        self.learn([number] if may_go else [])
+
+    @rule(numbers=st.sets(LARGE, max_size=6))
+    def pin(self, numbers: set[int]) -> None:
+        """Others than before are pinned, as the master tells it."""
+        self.keys.begin()
+        for number in numbers:
+            self.keys.collect(block(number).key)
+        self.keys.finish(self.keys.ordered())
+        self.store.apply_pins()
+        self.pins = set(numbers)
+        self.learn()
+
+    @rule(number=NUMBERS)
+    def pin_one_more(self, number: int) -> None:
+        self.store.pin([block(number)])
+        self.pins.add(number)
+        self.learn()
+
     @rule(mode=MODES)
     def move_down(self, mode: Promote) -> None:
         upper = {number: self.is_good(0, "sealed", number) for number in EVERY if 0 in self.sealed[number]}
-        movable = {number for number in upper if not self.being_read(number)}
+        movable = {number for number in upper if number not in self.pins and not self.being_read(number)}
         evictable = set(self.evictable(mode))
         moved = self.store.move_down(mode)
         left = {number for number in upper if 0 not in self.sealed_now(number)}
@@ -749,6 +782,8 @@ class StoreModel(RuleBasedStateMachine):
             assert status.reserved_bytes == sum(reserved)
             assert status.used_bytes == self.dormant_bytes(tier)
             assert status.used_bytes + status.reserved_bytes <= status.capacity_bytes + self.excess[tier]
+            pinned = (self.ledger[tier, number] for number in self.pins if tier in self.sealed[number])
+            assert status.pinned_bytes == sum(pinned)
             assert status.sealed == sum(tier in tiers for tiers in self.sealed.values())
             assert status.partials == sum(self.home(number) == tier for number in (*self.open, *self.dormant))
 

@@ -106,7 +106,24 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.MountInfo("/", "s3://b", 1, 2, 3, 4),
-        b"\x86\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04",
+        b"\x87\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04"
+        b"\xa7by_hand\xc2",
+    ),
+    (
+        m.AddStore("/a", "s3://b", {"key": "value"}),
+        b"\x84\xa1q\xa8AddStore\xa4path\xa2/a\xa3url\xa6s3://b\xa7options\x81\xa3key\xa5value",
+    ),
+    (
+        m.RemoveStore("/a", True),
+        b"\x83\xa1q\xabRemoveStore\xa4path\xa2/a\xa7dry_run\xc3",
+    ),
+    (
+        m.Stores([m.StoreInfo(1, "s3://b", {})]),
+        b"\x81\xa6stores\x91\x83\xa8store_id\x01\xa3url\xa6s3://b\xa7options\x80",
+    ),
+    (
+        m.GetStores(),
+        b"\x81\xa1q\xa9GetStores",
     ),
     (
         m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
@@ -122,6 +139,50 @@ MESSAGES: list[tuple[Any, bytes]] = [
     (
         m.GetMasterStatus(),
         b"\x81\xa1q\xafGetMasterStatus",
+    ),
+    (
+        m.PinReply(1, 2, 3, 4, 5, ["w"]),
+        b"\x86\xa5files\x01\xa5bytes\x02\xacneeded_bytes\x03\xablimit_byte"
+        b"s\x04\xaecapacity_bytes\x05\xabunconfirmed\x91\xa1w",
+    ),
+    (
+        m.Pin(["/a"], True),
+        b"\x83\xa1q\xa3Pin\xa5paths\x91\xa2/a\xa7dry_run\xc3",
+    ),
+    (
+        m.UnpinReply(["w"]),
+        b"\x81\xabunconfirmed\x91\xa1w",
+    ),
+    (
+        m.Unpin(["/a"]),
+        b"\x82\xa1q\xa5Unpin\xa5paths\x91\xa2/a",
+    ),
+    (
+        m.PinInfo("/a", 1, True, 2, 3, 4, 5),
+        b"\x87\xa4path\xa2/a\xa9pinned_ns\x01\xa6exists\xc3\xa5files\x02\xa5byte"
+        b"s\x03\xaccached_files\x04\xaccached_bytes\x05",
+    ),
+    (
+        m.PinList([m.PinInfo("/a", 1, True, 2, 3, 4, 5)], 6, 7),
+        b"\x83\xa4pins\x91\x87\xa4path\xa2/a\xa9pinned_ns\x01\xa6exists\xc3\xa5file"
+        b"s\x02\xa5bytes\x03\xaccached_files\x04\xaccached_bytes\x05\xacne"
+        b"eded_bytes\x06\xablimit_bytes\x07",
+    ),
+    (
+        m.ListPins(True),
+        b"\x82\xa1q\xa8ListPins\xa5sizes\xc3",
+    ),
+    (
+        m.PinnedContents(3, KEY, True),
+        b"\x93\x03\xc4\x10kkkkkkkkkkkkkkkk\xc3",
+    ),
+    (
+        m.WatchPins(),
+        b"\x81\xa1q\xa9WatchPins",
+    ),
+    (
+        m.PinsApplied(3),
+        b"\x82\xa1q\xabPinsApplied\xa6serial\x03",
     ),
     (
         m.Holders(["w"]),
@@ -142,12 +203,15 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.RegisterWorker("w", "h:1", "/s", "boot"),
-        b"\x85\xa1q\xaeRegisterWorker\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot",
+        b"\x86\xa1q\xaeRegisterWorker\xa4name\xa1w\xa7address\xa3h:1\xa6so"
+        b"cket\xa2/s\xachost_boot_id\xa4boot\xaecapacity_bytes"
+        b"\x00",
     ),
     (
         m.ObjectLocation(ATTR, True, 1, "a/b", "tag"),
-        b"\x85\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasuperse"
-        b"ded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag",
+        b"\x86\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasup"
+        b"erseded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag\xa6pinn"
+        b"ed\xc2",
     ),
     (
         m.Resolve(Ino(7)),
@@ -155,8 +219,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.NextLocations([m.ObjectLocation(ATTR, True, 1, "a/b", "tag")], Ino(9)),
-        b"\x82\xa5files\x91\x85\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasuperse"
-        b"ded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag\xa5until\x09",
+        b"\x82\xa5files\x91\x86\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkk"
+        b"kkkk\xaasuperseded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3"
+        b"tag\xa6pinned\xc2\xa5until\t",
     ),
     (
         m.ResolveNext(Ino(7), Ino(8), 64),
@@ -177,8 +242,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.TierInfo("ssd", "/t", 1, 2, 3, 4, 5, 6),
-        b"\x88\xa4kind\xa3ssd\xa4path\xa2/t\xaecapacity_bytes\x01\xaaused_bytes\x02\xaereserved_bytes\x03"
-        b"\xa6blocks\x04\xa8partials\x05\xa9evictions\x06",
+        b"\x89\xa4kind\xa3ssd\xa4path\xa2/t\xaecapacity_bytes\x01\xaaused_"
+        b"bytes\x02\xaereserved_bytes\x03\xa6blocks\x04\xa8partials\x05"
+        b"\xa9evictions\x06\xacpinned_bytes\x00",
     ),
     (
         m.FetchCounters(1, 2, 3, 4, 5, 6, 7, 8),
@@ -227,7 +293,7 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.FreeReply(2, 4096, 1),
-        b"\x93\x02\xcd\x10\x00\x01",
+        b"\x94\x02\xcd\x10\x00\x01\x00",
     ),
     (
         m.GetBlockStatus(KEY, 3),

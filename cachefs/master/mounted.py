@@ -1,0 +1,105 @@
+"""An under-store that is attached to the namespace, from its opening until nobody looks at it any more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from cachefs.meta import Mount
+from cachefs.model import ObjectInfo, StaleError, UnavailableError
+from cachefs.ufs import UnderStore, open_under_store
+from cachefs.ufs.files import Claim, Keep
+
+
+@dataclass(eq=False)
+class MountedStore:
+    """An under-store and where it is attached."""
+
+    mount: Mount
+    url: str
+    options: dict[str, str] = field(repr=False)
+    """May hold credentials."""
+    ufs: UnderStore
+    by_hand: bool = False
+    """Attached by `cachefs ufs add`, not by what the master was told at its start."""
+    close: Callable[[], None] = lambda: None
+    """Called once, when it was removed and nobody looks at it any more."""
+    serving_stale: int = 0
+    """Looks at this store that failed, so that what was known before was served."""
+    failing: bool = False
+    """Whether the last look failed: an outage is logged once."""
+    _users: int = 0
+    _removed: bool = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """It stays open for as long as the block lasts, also if it is removed meanwhile."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._removed and not self._users:
+                self.close()
+
+    def check_attached(self) -> None:
+        """To be called, without a checkpoint, before what it was found to have is written: names of one that was
+        removed would come back. Raises StaleError.
+        """
+        if self._removed:
+            raise StaleError(f"nothing is attached at {self.mount.path} any more")
+
+    def remove(self) -> None:
+        """Nothing is to be written for it from now on."""
+        self._removed = True
+        if not self._users:
+            self.close()
+
+
+class Holder:
+    """Opens under-stores, and holds each in a task of `nursery` until it is let go of."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    async def open(self, url: str, options: Mapping[str, str]) -> tuple[UnderStore, Callable[[], None]]:
+        """The store, and what closes it. Raises ConfigError as `open_under_store`."""
+        let_go = trio.Event()
+        ufs: UnderStore = await self._nursery.start(self._hold, url, options, let_go)
+        return ufs, let_go.set
+
+    async def _hold(
+        self, url: str, options: Mapping[str, str], let_go: trio.Event, task_status: trio.TaskStatus[UnderStore]
+    ) -> None:
+        async with open_under_store(url, options) as ufs:
+            task_status.started(ufs)
+            await let_go.wait()
+
+
+class UnopenedStore:
+    """In the place of one that could be opened when it was added, and cannot now: what is known of it is served."""
+
+    def __init__(self, origin: str, reason: Exception) -> None:
+        self.origin = origin
+        self.hidden_keys = 0
+        self._reason = reason
+
+    def _error(self) -> UnavailableError:
+        return UnavailableError(f"{self.origin} could not be opened: {self._reason}")
+
+    async def stat(self, path: str) -> ObjectInfo:
+        raise self._error()
+
+    def list_dir(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[list[ObjectInfo]]]:
+        raise self._error()
+
+    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
+        raise self._error()
+
+    async def read_files(
+        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        raise self._error()
