@@ -119,6 +119,7 @@ class Metadata:
         self.patience_s = patience_s
         self._remembered = Remembered(metadata_cache_entries)
         self._nursery = nursery
+        self._now = trio.lowlevel.current_clock().current_time
         self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
         self._on_foreign = on_foreign
@@ -146,6 +147,9 @@ class Metadata:
 
     def current_nowait(self, ino: Ino) -> Attr:
         """As `current`, from memory."""
+        attr = self._remembered.current(ino, self._now(), self._generation)
+        if attr is not None:
+            return attr
         known = self._remembered.known(ino)
         if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
@@ -387,7 +391,7 @@ class Metadata:
     # ---- memory ----------------------------------------------------------------------------------------------------
 
     def _is_fresh(self, remembered: Known | Name) -> bool:
-        return remembered.generation == self._generation and remembered.expires >= trio.current_time()
+        return remembered.generation == self._generation and remembered.expires >= self._now()
 
     def _remember(self, attr: Attr, *, superseded: bool = False) -> Known:
         known = Known(attr, superseded, trio.current_time() + self.ttl_s, self._generation)

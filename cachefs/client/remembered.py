@@ -123,6 +123,17 @@ class Remembered:
         attr = Attr(ino, kind, size, mtime_ns, mode, uid, gid, ContentKey(record[_RECORD.size :]))
         return Known(attr, bool(flags & _SUPERSEDED), expires, generation)
 
+    def current(self, ino: Ino, now: float, generation: int) -> Attr | None:
+        """The attributes of an inode that a name points at, if they are to be believed: for every open."""
+        record = self._records.get(ino)
+        if record is None:
+            return None
+        expires, known_generation, _, _, flags, shape, size, mtime_ns = _RECORD.unpack_from(record)
+        if known_generation != generation or expires < now or flags & _SUPERSEDED:
+            return None
+        kind, mode, uid, gid = self._shapes[shape]
+        return Attr(ino, kind, size, mtime_ns, mode, uid, gid, ContentKey(record[_RECORD.size :]))
+
     def put(self, attr: Attr, *, superseded: bool, expires: float, generation: int) -> None:
         """What is known of its name stays."""
         before = self._records.get(attr.ino)

@@ -56,6 +56,7 @@ class View:
         self.metadata = metadata
         self._worker = worker
         self._sealed = sealed
+        self._block_size = cluster.geometry.block_size
         self._promote = promote
         self._patience_s = patience_s
         self._is_current = is_current
@@ -73,10 +74,10 @@ class View:
 
         The caller closes it. A few system calls: called inline.
         """
-        size = attr.size_bytes
-        if not attr.key or size == 0 or self.cluster.geometry.block_count(size) > 1:
+        key, size = attr.key, attr.size_bytes
+        if not key or not 0 < size <= self._block_size:
             return None
-        return self._sealed.open(BlockId(attr.key, 0), size)
+        return self._sealed.open(BlockId(key, 0), size)
 
     async def promote(self, ino: Ino, *, background: bool = False, reader: int = 0) -> bool:
         """Have the worker make a content local; False if it has no room for it. `background`: nobody waits to read it.

@@ -45,6 +45,9 @@ class BackingRegistry:
     def __init__(self, fuse_fd: int) -> None:
         """`fuse_fd`, the connection's device file, stays the caller's."""
         self._fuse_fd = fuse_fd
+        # They must be mutable: for immutable ones `ioctl` returns the buffer instead of the id.
+        self._map = bytearray(_MAP.size)
+        self._id = bytearray(_ID.size)
 
     def register(self, fd: int) -> int:
         """A new id (> 0) for the regular file open on `fd`, which the caller may close afterwards.
@@ -52,10 +55,10 @@ class BackingRegistry:
         Registering twice gives two ids, which the kernel does not allow to mix on one node.
         Raises PassthroughUnavailable where the file can still be served otherwise, OSError else.
         """
-        # The buffer must be mutable: for an immutable one `ioctl` returns the buffer instead of the id.
-        request = bytearray(_MAP.pack(fd, 0, 0))
+        _MAP.pack_into(self._map, 0, fd, 0, 0)
         try:
-            return int(fcntl.ioctl(self._fuse_fd, IOC_BACKING_OPEN, request, True))
+            backing_id: int = fcntl.ioctl(self._fuse_fd, IOC_BACKING_OPEN, self._map, True)
+            return backing_id
         except OSError as exc:
             reason = _REASONS.get(exc.errno or 0)
             if reason is None:
@@ -64,8 +67,9 @@ class BackingRegistry:
 
     def release(self, backing_id: int) -> None:
         """Idempotent. Files open through the id stay readable; new opens cannot use it. Raises OSError."""
+        _ID.pack_into(self._id, 0, backing_id)
         try:
-            fcntl.ioctl(self._fuse_fd, IOC_BACKING_CLOSE, bytearray(_ID.pack(backing_id)), True)
+            fcntl.ioctl(self._fuse_fd, IOC_BACKING_CLOSE, self._id, True)
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):  # gone already, or the connection is
                 raise

@@ -20,7 +20,8 @@ import errno
 import logging
 import os
 import select
-from collections import Counter
+import sys
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,7 @@ from cachefs.fusewire import (
     parse_open,
     parse_read,
     parse_release,
+    parse_start,
     resend_notification,
     statfs_reply,
     xattr_size_reply,
@@ -75,9 +77,10 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_LIMIT = 64
 """Requests answered in a row before other tasks get a turn: some 2 ms."""
-_LINGER_S = 0.0002
-_SELECT_LIMIT = 1024
-"""select(2) takes no larger descriptors; others that wait for less than a millisecond are not to be had."""
+_LINGER_MS = 1
+_OPCODE, _NODE = slice(4, 8), slice(16, 24)
+_OPEN, _RELEASE = (opcode.to_bytes(4, sys.byteorder) for opcode in (Opcode.OPEN, Opcode.RELEASE))
+"""What is looked at before a request is parsed."""
 _INIT_BUFFER = 1 << 17
 """For read(2) before INIT has settled the size of requests."""
 
@@ -136,6 +139,8 @@ class KernelSession:
         self._task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED
         self._log = LogLimiter(logger)
         self._errors = ErrorAnswers()
+        self._late: deque[bytes] = deque()
+        """RELEASEs, carried out after the next request that is none, or when none comes soon."""
         self._handlers = self._table()
 
     async def serve(self, *, task_status: trio.TaskStatus[Negotiated] = trio.TASK_STATUS_IGNORED) -> None:
@@ -182,7 +187,8 @@ class KernelSession:
     async def _read_device(self) -> None:
         """Until the connection is gone."""
         assert self._waiting is not None
-        fd = [self._fd]
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
         while True:
             await trio.lowlevel.wait_readable(self._fd)
             for _ in range(_DRAIN_LIMIT):
@@ -191,7 +197,7 @@ class KernelSession:
                 except BlockingIOError:
                     # A busy reader asks again in no time. Waiting for that here spares the way through the scheduler,
                     # which costs as much as the answer; nobody else is kept waiting for long.
-                    if not self._waiting and self._fd < _SELECT_LIMIT and select.select(fd, (), (), _LINGER_S)[0]:
+                    if not self._waiting and poll.poll(_LINGER_MS):
                         continue
                     break
                 except OSError as error:
@@ -202,11 +208,26 @@ class KernelSession:
                     if error.errno not in (errno.ENOENT, errno.EINTR):  # ENOENT: the caller went away meanwhile
                         raise
                     continue
+                kind = request[_OPCODE]
+                if kind == _RELEASE:
+                    # Nobody waits for it, but whoever closed a file may be opening the next: that one is answered
+                    # first, and this one while it is being read.
+                    self._late.append(request)
+                    continue
+                # How a file is opened depends on whether it is open: what was closed before is.
+                if kind == _OPEN and any(late[_NODE] == request[_NODE] for late in self._late):
+                    self._release_late()
                 self._dispatch(request)
+                self._release_late()
+            self._release_late()
+
+    def _release_late(self) -> None:
+        while self._late:
+            self._dispatch(self._late.popleft())
 
     def _dispatch(self, request: bytes) -> None:
         try:
-            _, opcode, unique, node, *_ = parse_header(request)
+            opcode, unique, node = parse_start(request)
         except RemoteProtocolError as error:
             # Nobody to answer to.
             self._log.log(logging.ERROR, "dropped", "request dropped error=%s", error)

@@ -63,6 +63,7 @@ from cachefs.fusewire.requests import (
     parse_open,
     parse_read,
     parse_release,
+    parse_start,
 )
 
 __all__ = [
@@ -116,6 +117,7 @@ __all__ = [
     "parse_open",
     "parse_read",
     "parse_release",
+    "parse_start",
     "resend_notification",
     "statfs_reply",
     "xattr_size_reply",

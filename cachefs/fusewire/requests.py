@@ -13,6 +13,7 @@ from cachefs.fusewire.abi import IN_HEADER_SIZE, Opcode
 from cachefs.model import RemoteProtocolError
 
 _HEADER = struct.Struct("<IIQQIIIHH")
+_START = struct.Struct("<IIQQ")
 _OPEN = struct.Struct("<II")
 _READ = struct.Struct("<QQII")
 _RELEASE = struct.Struct("<Q")
@@ -98,6 +99,16 @@ def parse_header(request: bytes) -> RequestHeader:
     if header.length != len(request):
         raise RemoteProtocolError(f"request of {len(request)} bytes says that it has {header.length}")
     return header
+
+
+def parse_start(request: bytes) -> tuple[int, int, int]:
+    """(opcode, unique, node): of the header what every request needs, and no more. Raises as `parse_header`."""
+    if len(request) < IN_HEADER_SIZE:
+        parse_header(request)
+    length, opcode, unique, node = _START.unpack_from(request)
+    if length != len(request):
+        parse_header(request)
+    return opcode, unique, node
 
 
 def parse_name(request: bytes) -> bytes:
