@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Mapping
 from typing import Protocol
 
 import pytest
 import trio
 
-from cachefs.model import ContentChangedError, Kind, NotFoundError, ObjectInfo
+from cachefs.model import CapacityError, ContentChangedError, Kind, NotFoundError, ObjectInfo
 from cachefs.ufs import UnderStore
 
 
@@ -75,6 +76,51 @@ class UnderStoreContract:
         for offset, length in ((0, 300_000), (0, 1), (299_999, 1), (12_345, 100_000), (5, 0)):
             assert bytes(await ufs.read_range(info, offset, length)) == content[offset : offset + length]
         assert bytes(await ufs.read_range(await ufs.stat("empty"), 0, 0)) == b""
+
+    async def test_whole_files_several_at_a_time(self, ufs: UnderStore, behind: Behind) -> None:
+        contents = {f"dir/{number}": random.Random(number).randbytes(1000 * number) for number in range(8)}
+        behind.put({**contents, "dir/ü ñ+%&": b"odd", "dir/changed": b"before", "dir/gone": b"gone"})
+        infos = [await ufs.stat(path) for path in (*contents, "dir/ü ñ+%&", "dir/changed", "dir/gone")]
+        behind.put({"dir/changed": b"after it"})
+        behind.delete("dir/gone")
+        kept: dict[int, bytes] = {}
+        claimed: list[int] = []
+
+        def keep(number: int, data: bytes | bytearray | memoryview) -> None:
+            if number == 3:
+                raise CapacityError("no room")
+            kept[number] = bytes(data)
+
+        def claim(number: int) -> bool:
+            claimed.append(number)
+            return number != 2
+
+        outcomes = await ufs.read_files(infos, keep, 4, claim)
+        expected = [*contents.values(), b"odd"]
+        assert kept == {number: expected[number] for number in (0, 1, 4, 5, 6, 7, 8)}
+        assert sorted(claimed) == list(range(11))
+        assert [type(error) for error in outcomes[:9]] == [type(None)] * 3 + [CapacityError] + [type(None)] * 5
+        assert isinstance(outcomes[9], ContentChangedError)
+        assert isinstance(outcomes[10], (NotFoundError, ContentChangedError))
+
+    async def test_whole_files_can_be_cancelled(self, ufs: UnderStore, behind: Behind) -> None:
+        behind.put({f"dir/{number}": bytes(100_000) for number in range(20)})
+        infos = [await ufs.stat(f"dir/{number}") for number in range(20)]
+        running, began = [0], threading.Event()
+
+        def keep(number: int, data: bytes | bytearray | memoryview) -> None:
+            running[0] += 1
+            began.set()
+            # Long enough to be under way when it is cancelled.
+            threading.Event().wait(0.05)
+            running[0] -= 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ufs.read_files, infos, keep, 1, lambda number: True)
+            await trio.to_thread.run_sync(began.wait)
+            nursery.cancel_scope.cancel()
+        assert running == [0]
+        assert bytes(await ufs.read_range(infos[0], 0, 3)) == bytes(3)
 
     @pytest.mark.parametrize("content", [b"changed bytes of the same", b"shorter", b"longer than it was before, much"])
     async def test_a_changed_object_is_noticed(self, ufs: UnderStore, behind: Behind, content: bytes) -> None:

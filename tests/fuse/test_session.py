@@ -161,12 +161,21 @@ class Kernel:
         """Of the answers, after the end: one that nobody took."""
 
     async def send(self, opcode: int, body: bytes = b"", *, unique: int | None = None, node: int = 5) -> int:
+        unique, request = self.request(opcode, body, unique, node)
+        await self.link.send(request)
+        return unique
+
+    def send_nowait(self, opcode: int, body: bytes = b"", *, node: int = 5) -> int:
+        """What is sent without a checkpoint in between is there together."""
+        unique, request = self.request(opcode, body, None, node)
+        os.write(self.link.fileno(), request)
+        return unique
+
+    def request(self, opcode: int, body: bytes, unique: int | None, node: int) -> tuple[int, bytes]:
         if unique is None:
             self.unique += 2
             unique = self.unique
-        header = struct.pack("<IIQQIIIHH", 40 + len(body), opcode, unique, node, 0, 0, 0, 0, 0)
-        await self.link.send(header + body)
-        return unique
+        return unique, struct.pack("<IIQQIIIHH", 40 + len(body), opcode, unique, node, 0, 0, 0, 0, 0) + body
 
     async def answer(self) -> tuple[int, int, bytes]:
         """(errno, unique, body)"""
@@ -216,6 +225,10 @@ async def kernel(agreed: Negotiated | None = AGREED, max_tasks: int = 256) -> As
 
 def read(size: int = 1000, offset: int = 0) -> bytes:
     return struct.pack("<QQIIQII", 9, offset, size, 0, 0, 0, 0)
+
+
+def release(fh: int) -> bytes:
+    return struct.pack("<QIIQ", fh, 0, 0, 0)
 
 
 def interrupt(unique: int) -> bytes:
@@ -301,6 +314,29 @@ async def test_open_flags() -> None:
     async with kernel() as it:
         assert await it.ask(Opcode.OPEN, bytes(8)) == (0, struct.pack("<QIi", 9, 0x22, 0))  # NOFLUSH, KEEP_CACHE
         assert await it.ask(Opcode.OPENDIR, bytes(8)) == (0, struct.pack("<QIi", 3, 0x0A, 0))  # CACHE_DIR, KEEP_CACHE
+
+
+async def test_who_opens_is_answered_before_what_was_closed() -> None:
+    async with kernel() as it:
+        closed = [it.send_nowait(Opcode.RELEASE, release(node), node=node) for node in (5, 6, 7)]
+        opened = it.send_nowait(Opcode.OPEN, bytes(8), node=8)
+        assert [(await it.answer())[1] for _ in range(4)] == [opened, *closed]
+        assert it.operations.released == [(5, 5), (6, 6), (7, 7)]
+
+
+async def test_what_was_closed_is_closed_before_it_is_opened_again() -> None:
+    async with kernel() as it:
+        for _ in range(20):
+            others = it.send_nowait(Opcode.RELEASE, release(1), node=6)
+            closed = it.send_nowait(Opcode.RELEASE, release(9))
+            opened = it.send_nowait(Opcode.OPEN, bytes(8))
+            assert [(await it.answer())[1] for _ in range(3)] == [others, closed, opened]
+
+
+async def test_a_file_that_is_closed_last_is_closed_soon() -> None:
+    async with kernel() as it:
+        assert await it.ask(Opcode.RELEASE, release(9)) == (0, b"")
+        assert it.operations.released == [(5, 9)]
 
 
 async def test_forgets_are_passed_on_and_not_answered() -> None:

@@ -66,6 +66,40 @@ async def test_no_more_than_allowed_are_under_way() -> None:
     assert trio.current_time() == pytest.approx(4)
 
 
+async def test_several_at_once_take_as_many_slots_as_there_are() -> None:
+    requests, store = Requests(60, 5), Store()
+    granted: list[int] = []
+
+    async def attempt(slots: int) -> list[Exception | None]:
+        granted.append(slots)
+        await trio.sleep(1)
+        return [None] * 8
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(requests.run, "test", store.ask)
+        await trio.sleep(0.5)
+        nursery.start_soon(requests.together, "test", 8, attempt)
+        await trio.sleep(0.1)
+        nursery.start_soon(requests.together, "test", 2, attempt)
+    assert granted == [4, 1]
+    await ask_many(requests, store, 20)
+    assert store.most_at_once == 5
+
+
+async def test_of_several_at_once_the_throttled_slow_all_down() -> None:
+    requests, store = Requests(60, 8), Store()
+    error = ThrottledError("too many")
+    error.retry_after_s = 7.0
+
+    async def attempt(slots: int) -> list[Exception | None]:
+        return [None, error, error]
+
+    assert await requests.together("test", 3, attempt) == [None, error, error]
+    assert requests.slowed
+    await ask_many(requests, store, 1)
+    assert store.asked_at == [7.0]
+
+
 async def test_a_queue_is_not_an_outage() -> None:
     """The last of them waits for fifty seconds with a deadline of two."""
     store = Store()

@@ -90,6 +90,16 @@ async def test_a_directory_read_in_order_leaves_the_bucket_once(tmp_path: Path, 
         assert not [path for _, path in store.requests if "large" in path or "inside" in path]
 
 
+async def test_each_of_those_who_share_a_mount_is_followed_by_itself(tmp_path: Path, s3_bucket: Bucket) -> None:
+    """One reads the first half in order, another one the second."""
+    async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
+        for first, second in zip(attrs[: FILES // 2], attrs[FILES // 2 :], strict=True):
+            assert await client.view.promote(first.ino, reader=1)
+            assert await client.view.promote(second.ino, reader=2)
+        reads, ahead = await quiet(cluster)
+        assert reads == FILES and ahead > FILES // 2
+
+
 async def test_shuffled_opens_fetch_nothing_ahead(tmp_path: Path, s3_bucket: Bucket) -> None:
     async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
         shuffled = attrs[::7] + attrs[3::7]
