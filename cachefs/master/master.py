@@ -49,7 +49,7 @@ class Master:
     def service(self) -> Service:
         service = Service()
         service.on(m.GetCluster, self.get_cluster)
-        service.on(m.GetAttr, self.get_attr)
+        service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
         service.on(m.Lookup, self.lookup)
         service.on_stream(m.ListDir, self.list_dir)
@@ -67,8 +67,8 @@ class Master:
         service.on(m.PinsApplied, self.pins_applied)
         service.on(m.Locate, self.locate)
         service.on(m.RegisterWorker, self.register_worker)
-        service.on(m.Resolve, self.resolve)
-        service.on(m.ResolveNext, self.resolve_next)
+        service.on_at_once(m.Resolve, self.resolve)
+        service.on_at_once(m.ResolveNext, self.resolve_next)
         service.on(m.ReportChanged, self.report_changed)
         service.on(m.ReportBlocks, self.report_blocks)
         return service
@@ -81,7 +81,7 @@ class Master:
         if session.hello.namespace_id not in ("", self._cluster.namespace_id):
             raise NamespaceChangedError("the master has another namespace than the one these inode numbers are of")
 
-    async def get_attr(self, request: m.GetAttr, session: Session) -> m.AttrReply:
+    def get_attr(self, request: m.GetAttr, session: Session) -> m.AttrReply:
         self._check_namespace(session)
         return self._namespace.getattr(request.ino)
 
@@ -185,11 +185,11 @@ class Master:
         self._workers.register(request, session)
         return m.Registered(self._cluster, self._store_infos())
 
-    async def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
+    def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
         self._check_namespace(session)
         return self._namespace.resolve(request.ino)
 
-    async def resolve_next(self, request: m.ResolveNext, session: Session) -> m.NextLocations:
+    def resolve_next(self, request: m.ResolveNext, session: Session) -> m.NextLocations:
         self._check_namespace(session)
         return self._namespace.resolve_next(request.ino, request.after, request.count)
 

@@ -108,6 +108,7 @@ class Service:
 
     def __init__(self) -> None:
         self._handlers: dict[type[Any], Callable[[Any, Session], Awaitable[Any]]] = {}
+        self._at_once: dict[type[Any], Callable[[Any, Session], Any]] = {}
         self._streams: dict[type[Any], Callable[[Any, Session], AsyncGenerator[Any, None]]] = {}
         self._decoder: RequestDecoder | None = None
 
@@ -115,20 +116,27 @@ class Service:
         """`handler` returns the reply, or an `Answer` with it. What it raises is told to the asker."""
         self._handlers[request_class] = handler
 
+    def on_at_once(self, request_class: type[Q], handler: Callable[[Q, Session], Any]) -> None:
+        """As `on`, of what needs no waiting: it gets no task of its own, which would cost more than the answer."""
+        self._at_once[request_class] = handler
+
     def on_stream(self, request_class: type[S], handler: Callable[[S, Session], AsyncGenerator[Any, None]]) -> None:
         """`handler` is an async generator of the items."""
         self._streams[request_class] = handler
 
     def decode(self, frame: Frame) -> Any:
         if self._decoder is None:
-            self._decoder = RequestDecoder([*self._handlers, *self._streams])
+            self._decoder = RequestDecoder([*self._handlers, *self._at_once, *self._streams])
         request = self._decoder.decode(frame.meta)
-        if type(request) not in self._handlers and type(request) not in self._streams:
+        if not any(type(request) in known for known in (self._handlers, self._at_once, self._streams)):
             raise RemoteProtocolError("request refused: it asks for nothing")
         return request
 
     def handler(self, request: Any) -> Callable[[Any, Session], Awaitable[Any]] | None:
         return self._handlers.get(type(request))
+
+    def handler_at_once(self, request: Any) -> Callable[[Any, Session], Any] | None:
+        return self._at_once.get(type(request))
 
     def stream_handler(self, request: Any) -> Callable[[Any, Session], AsyncGenerator[Any, None]]:
         return self._streams[type(request)]
@@ -200,6 +208,13 @@ class _ServedConnection:
         except CachefsError as error:
             await self._send_error(frame.request_id, error)
             return
+        at_once = self._service.handler_at_once(request)
+        if at_once is not None:
+            try:
+                await self._answer(frame.request_id, at_once(request, self._session))
+            except Exception as error:
+                await self._failed(frame.request_id, request, error)
+            return
         running = self._running[frame.request_id] = _Running()
         self._nursery.start_soon(self._carry_out, frame.request_id, request, running)
 
@@ -223,17 +238,19 @@ class _ServedConnection:
                     raise
             if not running.scope.cancelled_caught:
                 await self._answer(request_id, answer)
-        except CachefsError as error:
-            await self._send_error(request_id, error)
         except Exception as error:
-            name = type(request).__name__
-            kind = ("request failed", name, type(error).__name__)
-            self._log.log(logging.ERROR, kind, "request failed request=%s error=%r", name, error, exc_info=error)
-            await self._send_error(request_id, error)
+            await self._failed(request_id, request, error)
         finally:
             with suppress(RuntimeError):  # cancelled before its turn came
                 self._turns.release_on_behalf_of(running)
             self._running.pop(request_id, None)
+
+    async def _failed(self, request_id: int, request: Any, error: Exception) -> None:
+        if not isinstance(error, CachefsError):
+            name = type(request).__name__
+            kind = ("request failed", name, type(error).__name__)
+            self._log.log(logging.ERROR, kind, "request failed request=%s error=%r", name, error, exc_info=error)
+        await self._send_error(request_id, error)
 
     async def _answer(self, request_id: int, answer: Any) -> None:
         if not isinstance(answer, Answer):

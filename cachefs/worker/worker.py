@@ -48,7 +48,7 @@ class Worker:
         service = Service()
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
-        service.on(m.Opened, self.opened)
+        service.on_at_once(m.Opened, self.opened)
         service.on(m.Free, self.free)
         service.on(m.GetBlockStatus, self.block_status)
         service.on_stream(m.Verify, self.verify)
@@ -75,7 +75,7 @@ class Worker:
         if asker not in ("", self._sources.namespace_id):
             raise NamespaceChangedError("inode numbers of another namespace than this worker's master has")
 
-    async def opened(self, request: m.Opened, session: Session) -> m.OpenedReply:
+    def opened(self, request: m.Opened, session: Session) -> m.OpenedReply:
         follows = self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached

@@ -41,6 +41,14 @@ class Fail(Request[str], frozen=True):
     how: str
 
 
+class EchoAtOnce(Request[str], frozen=True):
+    text: str
+
+
+class FailAtOnce(Request[str], frozen=True):
+    how: str
+
+
 class Wait(Request[str], frozen=True):
     pass
 
@@ -86,6 +94,8 @@ class Handlers:
             (Descriptor, self.descriptor),
         ):
             self.service.on(request, handler)  # type: ignore[arg-type]
+        self.service.on_at_once(EchoAtOnce, lambda request, session: request.text * 2)
+        self.service.on_at_once(FailAtOnce, self.fail_at_once)
         self.service.on_stream(Count, self.count)
 
     async def echo(self, request: Echo, session: Session) -> str:
@@ -93,6 +103,11 @@ class Handlers:
         return request.text
 
     async def fail(self, request: Fail, session: Session) -> str:
+        if request.how == "known":
+            raise NotFoundError("it is not there")
+        raise RuntimeError("secret")
+
+    def fail_at_once(self, request: FailAtOnce, session: Session) -> str:
         if request.how == "known":
             raise NotFoundError("it is not there")
         raise RuntimeError("secret")
@@ -171,6 +186,7 @@ async def test_calls_are_answered_side_by_side(handlers: Handlers, address: Addr
             await handlers.waiting.wait()
             answers = [(await peer.call(Echo(str(number)))).message for number in range(50)]
             assert answers == [str(number) for number in range(50)] and waited == []
+            assert (await peer.call(EchoAtOnce("answer"))).message == "answer" * 2 and waited == []
             handlers.release.set()
         assert waited == ["released"]
 
@@ -184,18 +200,24 @@ async def test_large_payloads_and_file_slices(handlers: Handlers, address: Addre
         assert bytes(answer2.payload) == handlers.file.read_bytes()[300:500_300]
 
 
-async def test_errors_arrive_as_they_were_raised(handlers: Handlers, address: Address) -> None:
+@pytest.mark.parametrize("fail", [Fail, FailAtOnce])
+async def test_errors_arrive_as_they_were_raised(
+    handlers: Handlers, address: Address, fail: type[Fail] | type[FailAtOnce]
+) -> None:
     async with serving(handlers, address) as bound, open_peer(bound, Hello("client")) as peer:
         with pytest.raises(NotFoundError, match="it is not there"):
-            await peer.call(Fail("known"))
+            await peer.call(fail("known"))
         assert (await peer.call(Echo("still there"))).message == "still there"
 
 
 @pytest.mark.expect_warnings("a bug in a handler is logged with its traceback")
-async def test_a_bug_in_a_handler_is_its_own_request_s(handlers: Handlers, address: Address) -> None:
+@pytest.mark.parametrize("fail", [Fail, FailAtOnce])
+async def test_a_bug_in_a_handler_is_its_own_request_s(
+    handlers: Handlers, address: Address, fail: type[Fail] | type[FailAtOnce]
+) -> None:
     async with serving(handlers, address) as bound, open_peer(bound, Hello("client")) as peer:
         with pytest.raises(CachefsError, match="internal error"):
-            await peer.call(Fail("unknown"))
+            await peer.call(fail("unknown"))
         assert (await peer.call(Echo("still there"))).message == "still there"
 
 
