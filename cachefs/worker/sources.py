@@ -21,6 +21,7 @@ from cachefs.model import (
     UnavailableError,
     without_credentials,
 )
+from cachefs.policy import Neighbours
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
@@ -57,6 +58,9 @@ class Sources:
         self._open: dict[int, UnderStore] = {}
         self._opening = trio.Lock()
         self._known: OrderedDict[Ino, Source] = OrderedDict()
+        self._unused: set[Ino] = set()
+        """Of those, which came along with another one and were not asked for yet."""
+        self._neighbours = Neighbours()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
         """Open those that are not open yet. Numbers of inodes and stores never change their meaning under one master's
@@ -64,6 +68,7 @@ class Sources:
         """
         if namespace_id != self.namespace_id:
             self._known.clear()
+            self._unused.clear()
             self._open = {}
             self.namespace_id = namespace_id
         async with self._opening:
@@ -91,11 +96,32 @@ class Sources:
         """
         namespace_id = self.namespace_id
         known = self._known.get(ino)
+        if known is None and self._neighbours.count > 1:
+            known = await self._resolve_with_neighbours(ino)
         if known is not None:
             self._known.move_to_end(ino)
+            if ino in self._unused:
+                self._unused.discard(ino)
+                self._neighbours.used()
             return known
+        self._neighbours.asked()
         location = await self._ask(Resolve(ino), namespace_id)
         return self._remember(location, await self._store(location, namespace_id))
+
+    async def _resolve_with_neighbours(self, ino: Ino) -> Source | None:
+        """And what comes after it in its directory: an epoch over a million files must not be a million requests.
+
+        None: it is not in its directory any more.
+        """
+        namespace_id = self.namespace_id
+        found = await self._ask(ResolveNext(ino, Ino(ino - 1), self._neighbours.count), namespace_id)
+        for each in found.files:
+            store = await self._store(each, namespace_id)
+            if each.attr.ino not in self._known:
+                self._unused.add(each.attr.ino)
+            self._remember(each, store)
+        self._unused.discard(ino)
+        return self._known.get(ino)
 
     async def _ask(self, request: Request[R], namespace_id: str) -> R:
         """Of what has numbers of that namespace, in the request or in the answer. Raises as the master does, and
@@ -131,7 +157,10 @@ class Sources:
         info = ObjectInfo(location.path, Kind.FILE, attr.size_bytes, attr.mtime_ns, location.tag)
         source = self._known[attr.ino] = Source(attr, info, ufs)
         if len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+            forgotten, _ = self._known.popitem(last=False)
+            if forgotten in self._unused:
+                self._unused.discard(forgotten)
+                self._neighbours.wasted()
         if location.pinned:
             self.on_pinned(source)
         return source
@@ -143,6 +172,7 @@ class Sources:
         """
         namespace_id = self.namespace_id
         found = await self._ask(ResolveNext(ino, after, count), namespace_id)
+        self._unused.difference_update(each.attr.ino for each in found.files)
         return [self._remember(each, await self._store(each, namespace_id)) for each in found.files], found.until
 
     async def read_files(

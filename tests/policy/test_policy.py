@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefs.policy import FileOrder, FileOrderConfig, Promote, Readahead, ReadaheadConfig, Sieve, admits
+from cachefs.policy import FileOrder, FileOrderConfig, Neighbours, Promote, Readahead, ReadaheadConfig, Sieve, admits
 
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "visit", "remove", "pin", "unpin", "evict"]), st.integers(0, 8)), max_size=200
@@ -160,6 +160,35 @@ def test_beside_what_is_pinned_nothing_larger_than_the_rest_is_admitted(pinned: 
 
 
 # ---- files in the order of their directory -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("remembered", "files", "most_requests", "most_brought"), [(1000, 900, 200, 4000), (100, 10_000, 20_000, 30_000)]
+)
+def test_neighbours_are_asked_for_where_they_are_used(
+    remembered: int, files: int, most_requests: int, most_brought: int
+) -> None:
+    """Two shuffled epochs. All that is learned can be kept, or a hundredth of it."""
+    neighbours, random = Neighbours(), Random(1)
+    known: dict[int, bool] = {}
+    requests = brought = 0
+    for _ in range(2):
+        for wanted in random.sample(range(files), files):
+            if wanted not in known:
+                requests += 1
+                neighbours.asked()
+                for each in range(wanted, min(files, wanted + neighbours.count)):
+                    brought += 1
+                    known.setdefault(each, False)
+                known[wanted] = True
+                while len(known) > remembered:
+                    was_used = known.pop(next(iter(known)))
+                    if not was_used:
+                        neighbours.wasted()
+            elif not known[wanted]:
+                known[wanted] = True
+                neighbours.used()
+    assert requests <= most_requests and brought <= most_brought
 
 
 def opens(order: FileOrder[str], positions: Iterable[int], directory: str = "d") -> list[tuple[int, int]]:
