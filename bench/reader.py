@@ -142,8 +142,30 @@ def read_blindly(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "files": len(job["files"])}
 
 
+def read_at_random(job: dict[str, Any]) -> dict[str, Any]:
+    """`file`: a path. Reads 4 KiB of it at `reads` aligned offsets that `seed` determines."""
+    random_ = random.Random(job["seed"])
+    fd = os.open(job["file"], os.O_RDONLY)
+    try:
+        blocks = os.fstat(fd).st_size // 4096
+        offsets = [random_.randrange(blocks) * 4096 for _ in range(job["reads"])]
+        begin = time.perf_counter()
+        _read_at(fd, [bytearray(4096)], offsets)
+        return {"seconds": time.perf_counter() - begin}
+    finally:
+        os.close(fd)
+
+
+def look(job: dict[str, Any]) -> dict[str, Any]:
+    """`files`: paths, of which each is looked at by stat(2)."""
+    begin = time.perf_counter()
+    for path in job["files"]:
+        os.stat(path)
+    return {"seconds": time.perf_counter() - begin}
+
+
 TURNS = {"sequential": sequential_turns, "random": random_turns, "mapped": mapped_turns, "small": small_turns}
-JOBS = {each.__name__: each for each in (read_files, read_blindly, compare)}
+JOBS = {each.__name__: each for each in (read_files, read_blindly, read_at_random, look, compare)}
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
