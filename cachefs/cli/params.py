@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from cachefs.cli.settings import UFS_OPTIONS_VARIABLE
-from cachefs.model import ConfigError, parse_duration, parse_size
+from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
+from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size
 from cachefs.net import Address, TcpAddress, parse_address
 from cachefs.store import TierConfig, parse_tier
 
@@ -34,7 +34,7 @@ class _Parsed(click.ParamType[Any]):
         try:
             return self._parse(key, value)
         except ConfigError as error:
-            self.fail(f"{error.value!r} is not accepted; expected {error.accepted}", param, ctx)
+            raise NotAccepted(error.value, error.accepted, ctx, param) from error
 
 
 def _address(key: str, text: str) -> Address:
@@ -63,7 +63,26 @@ def _mount(key: str, text: str) -> tuple[str, str]:
 
 
 def _sync_interval(key: str, text: str) -> float:
-    return -1.0 if text.strip() == "-1" else parse_duration(key, text)
+    if text.strip() == "-1":
+        return -1.0
+    try:
+        return parse_duration(key, text)
+    except ConfigError as error:
+        raise ConfigError(key, text, f"{error.accepted}; 0 for always, or -1 for never") from error
+
+
+def written_sync_interval(seconds: float) -> str:
+    """What SYNC_INTERVAL reads."""
+    return "-1" if seconds < 0 else format_duration(seconds)
+
+
+def _page_size(key: str, text: str) -> int:
+    page_size = parse_size(key, text)
+    try:
+        check_page_size(page_size, key)
+    except ConfigError as error:
+        raise ConfigError(key, text, error.accepted) from error
+    return page_size
 
 
 def _octal(key: str, text: str) -> int:
@@ -73,6 +92,7 @@ def _octal(key: str, text: str) -> int:
 
 
 SIZE = _Parsed("SIZE", parse_size)
+PAGE_SIZE = _Parsed("SIZE", _page_size)
 DURATION = _Parsed("DURATION", parse_duration)
 SYNC_INTERVAL = _Parsed("DURATION", _sync_interval)
 ADDRESS = _Parsed("HOST:PORT", _address)

@@ -41,7 +41,9 @@ log_level_option = click.option(
     show_default=True,
     help="How long names are believed before the under-store is asked again; 0 always asks, -1 never.",
 )
-@click.option("--page-size", type=params.SIZE, help="Unit of one fetch; for a new namespace. Default 8M.")
+@click.option(
+    "--page-size", type=params.PAGE_SIZE, help="Unit of one fetch, 64K to 16M; for a new namespace. Default 8M."
+)
 @click.option("--block-size", type=params.SIZE, help="Unit of placement; for a new namespace. Default 8G.")
 @click.option("--cluster", default="cachefs", show_default=True, help="Name of the cluster that tiers belong to.")
 @params.insecure_option

@@ -213,8 +213,10 @@ async def _child(
 )
 @params.ufs_option
 @click.option("--state-dir", metavar="DIR", help="Where the namespace and the default tier are kept.")
-@click.option("--sync-interval", default="60s", show_default=True, help="As of cachefs master.")
-@click.option("--page-size", help="As of cachefs master.")
+@click.option(
+    "--sync-interval", type=params.SYNC_INTERVAL, default="60s", show_default=True, help="As of cachefs master."
+)
+@click.option("--page-size", type=params.PAGE_SIZE, help="As of cachefs master.")
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @mount_options
@@ -229,8 +231,8 @@ def up(
     tiers: tuple[TierConfig, ...],
     ufs_options: tuple[tuple[str, str], ...],
     state_dir: str | None,
-    sync_interval: str,
-    page_size: str | None,
+    sync_interval: float,
+    page_size: int | None,
     promote: str | None,
     files_ahead: int | None,
     log_level: str,
@@ -258,7 +260,10 @@ def up(
         state_dir=directory,
         tiers=tiers,
         ufs_options=params.collect_ufs_options(ufs_options),
-        master_flags=("--sync-interval", sync_interval, *(("--page-size", page_size) if page_size else ())),
+        master_flags=(
+            *("--sync-interval", params.written_sync_interval(sync_interval)),
+            *(("--page-size", str(page_size)) if page_size is not None else ()),
+        ),
         worker_flags=(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),

@@ -204,3 +204,57 @@ def test_up_with_a_file_and_two_tiers(tmp_path: Path) -> None:
             ["stat", "-c", "%A", str(mountpoint / "file")], capture_output=True, text=True, timeout=60
         )
         assert done.stdout == "-rw-------\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["up"], "'URL'"),
+        (["up", "s3://bucket"], "'MOUNTPOINT'"),
+        (["mount", "/m"], "'--master'"),
+        (["worker"], "'--master'"),
+        (["master", "--listen", "127.0.0.1:0"], "'--data-dir'"),
+    ],
+)
+def test_what_is_missing_is_named(run: Run, arguments: list[str], missing: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("Error: ")]
+    assert line.startswith("Error: Missing ") and missing in line and "from" not in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("sync-interval", "soon", "a duration such as"),
+        ("sync-interval", "-2", "-1 for never"),
+        ("page-size", "3", "64 KiB to 16 MiB"),
+        ("page-size", "65537", "a multiple of 4 KiB"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "master"])
+def test_intervals_and_page_sizes(run: Run, tmp_path: Path, command: str, key: str, value: str, accepted: str) -> None:
+    """Told by the command itself, before it starts anything, and by `config show` too."""
+    given = ["file:///nowhere", tmp_path] if command == "up" else ["--data-dir", tmp_path / "m", "--listen", "[::1]:0"]
+    by_flag = run(command, *given, f"--{key}", value)
+    assert by_flag.returncode == 2 and f"'--{key}'" in by_flag.stderr and accepted in by_flag.stderr
+    file = write(tmp_path / "c.toml", f'[{command}]\n{key} = "{value}"\n')
+    shown_of_it = run("config", "show", command, "--config", file)
+    said = f"Error: {file}: {key} in [{command}]: {value!r} is not accepted; expected "
+    assert shown_of_it.returncode == 1 and shown_of_it.stderr.startswith(said) and accepted in shown_of_it.stderr
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("threads", "0", "'0' is not accepted; expected 1 to 1024"),
+        ("threads", "many", "'many' is not accepted; expected 1 to 1024"),
+        ("metadata-cache-entries", "1", "'1' is not accepted; expected a whole number of at least 1000"),
+        ("open-mode", "fast", "'fast' is not accepted; expected one of auto, passthrough, cached, no-open"),
+        ("open-wait", "lots", "'lots' is not accepted; expected a size such as"),
+    ],
+)
+def test_what_config_show_refuses_is_a_sentence(run: Run, key: str, value: str, said: str) -> None:
+    variable = "CACHEFS_" + key.upper().replace("-", "_")
+    assert run("config", "show", **{variable: value}).stderr.startswith(f"Error: {variable}: {said}")
