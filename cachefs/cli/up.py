@@ -24,11 +24,12 @@ from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
-from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, probe, unmount
+from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
 from cachefs.net import TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
+from cachefs.ufs import directory_of
 
 logger = logging.getLogger(__name__)
 
@@ -249,8 +250,11 @@ def up(
     flags = with_profile(ctx, mount_flags)
     # What is wrong with a flag is told before anything is started.
     mount_config(mountpoint, TcpAddress("127.0.0.1", 0), None, flags)
-    _check_machine(mountpoint, flags["allow_nonempty"])
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
+    needed = [("--state-dir", directory), *((f"--tier {tier.kind}:{tier.path}", tier.path) for tier in tiers)]
+    if url.startswith("file://"):
+        needed.insert(0, ("URL", directory_of(url)))
+    _check_machine(mountpoint, flags["allow_nonempty"], needed)
     _check_not_running(directory)
     if not tiers:
         tiers = (_default_tier(os.path.join(directory, "tier")),)
@@ -277,7 +281,7 @@ def up(
     run_service("up", lambda report: run_up(config, report), supervised_fd)
 
 
-def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
+def _check_machine(mountpoint: str, allow_nonempty: bool, needed: Sequence[tuple[str, str]]) -> None:
     """What would fail only in the third process is told before the first."""
     found = probe()
     if found.device_error is not None:
@@ -289,6 +293,7 @@ def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; see cachefs umount")
     if not os.path.isdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an existing directory")
+    check_apart(mountpoint, needed, "MOUNTPOINT")
     if not allow_nonempty and os.listdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an empty directory, or --allow-nonempty to hide what is in it")
 

@@ -45,11 +45,12 @@ class Attempt:
         self.tier = f"ssd:{directory / 'tier'}:100M"
         self.state = directory / "state"
         self.options: dict[str, str] = {}
+        self.flags: tuple[str, ...] = ()
         self.prefix: tuple[str, ...] = ()
 
     def fails(self, *expected: str) -> str:
         """Start, and check that it ends with one line of error that has these texts, and leaves nothing."""
-        arguments = [self.url, str(self.mountpoint), "--state-dir", str(self.state), "--tier", self.tier]
+        arguments = [self.url, str(self.mountpoint), "--state-dir", str(self.state), "--tier", self.tier, *self.flags]
         mounted_before = find_mount(self.mountpoint)
         began_s = time.monotonic()
         process = subprocess.Popen(
@@ -190,6 +191,61 @@ def test_a_mountpoint_that_is_mounted_already_and_a_tier_that_is_in_use(attempt:
             attempt.fails("tier", "owned by another worker that is running")
             attempt.mountpoint = mounted
             attempt.fails("MOUNTPOINT", "no cachefs is mounted on")
+            read = subprocess.run(["cat", mounted / "file"], capture_output=True, timeout=60)
+            assert read.stdout == b"content"
+
+
+@pytest.mark.parametrize("case", ["the same", "by a link", "in the store", "hides the store"])
+def test_a_mountpoint_and_a_store_that_overlap(attempt: Attempt, case: str) -> None:
+    """Everything would hang: the master waits for the mount, and the mount for the master."""
+    empty = _made(attempt.data / "empty")
+    attempt.mountpoint = attempt.data
+    if case == "by a link":
+        attempt.mountpoint = attempt.directory / "link"
+        attempt.mountpoint.symlink_to(attempt.data)
+    elif case == "in the store":
+        attempt.mountpoint = empty
+    elif case == "hides the store":
+        attempt.url = empty.as_uri()
+    how = {"in the store": "lies in", "hides the store": "would hide"}.get(case, "is")
+    for flags in ((), ("--allow-nonempty",)):
+        attempt.flags = flags
+        attempt.fails("MOUNTPOINT", "apart from URL", f"it {how} ", "would wait for the mount itself")
+    assert not attempt.state.exists()
+
+
+def test_an_empty_store_as_the_mountpoint(attempt: Attempt) -> None:
+    attempt.url = attempt.mountpoint.as_uri()
+    attempt.fails("MOUNTPOINT", "apart from URL", "it is ")
+
+
+@pytest.mark.parametrize("what", ["tier", "state"])
+@pytest.mark.parametrize("below", [True, False])
+def test_a_mountpoint_that_overlaps_with_what_is_kept(attempt: Attempt, what: str, below: bool) -> None:
+    attempt.flags = ("--allow-nonempty",)
+    place = attempt.mountpoint / "kept" if below else attempt.directory / "kept"
+    if not below:
+        attempt.mountpoint = _made(_made(place) / "inside")
+    if what == "tier":
+        attempt.tier = f"ssd:{place}:100M"
+    else:
+        attempt.state = place
+    attempt.fails("MOUNTPOINT", "apart from --", "it would hide " if below else "it lies in ", str(place))
+    assert not os.listdir(attempt.mountpoint)
+
+
+def test_a_mount_over_the_tier_of_its_worker(attempt: Attempt) -> None:
+    with mountpoint_below(_made(attempt.directory / "other")) as mounted:
+        arguments = [attempt.url, mounted, "--state-dir", attempt.state, "--tier", attempt.tier]
+        with running("up", *arguments) as up:
+            tier = attempt.directory / "tier"
+            for mountpoint in (attempt.directory, tier, _made(tier / "inside")):
+                command = ["mount", mountpoint, "--master", up.facts["master"], "--insecure", "--allow-nonempty"]
+                done = subprocess.run(
+                    [sys.executable, "-m", "cachefs", *command], capture_output=True, text=True, timeout=HANGS_S
+                )
+                assert done.returncode == 1 and "apart from the worker's tier" in done.stderr, done.stderr
+                assert "Traceback" not in done.stderr and find_mount(mountpoint) is None
             read = subprocess.run(["cat", mounted / "file"], capture_output=True, timeout=60)
             assert read.stdout == b"content"
 
