@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
-from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size
+from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size, write_size
 from cachefs.net import Address, TcpAddress, parse_address
 from cachefs.store import TierConfig, parse_tier
 
@@ -21,10 +21,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Parsed(click.ParamType[Any]):
-    """A type whose parser raises ConfigError."""
+    """A type whose parser raises ConfigError, and whose values can be written so that it reads them again."""
 
-    def __init__(self, name: str, parse: Callable[[str, str], object]) -> None:
+    def __init__(
+        self, name: str, parse: Callable[[str, str], object], write: Callable[[Any], str] = str, *, number: bool = False
+    ) -> None:
+        """`number`: what is parsed is one, for programs that want it."""
         self.name = name
+        self.write = write
+        self.is_number = number
         self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -91,15 +96,30 @@ def _octal(key: str, text: str) -> int:
     return int(text, 8)
 
 
-SIZE = _Parsed("SIZE", parse_size)
-PAGE_SIZE = _Parsed("SIZE", _page_size)
-DURATION = _Parsed("DURATION", parse_duration)
-SYNC_INTERVAL = _Parsed("DURATION", _sync_interval)
+def written(kind: click.ParamType[Any], value: Any) -> str:
+    """A value of an option as a person writes it on the command line or in the file."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return kind.write(value) if isinstance(kind, _Parsed) else str(value)
+
+
+def is_number(kind: click.ParamType[Any]) -> bool:
+    return isinstance(kind, click.types.IntParamType) or (isinstance(kind, _Parsed) and kind.is_number)
+
+
+def written_tier(tier: TierConfig) -> str:
+    return f"{tier.kind}:{tier.path}:{write_size(tier.capacity_bytes)}"
+
+
+SIZE = _Parsed("SIZE", parse_size, write_size, number=True)
+PAGE_SIZE = _Parsed("SIZE", _page_size, write_size, number=True)
+DURATION = _Parsed("DURATION", parse_duration, format_duration, number=True)
+SYNC_INTERVAL = _Parsed("DURATION", _sync_interval, written_sync_interval, number=True)
 ADDRESS = _Parsed("HOST:PORT", _address)
-TIER = _Parsed("KIND:DIR:SIZE", _tier)
-OCTAL = _Parsed("OCTAL", _octal)
-KEY_VALUE = _Parsed("NAME=VALUE", _key_value)
-MOUNT = _Parsed("PATH=URL", _mount)
+TIER = _Parsed("KIND:DIR:SIZE", _tier, written_tier)
+OCTAL = _Parsed("OCTAL", _octal, lambda value: f"{value:03o}")
+KEY_VALUE = _Parsed("NAME=VALUE", _key_value, "=".join)
+MOUNT = _Parsed("PATH=URL", _mount, "=".join)
 
 
 def ufs_option(function: F) -> F:

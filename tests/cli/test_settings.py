@@ -258,3 +258,45 @@ def test_intervals_and_page_sizes(run: Run, tmp_path: Path, command: str, key: s
 def test_what_config_show_refuses_is_a_sentence(run: Run, key: str, value: str, said: str) -> None:
     variable = "CACHEFS_" + key.upper().replace("-", "_")
     assert run("config", "show", **{variable: value}).stderr.startswith(f"Error: {variable}: {said}")
+
+
+def test_values_are_shown_as_they_are_written(run: Run, tmp_path: Path) -> None:
+    """What is shown can be written on a command line, and says the same there."""
+    tiers = [f"ssd:{tmp_path}/one:1536M", "mem:/dev/shm/two:3G"]
+    file = write(
+        tmp_path / "c.toml",
+        f'[up]\ntier = {json.dumps(tiers)}\nsync-interval = "-1"\n'
+        '[mount]\numask = "077"\nattr-timeout = "5m"\nread-ahead = "3M"\nallow-other = false\n',
+    )
+    arguments = ("config", "show", "up", "--config", file)
+    text = run(*arguments).stdout
+    assert "TierConfig" not in text and f"{file}: umask in [mount]" in text and f"{file}: tier in [up]" in text
+    rows = {each[0]: each[1] for line in text.splitlines() if len(each := line.strip("│ ").split("│")) == 3}
+    rows = {key.strip(): value.strip() for key, value in rows.items()}
+    wanted = {"umask": "077", "attr-timeout": "300s", "read-ahead": "3M", "allow-other": "false", "sync-interval": "-1"}
+    assert rows["tier"].split() == tiers
+    assert {key: rows[key] for key in wanted} == wanted
+    found = shown(run(*arguments, "--json"))["settings"]
+    assert found["tier"]["value"] == tiers and found["umask"]["value"] == "077"
+    assert (found["attr-timeout"]["value"], found["allow-other"]["value"]) == (300, False)
+    master = shown(run("config", "show", "master", "--json", CACHEFS_MOUNT="/a=s3://b/c", CACHEFS_LISTEN="[::1]:7"))
+    assert master["settings"]["mount"]["value"] == ["/a=s3://b/c"]
+    assert master["settings"]["listen"]["value"] == "[::1]:7"
+
+
+def test_what_nobody_set_has_a_value_too(run: Run, tmp_path: Path) -> None:
+    found = shown(run("config", "show", "--json", "--config", write(tmp_path / "c.toml", "")))["settings"]
+    for key in ("attr-timeout", "entry-timeout", "negative-timeout"):
+        assert (found[key]["value"], found[key]["from"]) == (60, "default: that of --sync-interval")
+    assert isinstance(found["allow-other"]["value"], bool)
+    (tier,) = found["tier"]["value"]
+    assert tier.startswith("ssd:/") and "half of what is free" in found["tier"]["from"]
+    assert (found["page-size"]["value"], found["promote"]["value"], found["files-ahead"]["value"]) == (
+        *(8 << 20, "if-space", 64),
+    )
+    assert found["umask"]["value"] == "000"
+    never = shown(run("config", "show", "--json", CACHEFS_SYNC_INTERVAL="-1"))["settings"]
+    assert never["attr-timeout"]["value"] == "for ever"
+    mount = shown(run("config", "show", "mount", "--json"))["settings"]
+    assert mount["attr-timeout"]["from"] == "default: that of the master's --sync-interval"
+    assert mount["promote"]["from"] == "default: that of the worker"
