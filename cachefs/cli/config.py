@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from cachefs.cli import params, settings
 from cachefs.cli.instances import state_root
 from cachefs.cli.mount_options import PROFILES
+from cachefs.cli.tables import print_tables, table_of
 from cachefs.fuse import probe, user_allow_other
 from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, without_credentials
-
-_IN_A_PIPE = 1000
-"""Columns: whoever searches the output is not to meet paths in two pieces."""
 
 
 @dataclass
@@ -123,13 +117,10 @@ def show(command: str, path: str | None, as_json: bool) -> None:
         shown = {key: setting.for_programs() for key, setting in found.items()}
         print(json.dumps({"command": command, "file": file.path, "settings": shown, "ufs_options": ufs}))
         return
-    columns = [Column(name, overflow="fold") for name in ("setting", "value", "from")]
-    table = Table(*columns, title=escape(f"cachefs {command}, file: {file.path or 'none'}"))
-    for key, setting in found.items():
-        table.add_row(*map(escape, (key, setting.for_people(), setting.where)))
-    for name, each in ufs.items():
-        table.add_row(*map(escape, (f"ufs-option {name}", each["value"], each["from"])))
-    Console(width=None if sys.stdout.isatty() else _IN_A_PIPE).print(table)
+    rows = [(key, setting.for_people(), setting.where) for key, setting in found.items()]
+    rows += [(f"ufs-option {name}", each["value"], each["from"]) for name, each in ufs.items()]
+    title = f"cachefs {command}, file: {file.path or 'none'}"
+    print_tables(table_of(("setting", "value", "from"), rows, title))
 
 
 def _apply_profile(found: dict[str, Setting]) -> None:
