@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
@@ -178,3 +178,17 @@ def is_loopback(host: str) -> bool:
 
 def json_option(function: F) -> F:
     return click.option("as_json", "--json", is_flag=True, help="Print JSON instead of text.")(function)
+
+
+def absolute(path: str) -> str:
+    """A path of the namespace, for every command alike: `big` is `/big`, as there is no directory to be in."""
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
+def all_absolute(paths: Iterable[str]) -> list[str]:
+    return [absolute(path) for path in paths]
+
+
+def reason_of(path: str, error: Exception) -> str:
+    """What went wrong with a path, for a list where the path stands in front of it already."""
+    return str(error).removeprefix(f"{path}: ")
