@@ -11,8 +11,8 @@ import click
 from cachefs.cli import params
 from cachefs.client import ClientConfig, Timeouts
 from cachefs.fuse import Driver, MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
-from cachefs.fusewire import InitFlag, InitOptions
-from cachefs.model import ConfigError, format_duration
+from cachefs.fusewire import PAGE_SIZE, InitFlag, InitOptions
+from cachefs.model import ConfigError, KiB, TiB, div_up, format_duration, write_size
 from cachefs.net import Address
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ _OPTIONS = (
         type=params.SIZE,
         default="8M",
         show_default=True,
-        help="Files up to this size are made local before their open returns.",
+        help="Files up to this size are made local before their open returns; 0 to 1G.",
     ),
     click.option(
         "--max-read",
@@ -68,7 +68,7 @@ _OPTIONS = (
         type=params.SIZE,
         default="1M",
         show_default=True,
-        help="How far the kernel reads ahead of a sequential reader, in cached mode; 0 to 1T.",
+        help="How far the kernel reads ahead of a sequential reader, in cached mode; 0, or 4K to 1T, in whole pages.",
     ),
     click.option(
         "--max-background",
@@ -162,8 +162,9 @@ def mount_config(
 ) -> MountConfig:
     """Raises ConfigError, with the name of the flag, for what is wrong or cannot be had on this machine."""
     read_ahead = flags["read_ahead"]
-    if read_ahead > 1 << 40:
-        raise ConfigError("--read-ahead", read_ahead, "0 to 1T")
+    if read_ahead > TiB or 0 < read_ahead < PAGE_SIZE:
+        accepted = f"0, or {write_size(PAGE_SIZE)} to 1T: the kernel reads ahead in whole pages"
+        raise ConfigError("--read-ahead", write_size(read_ahead), accepted)
     ignored = 0
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
@@ -182,7 +183,7 @@ def mount_config(
             options=MountOptions(
                 allow_other=flags["allow_other"],
                 max_read=flags["max_read"],
-                read_ahead_kb=read_ahead // 1024,
+                read_ahead_kb=div_up(read_ahead, PAGE_SIZE) * PAGE_SIZE // KiB,
                 allow_nonempty=flags["allow_nonempty"],
             ),
             operations=OperationsConfig(
@@ -201,7 +202,13 @@ def mount_config(
         config.check_machine()
         return config
     except ConfigError as error:
-        raise ConfigError("--" + error.key.replace("_", "-"), error.value, error.accepted) from None
+        raise by_flag(error) from None
+
+
+def by_flag(error: ConfigError) -> ConfigError:
+    """What is wrong with a field of a MountConfig, as something wrong with the flag or argument it came from."""
+    key = "MOUNTPOINT" if error.key == "mountpoint" else "--" + error.key.removeprefix("--").replace("_", "-")
+    return ConfigError(key, error.value, error.accepted)
 
 
 def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ SECTIONS = {
 }
 """Command -> the sections of the file it looks into, in this order."""
 
-_PER_CALL = {"config", "help", "supervised", "ignore-kernel-feature", "ufs-option"}
+_PER_CALL = {"config", "help", "json", "supervised", "ignore-kernel-feature", "ufs-option"}
 """Options that are not settings, or are set in ways of their own."""
 _KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_[0-9]+_.*)")
 """What a cluster puts into the environment of a pod for a service whose name begins like ours."""

@@ -22,7 +22,7 @@ from cachefs.cli import params
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
-from cachefs.cli.services import log_level_option, supervised_option
+from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
@@ -222,6 +222,7 @@ async def _child(
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @mount_options
 @log_level_option
+@json_ready_option
 @supervised_option
 @click.pass_context
 def up(
@@ -237,6 +238,7 @@ def up(
     promote: str | None,
     files_ahead: int | None,
     log_level: str,
+    as_json: bool,
     supervised_fd: int | None,
     **mount_flags: Any,
 ) -> None:
@@ -275,10 +277,10 @@ def up(
         mount_flags=as_arguments(flags),
         log_level=log_level,
     )
-    if supervised_fd is None:
+    if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)
         click.echo(f"cachefs: mounting {without_credentials(url)} on {config.mountpoint}, caching up to {places}")
-    run_service("up", lambda report: run_up(config, report), supervised_fd)
+    run_service("up", lambda report: run_up(config, report), supervised_fd, as_json=as_json)
 
 
 def _check_machine(mountpoint: str, allow_nonempty: bool, needed: Sequence[tuple[str, str]]) -> None:
