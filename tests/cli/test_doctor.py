@@ -203,6 +203,19 @@ def test_dead_mounts_are_found_and_cleared(tmp_path: Path) -> None:
         assert find_mount(mountpoint) is None and is_mounted(tmp_path / "mnt")
 
 
+def test_nothing_starts_on_a_dead_mount(tmp_path: Path) -> None:
+    """And it stays as it is: somebody may want to know why."""
+    (tmp_path / "other").mkdir()
+    with dead(tmp_path) as mountpoint:
+        before = find_mount(mountpoint)
+        by_up = cachefs("up", (tmp_path / "data").as_uri(), mountpoint, "--state-dir", tmp_path / "state2")
+        assert by_up.returncode == 1 and "MOUNTPOINT: " in by_up.stderr and "cachefs umount" in by_up.stderr
+        by_mount = cachefs("mount", mountpoint, "--master", _master(tmp_path), "--insecure", "--log-level", "WARNING")
+        (line,) = by_mount.stderr.splitlines()
+        assert by_mount.returncode == 1 and line.startswith("Error: MOUNTPOINT: ") and "dead cachefs mount" in line
+        assert find_mount(mountpoint) == before
+
+
 def test_a_dead_mount_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with dead(tmp_path) as mountpoint:
