@@ -12,7 +12,7 @@ import click
 
 from cachefs.cli import params, settings
 from cachefs.cli.instances import state_root
-from cachefs.cli.mount_options import PROFILES
+from cachefs.cli.mount_options import PROFILES, check_settings
 from cachefs.cli.tables import print_tables, table_of
 from cachefs.fuse import probe, user_allow_other
 from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, without_credentials
@@ -98,10 +98,10 @@ def show(command: str, path: str | None, as_json: bool) -> None:
     target = commands[command]
     with click.Context(target, info_name=command) as ctx:
         settings.apply_file(ctx, target, file)
-        found = {
-            settings.key_of(option): Setting(option, value, where)
-            for option, value, where in settings.effective(ctx, target)
-        }
+        listed = list(settings.effective(ctx, target))
+        if command in ("up", "mount"):
+            check_settings(listed)
+        found = {settings.key_of(option): Setting(option, value, where) for option, value, where in listed}
         options = params.collect_ufs_options(())
         from_file = file.ufs_options
     _apply_profile(found)

@@ -18,7 +18,7 @@ from rich.text import Text
 from cachefs.cli import params, settings
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
-from cachefs.cli.mount_options import mount_config
+from cachefs.cli.mount_options import check_settings
 from cachefs.cli.tables import print_tables, table_of
 from cachefs.fuse import (
     FS_TYPE,
@@ -33,7 +33,7 @@ from cachefs.fuse import (
 )
 from cachefs.fusewire import InitFlag
 from cachefs.model import CachefsError, ConfigError, GiB, MiB, format_size, without_credentials
-from cachefs.net import Hello, TcpAddress, open_peer, parse_address
+from cachefs.net import Hello, open_peer, parse_address
 from cachefs.store import TierConfig
 from cachefs.ufs import open_under_store
 from cachefs.wire.messages import GetMasterStatus
@@ -112,10 +112,8 @@ def _settings(ctx: click.Context, path: str | None) -> tuple[Finding, list[str]]
         ctx.meta[settings.UFS_OPTIONS_VARIABLE] = file.ufs_options
         with click.Context(commands["up"], info_name="up") as up:
             settings.apply_file(up, commands["up"], file)
-            values = {option.name or "": value for option, value, _ in settings.effective(up, commands["up"])}
-        # Checks what is wrong for this machine only, or together.
-        flags = {**values, "ignore_kernel_feature": ()}
-        mount_config("/", TcpAddress("127.0.0.1", 0), None, flags)
+            found = check_settings(settings.effective(up, commands["up"]), check_machine=True)
+        values = {option.name or "": value for option, value, _ in found}
     except ConfigError as error:
         mend = "correct it where it is set: a key of the file, or a variable of the environment"
         return Finding("settings", "error", str(error), mend), default

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
 
 from cachefs.cli import params
+from cachefs.cli.settings import key_of
 from cachefs.client import ClientConfig, Timeouts
 from cachefs.fuse import Driver, MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
 from cachefs.fusewire import PAGE_SIZE, InitFlag, InitOptions
 from cachefs.model import ConfigError, KiB, TiB, div_up, format_duration, write_size
-from cachefs.net import Address
+from cachefs.net import Address, TcpAddress
 
 PROFILES: dict[str, dict[str, Any]] = {
     "training": {
@@ -159,8 +160,9 @@ def mount_config(
     flags: Mapping[str, Any],
     *,
     promote: str | None = None,
+    check_machine: bool = True,
 ) -> MountConfig:
-    """Raises ConfigError, with the name of the flag, for what is wrong or cannot be had on this machine."""
+    """Raises ConfigError, with the name of the flag, for what is wrong or (`check_machine`) cannot be had here."""
     read_ahead = flags["read_ahead"]
     if read_ahead > TiB or 0 < read_ahead < PAGE_SIZE:
         accepted = f"0, or {write_size(PAGE_SIZE)} to 1T: the kernel reads ahead in whole pages"
@@ -199,10 +201,29 @@ def mount_config(
             threads=flags["threads"],
             driver=Driver(flags["driver"]),
         )
-        config.check_machine()
+        if check_machine:
+            config.check_machine()
         return config
     except ConfigError as error:
         raise by_flag(error) from None
+
+
+def check_settings(
+    found: Iterable[tuple[click.Option, Any, str]], *, check_machine: bool = False
+) -> list[tuple[click.Option, Any, str]]:
+    """What `settings.effective` found for `cachefs up` or `mount`, which checks each value by itself only.
+
+    Raises ConfigError, naming where the value came from.
+    """
+    listed = list(found)
+    flags = {option.name or "": value for option, value, _ in listed}
+    flags["ignore_kernel_feature"] = ()
+    try:
+        mount_config("/", TcpAddress("127.0.0.1", 0), None, flags, check_machine=check_machine)
+    except ConfigError as error:
+        origins = {f"--{key_of(option)}": where for option, _, where in listed if where != "default"}
+        raise ConfigError(origins.get(error.key, error.key), error.value, error.accepted) from error
+    return listed
 
 
 def by_flag(error: ConfigError) -> ConfigError:

@@ -115,7 +115,7 @@ def test_under_stores(tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.Mon
     [
         ("[mount]\nthreads = 0\n", "threads in [mount]: '0' is not accepted; expected 1 to 1024"),
         ("[worker]\ntier = ['hdd:/x:1G']\n", "tier in [worker]"),
-        ("[mount]\nread-ahead = '2T'\n", "--read-ahead"),
+        ("[mount]\nread-ahead = '2T'\n", "read-ahead in [mount]: '2T' is not accepted"),
         ("[mont]\n", "section"),
         ("[mount\n", "a TOML file"),
     ],

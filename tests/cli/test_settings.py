@@ -253,6 +253,9 @@ def test_intervals_and_page_sizes(run: Run, tmp_path: Path, command: str, key: s
         ("metadata-cache-entries", "1", "'1' is not accepted; expected a whole number of at least 1000"),
         ("open-mode", "fast", "'fast' is not accepted; expected one of auto, passthrough, cached, no-open"),
         ("open-wait", "lots", "'lots' is not accepted; expected a size such as"),
+        ("open-wait", "2G", "'2G' is not accepted; expected 0 to 1G"),
+        ("read-ahead", "2T", "'2T' is not accepted; expected 0, or 4K to 1T"),
+        ("attr-timeout", "400d", "'34560000s' is not accepted; expected 0 to 365d"),
     ],
 )
 def test_what_config_show_refuses_is_a_sentence(run: Run, key: str, value: str, said: str) -> None:
