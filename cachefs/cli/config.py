@@ -4,16 +4,77 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from cachefs.cli import params, settings
-from cachefs.cli.mount_options import PROFILES
-from cachefs.model import without_credentials
+from cachefs.cli.instances import state_root
+from cachefs.cli.mount_options import PROFILES, check_settings
+from cachefs.cli.tables import print_tables, table_of
+from cachefs.fuse import probe, user_allow_other
+from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, without_credentials
+
+
+@dataclass
+class Setting:
+    option: click.Option
+    value: Any
+    where: str
+
+    def for_people(self) -> str:
+        """As it would be written on the command line; empty if it has no value."""
+        return " ".join(map(self._written, self._values()))
+
+    def for_programs(self) -> dict[str, Any]:
+        """Numbers as such, sizes in bytes and durations in seconds; the rest as it would be written."""
+        values = [each if self._is_plain(each) else self._written(each) for each in self._values()]
+        value = values if self.option.multiple else values[0] if values else None
+        return {"value": value, "from": self.where, "variable": settings.variable_of(self.option)}
+
+    def _values(self) -> Sequence[Any]:
+        if self.value is None:
+            return ()
+        return self.value if self.option.multiple and not isinstance(self.value, str) else (self.value,)
+
+    def _is_plain(self, value: Any) -> bool:
+        return isinstance(value, bool) or (params.is_number(self.option.type) and not isinstance(value, str))
+
+    def _written(self, value: Any) -> str:
+        text = value if isinstance(value, str) else params.written(self.option.type, value)
+        return without_credentials(text)
+
+
+def fill_in(command: str, found: dict[str, Setting], worker: click.Command) -> None:
+    """What counts where nothing was said and the command finds out by itself, or who decides."""
+    decided: dict[str, tuple[Any, str]] = dict.fromkeys(("uid", "gid"), (None, "that of the under-store"))
+    decided["allow-other"] = (probe().sys_admin or user_allow_other(), "what this user may have")
+    if command in ("up", "master"):
+        decided["page-size"] = (DEFAULT_PAGE_SIZE, "for a new namespace")
+        decided["block-size"] = (DEFAULT_BLOCK_SIZE, "for a new namespace")
+    if command == "up":
+        state_dir = os.path.join(state_root(), "NAME-OF-URL")
+        decided["state-dir"] = (state_dir, "in this user's cache directory")
+        tier = os.path.join(found["state-dir"].value or state_dir, "tier")
+        decided["tier"] = (f"ssd:{tier}:SIZE", "SIZE is half of what is free there")
+        for option in settings.settings_of(worker):
+            if settings.key_of(option) in ("promote", "files-ahead"):
+                decided[settings.key_of(option)] = (option.default, "that of cachefs worker")
+    if command == "mount":
+        decided["promote"] = (None, "that of the worker")
+        decided["worker-socket"] = (None, "that of the worker which the master knows on this node")
+    for key in ("attr-timeout", "entry-timeout", "negative-timeout"):
+        if command == "up":
+            interval_s = found["sync-interval"].value
+            decided[key] = (interval_s if interval_s >= 0 else "for ever", "that of --sync-interval")
+        else:
+            decided[key] = (None, "that of the master's --sync-interval")
+    for key, (value, why) in decided.items():
+        setting = found.get(key)
+        if setting is not None and setting.where == "default" and not setting.value and setting.value is not False:
+            setting.value, setting.where = value, f"default: {why}"
 
 
 @click.group()
@@ -37,17 +98,14 @@ def show(command: str, path: str | None, as_json: bool) -> None:
     target = commands[command]
     with click.Context(target, info_name=command) as ctx:
         settings.apply_file(ctx, target, file)
-        found = {
-            settings.key_of(option): {"value": _shown(value), "from": where, "variable": settings.variable_of(option)}
-            for option, value, where in settings.effective(ctx, target)
-        }
+        listed = list(settings.effective(ctx, target))
+        if command in ("up", "mount"):
+            check_settings(listed)
+        found = {settings.key_of(option): Setting(option, value, where) for option, value, where in listed}
         options = params.collect_ufs_options(())
         from_file = file.ufs_options
-    profile = found.get("profile", {}).get("value")
-    for name, value in PROFILES.get(profile or "", {}).items():
-        setting = found[name.replace("_", "-")]
-        if setting["from"] == "default":
-            setting.update({"value": _shown(value), "from": f"profile {profile}"})
+    _apply_profile(found)
+    fill_in(command, found, commands["worker"])
     ufs = {
         name: {
             "value": "***" if settings.is_secret(name) else without_credentials(value),
@@ -56,20 +114,18 @@ def show(command: str, path: str | None, as_json: bool) -> None:
         for name, value in options.items()
     }
     if as_json:
-        print(json.dumps({"command": command, "file": file.path, "settings": found, "ufs_options": ufs}))
+        shown = {key: setting.for_programs() for key, setting in found.items()}
+        print(json.dumps({"command": command, "file": file.path, "settings": shown, "ufs_options": ufs}))
         return
-    table = Table("setting", "value", "from", title=f"cachefs {command}, file: {file.path or 'none'}")
-    for key, setting in found.items():
-        value = setting["value"]
-        table.add_row(key, "" if value is None else str(value), setting["from"])
-    for name, setting in ufs.items():
-        table.add_row(f"ufs-option {name}", setting["value"], setting["from"])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    rows = [(key, setting.for_people(), setting.where) for key, setting in found.items()]
+    rows += [(f"ufs-option {name}", each["value"], each["from"]) for name, each in ufs.items()]
+    title = f"cachefs {command}, file: {file.path or 'none'}"
+    print_tables(table_of(("setting", "value", "from"), rows, title))
 
 
-def _shown(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_shown(each) for each in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return without_credentials(str(value))
+def _apply_profile(found: dict[str, Setting]) -> None:
+    profile = found["profile"].value if "profile" in found else None
+    for name, value in PROFILES.get(profile or "", {}).items():
+        setting = found[name.replace("_", "-")]
+        if setting.where == "default":
+            setting.value, setting.where = value, f"profile {profile}"

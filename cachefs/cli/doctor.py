@@ -13,12 +13,13 @@ from typing import Literal
 
 import click
 import trio
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from cachefs.cli import params
+from cachefs.cli import params, settings
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
+from cachefs.cli.mount_options import check_settings
+from cachefs.cli.tables import print_tables, table_of
 from cachefs.fuse import (
     FS_TYPE,
     PASSTHROUGH_NEEDS_ROOT,
@@ -31,7 +32,7 @@ from cachefs.fuse import (
     why_no_pyfuse3,
 )
 from cachefs.fusewire import InitFlag
-from cachefs.model import CachefsError, GiB, MiB, format_size, without_credentials
+from cachefs.model import CachefsError, ConfigError, GiB, MiB, format_size, without_credentials
 from cachefs.net import Hello, open_peer, parse_address
 from cachefs.store import TierConfig
 from cachefs.ufs import open_under_store
@@ -60,27 +61,37 @@ class Finding:
     "--tier",
     type=params.TIER,
     multiple=True,
-    help="Where it is to cache. Default: the user's cache directory.",
+    help="Where it is to cache. Default: as cachefs up would, by the settings or else in the user's cache directory.",
 )
 @params.ufs_option
+@click.option("--config", "path", metavar="FILE", help="As of cachefs up.")
 @click.option("--ignore-kernel-feature", type=click.Choice(["passthrough"]), multiple=True, hidden=True)
 @params.json_option
+@click.pass_context
 def doctor(
+    ctx: click.Context,
+    /,
     url: str | None,
     tiers: tuple[TierConfig, ...],
     ufs_options: tuple[tuple[str, str], ...],
+    path: str | None,
     ignore_kernel_feature: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Look at this machine, and at the under-store at URL if one is given: can it mount, how fast, what is in the way.
 
-    Changes nothing. Exits with status 1 if something makes mounting impossible.
+    Looks at what `cachefs up` would use: flags, variables and the settings file count here as well. Changes nothing.
+    Exits with status 1 if something makes mounting impossible.
     """
     ignored = sum(InitFlag[name.upper()] for name in ignore_kernel_feature)
-    places = [tier.path for tier in tiers] or [state_root()]
-    findings = [*_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
+    finding, configured = _settings(ctx, path)
+    places = [tier.path for tier in tiers] or configured
+    findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
     if url is not None:
-        findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
+        try:
+            findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
+        except ConfigError as error:
+            findings.append(Finding("under-store", "error", str(error), f"correct {settings.UFS_OPTIONS_VARIABLE}"))
     worst = "error" if any(each.level == "error" for each in findings) else "ok"
     if as_json:
         print(json.dumps({"status": worst, "findings": [asdict(each) for each in findings]}))
@@ -88,6 +99,28 @@ def doctor(
         _print(findings)
     if worst == "error":
         sys.exit(1)
+
+
+def _settings(ctx: click.Context, path: str | None) -> tuple[Finding, list[str]]:
+    """What `cachefs up` would be told, and where it would cache. Options of the under-store are left in `ctx`."""
+    default = [state_root()]
+    try:
+        commands = settings.configured_commands()
+        settings.check_environment(commands)
+        chosen = path or os.environ.get(settings.CONFIG_VARIABLE) or settings.default_path()
+        file = settings.load_settings(chosen, commands)
+        ctx.meta[settings.UFS_OPTIONS_VARIABLE] = file.ufs_options
+        with click.Context(commands["up"], info_name="up") as up:
+            settings.apply_file(up, commands["up"], file)
+            found = check_settings(settings.effective(up, commands["up"]), check_machine=True)
+        values = {option.name or "": value for option, value, _ in found}
+    except ConfigError as error:
+        mend = "correct it where it is set: a key of the file, or a variable of the environment"
+        return Finding("settings", "error", str(error), mend), default
+    places = [tier.path for tier in values["tiers"] or ()]
+    if not places:
+        places = [values["state_dir"]] if values["state_dir"] else default
+    return Finding("settings", "ok", f"{file.path}: can be used" if file.path else "there is no file"), places
 
 
 def _machine(places: list[str], ignored: int) -> Iterator[Finding]:
@@ -119,7 +152,8 @@ def _machine(places: list[str], ignored: int) -> Iterator[Finding]:
     if reason is None:
         yield Finding("pyfuse3", "ok", "installed, for --driver pyfuse3")
     else:
-        yield Finding("pyfuse3", "ok", f"cannot be had, and only --driver pyfuse3 needs it: {reason}")
+        says = f"cannot be had, and only --driver pyfuse3 needs it: {reason}"
+        yield Finding("pyfuse3", "ok", says, "pip install 'cachefs[pyfuse3]'")
     limit = max_read_limit()
     yield Finding("READ size", "ok", f"up to {format_size(limit)} (sysctl fs.fuse.max_pages_limit sets the limit)")
     # Clean-up does without; people who look for what hangs do not.
@@ -252,9 +286,6 @@ def _under_store(url: str, options: dict[str, str]) -> Finding:
 
 
 def _print(findings: list[Finding]) -> None:
-    table = Table("", "", "", "what mends it")
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for each in findings:
-        style = styles[each.level]
-        table.add_row(f"[{style}]{each.level}[/]", each.what, each.says, each.mend if each.level != "ok" else "")
-    Console(width=None if sys.stdout.isatty() else 160, markup=True).print(table)
+    rows = [(Text(each.level, styles[each.level]), each.what, each.says, each.mend) for each in findings]
+    print_tables(table_of(("", "", "", "what mends it"), rows))

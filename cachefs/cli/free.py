@@ -10,7 +10,6 @@ import click
 
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
-from cachefs.cli.loading import check_paths
 from cachefs.cli.walk import File, Walk
 from cachefs.client import Client
 from cachefs.model import BlockId, ConfigError, format_size
@@ -30,15 +29,15 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
     Nothing in the under-store is touched: what is read again is fetched again. What somebody has open stays, and so
     does what is cached in part, and what is pinned; a path that is pinned as a whole is refused.
     """
-    check_paths(paths)
+    wanted = params.all_absolute(paths)
     blocks = freed_bytes = in_use = pinned = 0
     failed: list[tuple[str, str]] = []
 
     async def run(client: Client) -> None:
         nonlocal blocks, freed_bytes, in_use, pinned
         pins = [each.path for each in (await client.pins(sizes=False)).pins]
-        _check_not_pinned(paths, pins)
-        walk = Walk(client, paths)
+        _check_not_pinned(wanted, pins)
+        walk = Walk(client, wanted)
         await walk.count(lambda _: None)
         batch: list[BlockId] = []
 

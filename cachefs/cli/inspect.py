@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from cachefs.cli import params
 from cachefs.cli.connect import FIRST_CONTACT_S, master_option, run_with_client
+from cachefs.cli.tables import print_tables, table_of
 from cachefs.client import Client
 from cachefs.model import Attr, Entry, TransportError, format_size
 from cachefs.net import Address, Hello, UnixAddress, open_peer, parse_address
@@ -28,6 +26,8 @@ from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, Wor
 @params.json_option
 def ls(path: str, master_address: Address | None, long: bool, as_json: bool) -> None:
     """List a directory of the namespace, as it comes."""
+
+    path = params.absolute(path)
 
     async def run(client: Client) -> None:
         attr = await client.metadata.resolve(path)
@@ -59,6 +59,8 @@ def _print_entry(entry: Entry, long: bool, as_json: bool) -> None:
 @params.json_option
 def stat(path: str, master_address: Address | None, as_json: bool) -> None:
     """Show what is known of a file or directory, and which workers hold it."""
+
+    path = params.absolute(path)
 
     async def run(client: Client) -> None:
         attr = await client.metadata.resolve(path)
@@ -141,44 +143,47 @@ def _report_json(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSta
 
 
 def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerStatus | None]]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
     geometry = status.cluster.geometry
-    console.print(
+    print(
         f"cluster {status.cluster.cluster_id}, up {_duration(status.uptime_s)},"
-        f" pages of {format_size(geometry.page_size)}, blocks of {format_size(geometry.block_size)}",
-        highlight=False,
+        f" pages of {format_size(geometry.page_size)}, blocks of {format_size(geometry.block_size)}"
     )
-    mounts = Table("path", "under-store", "directories", "files", "hidden keys", "served stale", title="mounts")
-    for mount in status.mounts:
-        mounts.add_row(
-            *(mount.path, mount.url),
-            *(str(each) for each in (mount.directories, mount.files, mount.hidden_keys, mount.serving_stale)),
-        )
-    console.print(mounts)
-    table = Table(
-        *("worker", "tier", "used", "pinned", "capacity", "blocks", "evicted"),
-        *("from under-store", "not admitted", "corrupt"),
-        title="workers",
-    )
+    columns = ("path", "under-store", "directories", "files", "hidden keys", "served stale")
+    numbers = ("directories", "files", "hidden_keys", "serving_stale")
+    mounts = [(mount.path, mount.url, *(str(getattr(mount, name)) for name in numbers)) for mount in status.mounts]
+    rows: list[tuple[str, ...]] = []
+    opens = []
     for info, details in workers:
         if details is None:
-            table.add_row(info.name, "does not answer" if info.connected else "away")
+            rows.append((info.name, "does not answer" if info.connected else "away"))
             continue
         counters = details.counters
         for tier in details.tiers:
-            table.add_row(
-                info.name,
-                f"{tier.kind}:{tier.path}",
-                format_size(tier.used_bytes + tier.reserved_bytes),
-                format_size(tier.pinned_bytes),
-                format_size(tier.capacity_bytes),
-                str(tier.blocks),
-                str(tier.evictions),
-                f"{format_size(counters.under_store_bytes)} in {counters.under_store_reads} reads",
-                str(counters.not_admitted),
-                str(counters.corrupt),
+            rows.append(
+                (
+                    info.name,
+                    f"{tier.kind}:{tier.path}",
+                    format_size(tier.used_bytes + tier.reserved_bytes),
+                    format_size(tier.pinned_bytes),
+                    format_size(tier.capacity_bytes),
+                    str(tier.blocks),
+                    str(tier.evictions),
+                    f"{format_size(counters.under_store_bytes)} in {counters.under_store_reads} reads",
+                    str(counters.not_admitted),
+                    str(counters.corrupt),
+                )
             )
-    console.print(table)
+        opens.append(
+            f"opens by the mounts of {info.name}:"
+            f" {details.opens.passthrough} by passthrough, {details.opens.cached} in cached mode"
+        )
+    of_workers = (
+        *("worker", "tier", "used", "pinned", "capacity", "blocks", "evicted"),
+        *("from under-store", "not admitted", "corrupt"),
+    )
+    print_tables(table_of(columns, mounts, "mounts"), table_of(of_workers, rows, "workers"))
+    for line in opens:
+        print(line)
 
 
 def _duration(seconds: float) -> str:

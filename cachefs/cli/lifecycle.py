@@ -41,8 +41,11 @@ def _collect_less() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervised_fd: int | None) -> None:
+def run_service(
+    role: str, service: Callable[[Report], Awaitable[None]], supervised_fd: int | None, *, as_json: bool = False
+) -> None:
     """Run until SIGINT, SIGTERM, the supervisor's end or the service's own; then exit, with status 0 if that was clean.
+    `as_json`: how a person, or a program that is no supervisor, is told that it is ready.
 
     Raises click.ClickException for an error of the service, in one line. A supervisor that still waits for the service
     to be ready is told instead, and tells it.
@@ -57,6 +60,8 @@ def run_service(role: str, service: Callable[[Report], Awaitable[None]], supervi
         ready = True
         if supervisor is not None:
             supervisor.sendall(json.dumps(facts).encode() + b"\n")
+        elif as_json:
+            click.echo(json.dumps({"ready": role, **facts}))
         else:
             click.echo(" ".join([f"cachefs {role} is ready", *(f"{name}={value}" for name, value in facts.items())]))
 

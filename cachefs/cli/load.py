@@ -16,7 +16,6 @@ from cachefs.cli.loading import (
     Result,
     Shown,
     amount,
-    check_paths,
     count,
     exit_with,
     facts_of,
@@ -29,6 +28,7 @@ from cachefs.cli.loading import (
 )
 from cachefs.cli.walk import Totals, Walk
 from cachefs.client import Client
+from cachefs.model import ConfigError
 from cachefs.net import Address
 
 
@@ -60,12 +60,13 @@ def load(
     Readers are not delayed by it. What is here already is passed over: run it again to go on after an interruption.
     Exits with status 1 when something could not be loaded, and lists exactly what.
     """
-    wanted = list(paths)
+    wanted = params.all_absolute(paths)
     if from_file is not None:
-        wanted += [line for line in from_file.read().splitlines() if line]
+        wanted += params.all_absolute(line for line in from_file.read().splitlines() if line)
+        if not wanted:
+            raise ConfigError("--from-file", from_file.name, "a file with a path in each line; there is none in it")
     elif not wanted:
         wanted = ["/"]
-    check_paths(wanted)
     result, totals = Result(), Totals()
 
     async def run(client: Client) -> None:

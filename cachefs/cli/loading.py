@@ -15,9 +15,10 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cachefs.cli.params import reason_of
 from cachefs.cli.walk import File, Totals, Walk
 from cachefs.client import Client
-from cachefs.model import CachefsError, ConfigError, format_size
+from cachefs.model import CachefsError, format_size
 
 _LINE_EVERY_S = 5.0
 _NOT_KEPT = "not kept: larger than a block or a quarter of the cache, or there is no room for it"
@@ -72,7 +73,7 @@ async def _one(client: Client, file: File, result: Result, dry_run: bool) -> Non
             else:
                 result.failed.append((file.path, _NOT_KEPT))
         except CachefsError as error:
-            result.failed.append((file.path, str(error)))
+            result.failed.append((file.path, reason_of(file.path, error)))
 
 
 def _is_here(client: Client, file: File) -> bool:
@@ -143,13 +144,6 @@ class Shown:
             f"{done.done_files} of {totals.files} files, {format_size(done.done_bytes)} of {format_size(totals.bytes)},"
             f" {format_size(rate)}/s, {len(done.failed)} failed"
         )
-
-
-def check_paths(paths: Sequence[str]) -> None:
-    """Raises ConfigError."""
-    for path in paths:
-        if not path.startswith("/"):
-            raise ConfigError("PATH", path, "a path of the namespace, beginning with a slash")
 
 
 async def count(walk: Walk, console: Console) -> None:

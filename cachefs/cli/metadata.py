@@ -23,6 +23,8 @@ def refresh(path: str, recursive: bool, master_address: Address | None, as_json:
     Only names and attributes; mounts are told what changed.
     """
 
+    path = params.absolute(path)
+
     async def run(client: Client) -> None:
         reply = await client.refresh(path, recursive=recursive)
         if as_json:

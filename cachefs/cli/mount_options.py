@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
 
 from cachefs.cli import params
+from cachefs.cli.settings import key_of
 from cachefs.client import ClientConfig, Timeouts
 from cachefs.fuse import Driver, MountConfig, MountOptions, OpenMode, OperationsConfig, SessionOptions
-from cachefs.fusewire import InitFlag, InitOptions
-from cachefs.model import ConfigError, format_duration
-from cachefs.net import Address
+from cachefs.fusewire import PAGE_SIZE, InitFlag, InitOptions
+from cachefs.model import ConfigError, KiB, TiB, div_up, format_duration, write_size
+from cachefs.net import Address, TcpAddress
 
 PROFILES: dict[str, dict[str, Any]] = {
     "training": {
@@ -53,7 +54,7 @@ _OPTIONS = (
         type=params.SIZE,
         default="8M",
         show_default=True,
-        help="Files up to this size are made local before their open returns.",
+        help="Files up to this size are made local before their open returns; 0 to 1G.",
     ),
     click.option(
         "--max-read",
@@ -68,7 +69,7 @@ _OPTIONS = (
         type=params.SIZE,
         default="1M",
         show_default=True,
-        help="How far the kernel reads ahead of a sequential reader, in cached mode; 0 to 1T.",
+        help="How far the kernel reads ahead of a sequential reader, in cached mode; 0, or 4K to 1T, in whole pages.",
     ),
     click.option(
         "--max-background",
@@ -159,11 +160,13 @@ def mount_config(
     flags: Mapping[str, Any],
     *,
     promote: str | None = None,
+    check_machine: bool = True,
 ) -> MountConfig:
-    """Raises ConfigError, with the name of the flag, for what is wrong or cannot be had on this machine."""
+    """Raises ConfigError, with the name of the flag, for what is wrong or (`check_machine`) cannot be had here."""
     read_ahead = flags["read_ahead"]
-    if read_ahead > 1 << 40:
-        raise ConfigError("--read-ahead", read_ahead, "0 to 1T")
+    if read_ahead > TiB or 0 < read_ahead < PAGE_SIZE:
+        accepted = f"0, or {write_size(PAGE_SIZE)} to 1T: the kernel reads ahead in whole pages"
+        raise ConfigError("--read-ahead", write_size(read_ahead), accepted)
     ignored = 0
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
@@ -182,7 +185,7 @@ def mount_config(
             options=MountOptions(
                 allow_other=flags["allow_other"],
                 max_read=flags["max_read"],
-                read_ahead_kb=read_ahead // 1024,
+                read_ahead_kb=div_up(read_ahead, PAGE_SIZE) * PAGE_SIZE // KiB,
                 allow_nonempty=flags["allow_nonempty"],
             ),
             operations=OperationsConfig(
@@ -198,10 +201,35 @@ def mount_config(
             threads=flags["threads"],
             driver=Driver(flags["driver"]),
         )
-        config.check_machine()
+        if check_machine:
+            config.check_machine()
         return config
     except ConfigError as error:
-        raise ConfigError("--" + error.key.replace("_", "-"), error.value, error.accepted) from None
+        raise by_flag(error) from None
+
+
+def check_settings(
+    found: Iterable[tuple[click.Option, Any, str]], *, check_machine: bool = False
+) -> list[tuple[click.Option, Any, str]]:
+    """What `settings.effective` found for `cachefs up` or `mount`, which checks each value by itself only.
+
+    Raises ConfigError, naming where the value came from.
+    """
+    listed = list(found)
+    flags = {option.name or "": value for option, value, _ in listed}
+    flags["ignore_kernel_feature"] = ()
+    try:
+        mount_config("/", TcpAddress("127.0.0.1", 0), None, flags, check_machine=check_machine)
+    except ConfigError as error:
+        origins = {f"--{key_of(option)}": where for option, _, where in listed if where != "default"}
+        raise ConfigError(origins.get(error.key, error.key), error.value, error.accepted) from error
+    return listed
+
+
+def by_flag(error: ConfigError) -> ConfigError:
+    """What is wrong with a field of a MountConfig, as something wrong with the flag or argument it came from."""
+    key = "MOUNTPOINT" if error.key == "mountpoint" else "--" + error.key.removeprefix("--").replace("_", "-")
+    return ConfigError(key, error.value, error.accepted)
 
 
 def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
-from cachefs.cli.settings import UFS_OPTIONS_VARIABLE
-from cachefs.model import ConfigError, parse_duration, parse_size
+from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
+from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size, write_size
 from cachefs.net import Address, TcpAddress, parse_address
 from cachefs.store import TierConfig, parse_tier
 
@@ -21,10 +21,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Parsed(click.ParamType[Any]):
-    """A type whose parser raises ConfigError."""
+    """A type whose parser raises ConfigError, and whose values can be written so that it reads them again."""
 
-    def __init__(self, name: str, parse: Callable[[str, str], object]) -> None:
+    def __init__(
+        self, name: str, parse: Callable[[str, str], object], write: Callable[[Any], str] = str, *, number: bool = False
+    ) -> None:
+        """`number`: what is parsed is one, for programs that want it."""
         self.name = name
+        self.write = write
+        self.is_number = number
         self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -34,7 +39,7 @@ class _Parsed(click.ParamType[Any]):
         try:
             return self._parse(key, value)
         except ConfigError as error:
-            self.fail(f"{error.value!r} is not accepted; expected {error.accepted}", param, ctx)
+            raise NotAccepted(error.value, error.accepted, ctx, param) from error
 
 
 def _address(key: str, text: str) -> Address:
@@ -63,7 +68,26 @@ def _mount(key: str, text: str) -> tuple[str, str]:
 
 
 def _sync_interval(key: str, text: str) -> float:
-    return -1.0 if text.strip() == "-1" else parse_duration(key, text)
+    if text.strip() == "-1":
+        return -1.0
+    try:
+        return parse_duration(key, text)
+    except ConfigError as error:
+        raise ConfigError(key, text, f"{error.accepted}; 0 for always, or -1 for never") from error
+
+
+def written_sync_interval(seconds: float) -> str:
+    """What SYNC_INTERVAL reads."""
+    return "-1" if seconds < 0 else format_duration(seconds)
+
+
+def _page_size(key: str, text: str) -> int:
+    page_size = parse_size(key, text)
+    try:
+        check_page_size(page_size, key)
+    except ConfigError as error:
+        raise ConfigError(key, text, error.accepted) from error
+    return page_size
 
 
 def _octal(key: str, text: str) -> int:
@@ -72,14 +96,30 @@ def _octal(key: str, text: str) -> int:
     return int(text, 8)
 
 
-SIZE = _Parsed("SIZE", parse_size)
-DURATION = _Parsed("DURATION", parse_duration)
-SYNC_INTERVAL = _Parsed("DURATION", _sync_interval)
+def written(kind: click.ParamType[Any], value: Any) -> str:
+    """A value of an option as a person writes it on the command line or in the file."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return kind.write(value) if isinstance(kind, _Parsed) else str(value)
+
+
+def is_number(kind: click.ParamType[Any]) -> bool:
+    return isinstance(kind, click.types.IntParamType) or (isinstance(kind, _Parsed) and kind.is_number)
+
+
+def written_tier(tier: TierConfig) -> str:
+    return f"{tier.kind}:{tier.path}:{write_size(tier.capacity_bytes)}"
+
+
+SIZE = _Parsed("SIZE", parse_size, write_size, number=True)
+PAGE_SIZE = _Parsed("SIZE", _page_size, write_size, number=True)
+DURATION = _Parsed("DURATION", parse_duration, format_duration, number=True)
+SYNC_INTERVAL = _Parsed("DURATION", _sync_interval, written_sync_interval, number=True)
 ADDRESS = _Parsed("HOST:PORT", _address)
-TIER = _Parsed("KIND:DIR:SIZE", _tier)
-OCTAL = _Parsed("OCTAL", _octal)
-KEY_VALUE = _Parsed("NAME=VALUE", _key_value)
-MOUNT = _Parsed("PATH=URL", _mount)
+TIER = _Parsed("KIND:DIR:SIZE", _tier, written_tier)
+OCTAL = _Parsed("OCTAL", _octal, lambda value: f"{value:03o}")
+KEY_VALUE = _Parsed("NAME=VALUE", _key_value, "=".join)
+MOUNT = _Parsed("PATH=URL", _mount, "=".join)
 
 
 def ufs_option(function: F) -> F:
@@ -138,3 +178,17 @@ def is_loopback(host: str) -> bool:
 
 def json_option(function: F) -> F:
     return click.option("as_json", "--json", is_flag=True, help="Print JSON instead of text.")(function)
+
+
+def absolute(path: str) -> str:
+    """A path of the namespace, for every command alike: `big` is `/big`, as there is no directory to be in."""
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
+def all_absolute(paths: Iterable[str]) -> list[str]:
+    return [absolute(path) for path in paths]
+
+
+def reason_of(path: str, error: Exception) -> str:
+    """What went wrong with a path, for a list where the path stands in front of it already."""
+    return str(error).removeprefix(f"{path}: ")

@@ -20,7 +20,6 @@ from cachefs.cli.loading import (
     Result,
     Shown,
     amount,
-    check_paths,
     count,
     exit_with,
     facts_of,
@@ -74,8 +73,7 @@ def pin(
         return
     if not paths:
         raise click.UsageError("Missing PATH, or --list.")
-    check_paths(paths)
-    wanted, result = list(paths), Result()
+    wanted, result = params.all_absolute(paths), Result()
     replies: list[PinReply] = []
     failed: list[tuple[str, str]] = []
 
@@ -165,18 +163,19 @@ def _print(found: PinList) -> None:
 
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--dry-run", is_flag=True, help="Only say what would not be pinned any more.")
 @master_option
 @params.json_option
-def unpin(paths: tuple[str, ...], master_address: Address | None, as_json: bool) -> None:
+def unpin(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, as_json: bool) -> None:
     """Let what is at and below pinned paths be evicted again like anything else. It stays until then, or is freed."""
-    check_paths(paths)
+    wanted = params.all_absolute(paths)
 
     async def run(client: Client) -> None:
-        reply = await client.unpin(list(paths))
+        reply = await client.unpin(wanted, dry_run=dry_run)
         if as_json:
-            print(json.dumps({"paths": list(paths), **msgspec.to_builtins(reply)}))
+            print(json.dumps({"paths": wanted, "dry_run": dry_run, **msgspec.to_builtins(reply)}))
         else:
-            print(f"{shown_paths(paths)}: not pinned any more")
+            print(f"{shown_paths(wanted)}: {'would be ' if dry_run else ''}not pinned any more")
             _warn(reply.unconfirmed)
 
     run_with_client(master_address, run)

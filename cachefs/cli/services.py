@@ -10,8 +10,8 @@ import click
 import trio
 
 from cachefs.cli import params
-from cachefs.cli.lifecycle import Report, run_service, set_up_logging
-from cachefs.cli.mount_options import mount_config, mount_options, with_profile
+from cachefs.cli.lifecycle import Report, leaves, run_service, set_up_logging
+from cachefs.cli.mount_options import by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
 from cachefs.master import MasterConfig, run_master
@@ -22,6 +22,9 @@ from cachefs.store import TierConfig
 from cachefs.worker import WorkerConfig, default_name, run_worker
 
 supervised_option = click.option("--supervised", "supervised_fd", type=int, hidden=True)
+json_ready_option = click.option(
+    "as_json", "--json", is_flag=True, help="Print the line that says it is ready as JSON. Errors stay text."
+)
 log_level_option = click.option(
     "--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO", show_default=True
 )
@@ -41,11 +44,14 @@ log_level_option = click.option(
     show_default=True,
     help="How long names are believed before the under-store is asked again; 0 always asks, -1 never.",
 )
-@click.option("--page-size", type=params.SIZE, help="Unit of one fetch; for a new namespace. Default 8M.")
+@click.option(
+    "--page-size", type=params.PAGE_SIZE, help="Unit of one fetch, 64K to 16M; for a new namespace. Default 8M."
+)
 @click.option("--block-size", type=params.SIZE, help="Unit of placement; for a new namespace. Default 8G.")
 @click.option("--cluster", default="cachefs", show_default=True, help="Name of the cluster that tiers belong to.")
 @params.insecure_option
 @log_level_option
+@json_ready_option
 @supervised_option
 def master(
     data_dir: str,
@@ -58,6 +64,7 @@ def master(
     cluster: str,
     insecure: bool,
     log_level: str,
+    as_json: bool,
     supervised_fd: int | None,
 ) -> None:
     """Keep the namespace: names, attributes, and which worker holds what."""
@@ -73,7 +80,7 @@ def master(
         block_size=block_size,
         page_size=page_size,
     )
-    run_service("master", partial(_run_and_report, run_master, config), supervised_fd)
+    run_service("master", partial(_run_and_report, run_master, config), supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -105,6 +112,7 @@ def master(
 )
 @params.insecure_option
 @log_level_option
+@json_ready_option
 @supervised_option
 def worker(
     name: str,
@@ -116,6 +124,7 @@ def worker(
     files_ahead: int,
     insecure: bool,
     log_level: str,
+    as_json: bool,
     supervised_fd: int | None,
 ) -> None:
     """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict."""
@@ -130,7 +139,7 @@ def worker(
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
-    run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd)
+    run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -146,6 +155,7 @@ def worker(
 @mount_options
 @params.insecure_option
 @log_level_option
+@json_ready_option
 @supervised_option
 @click.pass_context
 def mount(
@@ -157,6 +167,7 @@ def mount(
     promote: str | None,
     insecure: bool,
     log_level: str,
+    as_json: bool,
     supervised_fd: int | None,
     **mount_flags: Any,
 ) -> None:
@@ -179,9 +190,14 @@ def mount(
                 }
             )
 
-        await run_mount(config, ready)
+        try:
+            await run_mount(config, ready)
+        except* ConfigError as group:
+            error = leaves(group)[0]
+            assert isinstance(error, ConfigError)
+            raise by_flag(error) from group
 
-    run_service("mount", service, supervised_fd)
+    run_service("mount", service, supervised_fd, as_json=as_json)
 
 
 async def _run_and_report(run: Any, config: Any, report: Report) -> None:

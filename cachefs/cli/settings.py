@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from cachefs.model import ConfigError
+from cachefs.model import ConfigError, without_credentials
 
 CONFIG_VARIABLE = "CACHEFS_CONFIG"
 UFS_OPTIONS_VARIABLE = "CACHEFS_UFS_OPTIONS"
@@ -32,7 +32,7 @@ SECTIONS = {
 }
 """Command -> the sections of the file it looks into, in this order."""
 
-_PER_CALL = {"config", "help", "supervised", "ignore-kernel-feature", "ufs-option"}
+_PER_CALL = {"config", "help", "json", "supervised", "ignore-kernel-feature", "ufs-option"}
 """Options that are not settings, or are set in ways of their own."""
 _KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_[0-9]+_.*)")
 """What a cluster puts into the environment of a pod for a service whose name begins like ours."""
@@ -149,6 +149,27 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+class NotAccepted(click.BadParameter):
+    """By one of our own types: with what is."""
+
+    def __init__(
+        self, value: object, accepted: str, ctx: click.Context | None = None, param: click.Parameter | None = None
+    ) -> None:
+        super().__init__(f"{value!r} is not accepted; expected {accepted}", ctx, param)
+        self.accepted = accepted
+
+
+def accepted_by(kind: click.ParamType[Any], error: click.BadParameter) -> str:
+    """What would have been right, so that it can follow "expected"."""
+    if isinstance(error, NotAccepted):
+        return error.accepted
+    if isinstance(kind, click.Choice):
+        return f"one of {', '.join(map(str, kind.choices))}"
+    if isinstance(kind, click.IntRange):
+        return f"{kind.min} to {kind.max}" if kind.max is not None else f"a whole number of at least {kind.min}"
+    return f"another value: {error.message.rstrip('.')}"
+
+
 class Configured(click.Command):
     """A command whose settings can come from the environment and from a file too."""
 
@@ -177,10 +198,13 @@ class Configured(click.Command):
             apply_file(ctx, self, file)
         try:
             return super().parse_args(ctx, args)
+        except click.MissingParameter:
+            raise  # It has a message of its own, made when it is shown.
         except click.BadParameter as error:
             where = origin(ctx, error.param) if error.param is not None else None
             if where is not None and where != "flag":
-                raise click.BadParameter(f"{error.message} (from {where})", ctx, error.param) from error
+                message = f"{error.message.rstrip('.')} (from {where})"
+                raise click.BadParameter(message, ctx, error.param) from error
             raise
 
 
@@ -262,6 +286,7 @@ def effective(ctx: click.Context, command: click.Command) -> Iterator[tuple[clic
         except click.MissingParameter:
             converted, where = None, "nowhere: it has to be given"
         except click.BadParameter as error:
-            raise ConfigError(where, value, error.message) from error
+            shown = without_credentials(value) if isinstance(value, str) else value
+            raise ConfigError(where, shown, accepted_by(option.type, error)) from error
         # For what has no value, click has a mark of its own.
         yield option, None if type(converted).__module__.startswith("click.") else converted, where

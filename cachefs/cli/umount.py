@@ -20,18 +20,32 @@ from cachefs.model import ConfigError
 @click.option("--lazy", is_flag=True, help="Also while files on it are open: they stay usable until they are closed.")
 @click.option("--force", is_flag=True, help="Also when its server hangs: open files get errors.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be unmounted.")
+@click.option("--yes", is_flag=True, help="Do not ask before --all.")
 @params.json_option
 def umount(
-    mountpoints: tuple[str, ...], everything: bool, dead: bool, lazy: bool, force: bool, dry_run: bool, as_json: bool
+    mountpoints: tuple[str, ...],
+    everything: bool,
+    dead: bool,
+    lazy: bool,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Unmount; the processes that served the mount end by themselves. Cached data stays for the next time.
 
-    A mount whose server is gone ("Transport endpoint is not connected") is taken away like any other.
+    A mount whose server is gone ("Transport endpoint is not connected") is taken away like any other. --all means
+    those of other users and jobs too, and asks first, if there is a terminal to ask at.
     """
+    if everything and (mountpoints or dead):
+        other = "MOUNTPOINT" if mountpoints else "--dead"
+        raise click.UsageError(f"--all takes no {other}: it is every mount of cachefs on this machine.")
     chosen = [_mounted(mountpoint) for mountpoint in mountpoints]
     ours = [info for info in all_mounts() if info.fs_type == FS_TYPE]
     if everything:
         chosen = ours
+        if ours and not dry_run and not yes:
+            _ask(ours)
     elif dead:
         chosen += [info for info in ours if is_dead(info)]
     elif not mountpoints:
@@ -40,13 +54,23 @@ def umount(
     failed = [error for _, error in results if error is not None]
     if as_json:
         print(json.dumps([{"mountpoint": where, "error": error} for where, error in results]))
-    elif dry_run:
-        for where, _ in results:
-            print(where)
+    else:
+        for where, error in results:
+            if error is None:
+                print(where if dry_run else f"{where}: unmounted")
+        if not results:
+            print("nothing to unmount", file=sys.stderr)
     for error in failed:
         print(f"Error: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
+
+
+def _ask(mounts: list[MountInfo]) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes", "not given", "--yes, as there is no terminal to ask at")
+    listed = ", ".join(info.mountpoint for info in mounts)
+    click.confirm(f"Unmount {listed}? Jobs that use them will get errors.", abort=True, err=True)
 
 
 def _mounted(mountpoint: str) -> MountInfo:

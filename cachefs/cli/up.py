@@ -22,13 +22,14 @@ from cachefs.cli import params
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
-from cachefs.cli.services import log_level_option, supervised_option
+from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
-from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, probe, unmount
+from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
 from cachefs.net import TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
+from cachefs.ufs import directory_of
 
 logger = logging.getLogger(__name__)
 
@@ -213,12 +214,15 @@ async def _child(
 )
 @params.ufs_option
 @click.option("--state-dir", metavar="DIR", help="Where the namespace and the default tier are kept.")
-@click.option("--sync-interval", default="60s", show_default=True, help="As of cachefs master.")
-@click.option("--page-size", help="As of cachefs master.")
+@click.option(
+    "--sync-interval", type=params.SYNC_INTERVAL, default="60s", show_default=True, help="As of cachefs master."
+)
+@click.option("--page-size", type=params.PAGE_SIZE, help="As of cachefs master.")
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @mount_options
 @log_level_option
+@json_ready_option
 @supervised_option
 @click.pass_context
 def up(
@@ -229,11 +233,12 @@ def up(
     tiers: tuple[TierConfig, ...],
     ufs_options: tuple[tuple[str, str], ...],
     state_dir: str | None,
-    sync_interval: str,
-    page_size: str | None,
+    sync_interval: float,
+    page_size: int | None,
     promote: str | None,
     files_ahead: int | None,
     log_level: str,
+    as_json: bool,
     supervised_fd: int | None,
     **mount_flags: Any,
 ) -> None:
@@ -247,8 +252,11 @@ def up(
     flags = with_profile(ctx, mount_flags)
     # What is wrong with a flag is told before anything is started.
     mount_config(mountpoint, TcpAddress("127.0.0.1", 0), None, flags)
-    _check_machine(mountpoint, flags["allow_nonempty"])
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
+    needed = [("--state-dir", directory), *((f"--tier {tier.kind}:{tier.path}", tier.path) for tier in tiers)]
+    if url.startswith("file://"):
+        needed.insert(0, ("URL", directory_of(url)))
+    _check_machine(mountpoint, flags["allow_nonempty"], needed)
     _check_not_running(directory)
     if not tiers:
         tiers = (_default_tier(os.path.join(directory, "tier")),)
@@ -258,7 +266,10 @@ def up(
         state_dir=directory,
         tiers=tiers,
         ufs_options=params.collect_ufs_options(ufs_options),
-        master_flags=("--sync-interval", sync_interval, *(("--page-size", page_size) if page_size else ())),
+        master_flags=(
+            *("--sync-interval", params.written_sync_interval(sync_interval)),
+            *(("--page-size", str(page_size)) if page_size is not None else ()),
+        ),
         worker_flags=(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
@@ -266,13 +277,13 @@ def up(
         mount_flags=as_arguments(flags),
         log_level=log_level,
     )
-    if supervised_fd is None:
+    if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)
         click.echo(f"cachefs: mounting {without_credentials(url)} on {config.mountpoint}, caching up to {places}")
-    run_service("up", lambda report: run_up(config, report), supervised_fd)
+    run_service("up", lambda report: run_up(config, report), supervised_fd, as_json=as_json)
 
 
-def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
+def _check_machine(mountpoint: str, allow_nonempty: bool, needed: Sequence[tuple[str, str]]) -> None:
     """What would fail only in the third process is told before the first."""
     found = probe()
     if found.device_error is not None:
@@ -284,6 +295,7 @@ def _check_machine(mountpoint: str, allow_nonempty: bool) -> None:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; see cachefs umount")
     if not os.path.isdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an existing directory")
+    check_apart(mountpoint, needed, "MOUNTPOINT")
     if not allow_nonempty and os.listdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an empty directory, or --allow-nonempty to hide what is in it")
 

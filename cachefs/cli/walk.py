@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cachefs.cli.params import reason_of
 from cachefs.client import Client
 from cachefs.model import Attr, CachefsError, Ino
 
@@ -42,7 +43,8 @@ class Walk:
                 if attr.is_dir:
                     async with self._client.load_metadata(path) as stream:
                         async for progress in stream:
-                            self.totals.failed += progress.failed
+                            for where, reason in progress.failed:
+                                self.totals.failed.append((where, reason.removeprefix(f"{where}: ")))
                             self.totals.files = done_files + progress.files
                             self.totals.bytes = done_bytes + progress.bytes
                             told(self.totals)
@@ -50,7 +52,7 @@ class Walk:
                     self.totals.files += 1
                     self.totals.bytes += attr.size_bytes
             except CachefsError as error:
-                self.totals.failed.append((path, str(error)))
+                self.totals.failed.append((path, reason_of(path, error)))
             done_files, done_bytes = self.totals.files, self.totals.bytes
 
     async def each(self, visit: Callable[[File], Awaitable[None]]) -> None:
@@ -69,7 +71,7 @@ class Walk:
                         else:
                             await visit(File(path, attr))
                 except CachefsError as error:
-                    self.totals.failed.append((where or "/", str(error)))
+                    self.totals.failed.append((where or "/", reason_of(where or "/", error)))
 
     async def _entries(self, where: str, ino: Ino) -> AsyncGenerator[tuple[str, Attr], None]:
         async with self._client.metadata.list_dir(ino) as chunks:

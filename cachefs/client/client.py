@@ -286,9 +286,9 @@ class Client:
         """
         return (await self._master.call(Pin(paths, dry_run))).message
 
-    async def unpin(self, paths: list[str]) -> UnpinReply:
-        """Raises NotFoundError, TransportError."""
-        return (await self._master.call(Unpin(paths))).message
+    async def unpin(self, paths: list[str], *, dry_run: bool = False) -> UnpinReply:
+        """Let it be evicted again, or only see whether it is pinned. Raises NotFoundError, TransportError."""
+        return (await self._master.call(Unpin(paths, dry_run))).message
 
     async def pins(self, *, sizes: bool) -> PinList:
         """What is pinned; without `sizes` at once. Raises TransportError."""

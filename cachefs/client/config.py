@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cachefs.model import ConfigError
+from cachefs.model import ConfigError, format_duration
 from cachefs.net import Address
 from cachefs.wire.messages import PromoteMode
 
@@ -23,7 +23,7 @@ class Timeouts:
         for key in ("attr_s", "entry_s", "negative_s"):
             seconds = getattr(self, key)
             if seconds is not None and not 0 <= seconds <= MAX_TIMEOUT_S:
-                raise ConfigError(key.replace("_s", "_timeout"), f"{seconds:g}s", "0 to 365d")
+                raise ConfigError(key.replace("_s", "_timeout"), format_duration(seconds), "0 to 365d")
 
 
 @dataclass(frozen=True)

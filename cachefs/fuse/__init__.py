@@ -25,6 +25,7 @@ from cachefs.fuse.mounting import (
     unmount,
 )
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
+from cachefs.fuse.places import check_apart
 from cachefs.fuse.protocol import (
     ROOT_NODE,
     AttrReply,
@@ -66,6 +67,7 @@ __all__ = [
     "StatfsReply",
     "abort",
     "all_mounts",
+    "check_apart",
     "errno_of",
     "find_mount",
     "is_dead",

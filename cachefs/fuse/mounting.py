@@ -19,6 +19,7 @@ from pathlib import Path
 from cachefs.fuse import fusermount
 from cachefs.fuse.fusermount import FusermountError
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
+from cachefs.fuse.places import check_apart
 from cachefs.fusewire import PAGE_SIZE
 from cachefs.model import CachefsError, ConfigError, MiB
 
@@ -68,6 +69,8 @@ class MountOptions:
     `set_read_ahead`, once the session has begun."""
     allow_nonempty: bool = False
     """Mount over a directory that has entries, hiding them."""
+    needed: tuple[tuple[str, str], ...] = ()
+    """(what it is, its directory) of what must not be at, below or above the mountpoint; see `check_apart`."""
     replace_dead: bool = False
     """Take away a cachefs mount whose server is gone ("Transport endpoint is not connected") before mounting."""
 
@@ -380,4 +383,5 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
         raise ConfigError("mountpoint", given, accepted) from exc
     if occupied and not options.allow_nonempty:
         raise ConfigError("mountpoint", given, "an empty directory, unless a non-empty one is asked for")
+    check_apart(given, options.needed)
     return os.path.realpath(given)

@@ -44,12 +44,14 @@ from cachefs.model import (
     BlockId,
     ConfigError,
     Entry,
+    GiB,
     Ino,
     MiB,
     NamespaceChangedError,
     NotADirectory,
     NotFoundError,
     StaleError,
+    write_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ T = TypeVar("T")
 
 _DIR_CHUNK = 512
 _EPOCH_SHIFT = 48
+
+
+MAX_OPEN_WAIT = GiB
+"""A second on the fastest networks, half a minute on usual ones. What is larger is read while it arrives."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ class OperationsConfig:
             number = getattr(self, key)
             if number is not None and not 0 <= number < 2**32 - 1:
                 raise ConfigError(key, number, "0 to 4294967294")
+        if not 0 <= self.open_wait_bytes <= MAX_OPEN_WAIT:
+            accepted = "0 to 1G: whoever opens a file would wait for all of it, and takes that for a hang"
+            raise ConfigError("open_wait", write_size(self.open_wait_bytes), accepted)
         if not 0 <= self.umask <= 0o777:
             raise ConfigError("umask", f"{self.umask:o}", "0 to 777, octal")
 

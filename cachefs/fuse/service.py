@@ -139,8 +139,9 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], No
                 operations = CacheOperations(client, config.path, config.operations, nursery)
                 await operations.resolve_root()
                 # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
+                needed = tuple(("the worker's tier", tier) for tier in client.tiers)
                 fd, mounted = await trio.to_thread.run_sync(
-                    open_mount, config.mountpoint, config.source, config.options
+                    open_mount, config.mountpoint, config.source, replace(config.options, needed=needed)
                 )
                 # After the nursery: the session reads it to the end. Without root, closing is what ends the connection.
                 opened.callback(os.close, fd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, ConfigError, Geometry, KiB, MiB, format_size
+from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, ConfigError, Geometry, check_page_size
 from cachefs.net import Address
 
 
@@ -29,10 +29,8 @@ class MasterConfig:
     def __post_init__(self) -> None:
         if self.sync_interval_s < 0 and self.sync_interval_s != -1:
             raise ConfigError("--sync-interval", self.sync_interval_s, "a duration, 0 for always, or -1 for never")
-        if self.page_size is not None and not 64 * KiB <= self.page_size <= 16 * MiB:
-            raise ConfigError("--page-size", format_size(self.page_size), "64 KiB to 16 MiB")
-        if self.page_size is not None and self.page_size % 4096:
-            raise ConfigError("--page-size", self.page_size, "a multiple of 4096")
+        if self.page_size is not None:
+            check_page_size(self.page_size)
 
     def settle_geometry(self, known: Geometry | None) -> Geometry:
         """The geometry of this namespace, given what its database has. Raises ConfigError for a change."""

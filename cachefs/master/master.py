@@ -164,7 +164,8 @@ class Master:
         return await self._pinning.pin(paths, dry_run=request.dry_run)
 
     async def unpin(self, request: m.Unpin, session: Session) -> m.UnpinReply:
-        return await self._pinning.unpin([normalise_mount_path(path, "PATH") for path in request.paths])
+        paths = [normalise_mount_path(path, "PATH") for path in request.paths]
+        return await self._pinning.unpin(paths, dry_run=request.dry_run)
 
     async def list_pins(self, request: m.ListPins, session: Session) -> m.PinList:
         return await self._pinning.list_pins(sizes=request.sizes)

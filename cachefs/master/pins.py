@@ -211,12 +211,14 @@ class Pinning:
                 unconfirmed = await self._confirmed()
             return PinReply(own.files, own.bytes, needed, limit, capacity, unconfirmed)
 
-    async def unpin(self, paths: Sequence[str]) -> UnpinReply:
+    async def unpin(self, paths: Sequence[str], *, dry_run: bool = False) -> UnpinReply:
         """Raises NotFoundError for a path that is not pinned itself."""
         async with self._lock:
             for path in paths:
                 if path not in self._pins.paths:
                     raise NotFoundError(self._not_pinned(path))
+            if dry_run:
+                return UnpinReply([])
             gone = set(paths)
             await self._writer.run(lambda: self._store.remove_pins(gone), then=lambda _: self._pins.changed())
             return UnpinReply(await self._confirmed())

@@ -30,8 +30,8 @@ from cachefs.model.errors import (
 )
 from cachefs.model.ids import NO_INO, ROOT_INO, BlockId, ContentKey, Ino, content_key
 from cachefs.model.log_limit import LogLimiter
-from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, div_up
-from cachefs.model.units import GiB, KiB, MiB, TiB, format_duration, format_size, parse_duration, parse_size
+from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, check_page_size, div_up
+from cachefs.model.units import GiB, KiB, MiB, TiB, format_duration, format_size, parse_duration, parse_size, write_size
 from cachefs.model.urls import without_credentials
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "TransportError",
     "UnavailableError",
     "UnderStoreError",
+    "check_page_size",
     "content_key",
     "div_up",
     "format_duration",
@@ -85,4 +86,5 @@ __all__ = [
     "parse_duration",
     "parse_size",
     "without_credentials",
+    "write_size",
 ]

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cachefs.model.units import GiB, MiB
+from cachefs.model.errors import ConfigError
+from cachefs.model.units import GiB, KiB, MiB
 
 DEFAULT_BLOCK_SIZE = 8 * GiB
 DEFAULT_PAGE_SIZE = 8 * MiB
+
+
+_PAGE_SIZES = 64 * KiB, 16 * MiB
+_PAGE_UNIT = 4 * KiB
+
+
+def check_page_size(page_size: int, key: str = "--page-size") -> None:
+    """Raises ConfigError."""
+    least, most = _PAGE_SIZES
+    if not least <= page_size <= most or page_size % _PAGE_UNIT:
+        raise ConfigError(key, page_size, "64 KiB to 16 MiB, and a multiple of 4 KiB")
 
 
 def div_up(value: int, unit: int) -> int:

@@ -39,6 +39,14 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes / 1024:.1f} TiB"
 
 
+def write_size(size_bytes: int) -> str:
+    """What `parse_size` reads, exactly and as short as it gets: "8M", "1536K", "4097"."""
+    for unit, factor in (("T", TiB), ("G", GiB), ("M", MiB), ("K", KiB)):
+        if size_bytes and size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return str(size_bytes)
+
+
 def format_duration(seconds: float) -> str:
     """What `parse_duration` reads: "7200s", "0.25s"."""
     return f"{seconds:.6f}".rstrip("0").rstrip(".") + "s"

@@ -164,13 +164,18 @@ def _check(info: ObjectInfo, status: os.stat_result) -> None:
         raise ContentChangedError(f"{info.path}: changed on disk")
 
 
+def directory_of(url: str) -> str:
+    """Of a file:// URL. Raises ConfigError."""
+    parts = urlsplit(url)
+    root = unquote(parts.path)
+    if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
+        raise ConfigError("URL", url, "file:// and an absolute path, such as file:///srv/data")
+    return root
+
+
 @asynccontextmanager
 async def open_local(url: str, options: Mapping[str, str]) -> AsyncGenerator[LocalStore, None]:
     """Raises ConfigError for a wrong URL or option."""
     opts.check_names("file", options, OPTIONS)
     settled_s = settle.settled_s(options)
-    parts = urlsplit(url)
-    root = unquote(parts.path)
-    if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
-        raise ConfigError("URL", url, "file:// and an absolute path, such as file:///srv/data")
-    yield LocalStore(os.path.realpath(root), settle.Settling(settled_s))
+    yield LocalStore(os.path.realpath(directory_of(url)), settle.Settling(settled_s))

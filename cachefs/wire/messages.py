@@ -246,6 +246,8 @@ class Unpin(Request[UnpinReply], frozen=True):
     """Raises NotFoundError for a path that is not pinned itself: nothing is changed then."""
 
     paths: list[str]
+    dry_run: bool = False
+    """Only tell whether they are."""
 
 
 class PinInfo(msgspec.Struct, frozen=True):

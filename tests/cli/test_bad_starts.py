@@ -45,11 +45,12 @@ class Attempt:
         self.tier = f"ssd:{directory / 'tier'}:100M"
         self.state = directory / "state"
         self.options: dict[str, str] = {}
+        self.flags: tuple[str, ...] = ()
         self.prefix: tuple[str, ...] = ()
 
     def fails(self, *expected: str) -> str:
         """Start, and check that it ends with one line of error that has these texts, and leaves nothing."""
-        arguments = [self.url, str(self.mountpoint), "--state-dir", str(self.state), "--tier", self.tier]
+        arguments = [self.url, str(self.mountpoint), "--state-dir", str(self.state), "--tier", self.tier, *self.flags]
         mounted_before = find_mount(self.mountpoint)
         began_s = time.monotonic()
         process = subprocess.Popen(
@@ -194,6 +195,83 @@ def test_a_mountpoint_that_is_mounted_already_and_a_tier_that_is_in_use(attempt:
             assert read.stdout == b"content"
 
 
+@pytest.mark.parametrize(("path", "said"), [("/nowhere", "no such file"), ("/file", "ot a directory")])
+def test_a_path_that_cannot_be_mounted(attempt: Attempt, path: str, said: str) -> None:
+    """Only the third process can know."""
+    attempt.flags = ("--path", path)
+    attempt.fails(path, said)
+
+
+def test_a_mountpoint_that_another_file_system_is_mounted_on(attempt: Attempt) -> None:
+    """Is a directory like any other, and is there again afterwards."""
+    subprocess.run(["mount", "-t", "tmpfs", "none", attempt.mountpoint], check=True)
+    try:
+        under = find_mount(attempt.mountpoint)
+        with running("up", attempt.url, attempt.mountpoint, "--state-dir", attempt.state, "--tier", attempt.tier):
+            read = subprocess.run(["cat", attempt.mountpoint / "file"], capture_output=True, timeout=60)
+            assert read.stdout == b"content"
+        assert find_mount(attempt.mountpoint) == under
+        (attempt.mountpoint / "precious").touch()
+        attempt.fails("MOUNTPOINT", str(attempt.mountpoint), "empty directory")
+    finally:
+        subprocess.run(["umount", attempt.mountpoint], check=True)
+
+
+@pytest.mark.parametrize("case", ["the same", "by a link", "in the store", "hides the store"])
+def test_a_mountpoint_and_a_store_that_overlap(attempt: Attempt, case: str) -> None:
+    """Everything would hang: the master waits for the mount, and the mount for the master."""
+    empty = _made(attempt.data / "empty")
+    attempt.mountpoint = attempt.data
+    if case == "by a link":
+        attempt.mountpoint = attempt.directory / "link"
+        attempt.mountpoint.symlink_to(attempt.data)
+    elif case == "in the store":
+        attempt.mountpoint = empty
+    elif case == "hides the store":
+        attempt.url = empty.as_uri()
+    how = {"in the store": "lies in", "hides the store": "would hide"}.get(case, "is")
+    for flags in ((), ("--allow-nonempty",)):
+        attempt.flags = flags
+        attempt.fails("MOUNTPOINT", "apart from URL", f"it {how} ", "would wait for the mount itself")
+    assert not attempt.state.exists()
+
+
+def test_an_empty_store_as_the_mountpoint(attempt: Attempt) -> None:
+    attempt.url = attempt.mountpoint.as_uri()
+    attempt.fails("MOUNTPOINT", "apart from URL", "it is ")
+
+
+@pytest.mark.parametrize("what", ["tier", "state"])
+@pytest.mark.parametrize("below", [True, False])
+def test_a_mountpoint_that_overlaps_with_what_is_kept(attempt: Attempt, what: str, below: bool) -> None:
+    attempt.flags = ("--allow-nonempty",)
+    place = attempt.mountpoint / "kept" if below else attempt.directory / "kept"
+    if not below:
+        attempt.mountpoint = _made(_made(place) / "inside")
+    if what == "tier":
+        attempt.tier = f"ssd:{place}:100M"
+    else:
+        attempt.state = place
+    attempt.fails("MOUNTPOINT", "apart from --", "it would hide " if below else "it lies in ", str(place))
+    assert not os.listdir(attempt.mountpoint)
+
+
+def test_a_mount_over_the_tier_of_its_worker(attempt: Attempt) -> None:
+    with mountpoint_below(_made(attempt.directory / "other")) as mounted:
+        arguments = [attempt.url, mounted, "--state-dir", attempt.state, "--tier", attempt.tier]
+        with running("up", *arguments) as up:
+            tier = attempt.directory / "tier"
+            for mountpoint in (attempt.directory, tier, _made(tier / "inside")):
+                command = ["mount", mountpoint, "--master", up.facts["master"], "--insecure", "--allow-nonempty"]
+                done = subprocess.run(
+                    [sys.executable, "-m", "cachefs", *command], capture_output=True, text=True, timeout=HANGS_S
+                )
+                assert done.returncode == 1 and "apart from the worker's tier" in done.stderr, done.stderr
+                assert "Traceback" not in done.stderr and find_mount(mountpoint) is None
+            read = subprocess.run(["cat", mounted / "file"], capture_output=True, timeout=60)
+            assert read.stdout == b"content"
+
+
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
@@ -212,6 +290,11 @@ def test_root_that_may_not_mount(attempt: Attempt) -> None:
     """As in a container that was not given the capability: fusermount3 could not have it either."""
     attempt.prefix = ("setpriv", "--inh-caps", "-sys_admin", "--bounding-set", "-sys_admin")
     attempt.fails("user", "mounting needs root (CAP_SYS_ADMIN)")
+
+
+def test_a_kernel_without_passthrough_that_must_have_it(attempt: Attempt) -> None:
+    attempt.flags = ("--ignore-kernel-feature", "passthrough", "--open-mode", "passthrough")
+    attempt.fails("--open-mode: 'passthrough'", "auto or cached here", "the kernel does not offer passthrough")
 
 
 # ---- the tier ------------------------------------------------------------------------------------------------------
@@ -272,14 +355,26 @@ def test_a_tier_file_that_is_damaged_or_newer(attempt: Attempt, content: bytes, 
     assert os.listdir(tier) == ["tier.json"] and (tier / "tier.json").read_bytes() == content
 
 
-@pytest.mark.parametrize("tier", ["hdd:/x:1G", "ssd:/x:0"])
+@pytest.mark.parametrize(
+    "tier",
+    [
+        *("hdd:/x:1G", "SSD:/x:1G", ":/x:1G", "ssd", "ssd:/x", "ssd:x:1G", "ssd::1G", "/x:1G", ""),
+        *("ssd:/x:0", "ssd:/x:-1G", "ssd:/x:lots", "ssd:/x:"),
+    ],
+)
 def test_a_tier_that_is_none(attempt: Attempt, tier: str) -> None:
     arguments = [attempt.url, str(attempt.mountpoint), "--state-dir", str(attempt.state), "--tier", tier]
     done = subprocess.run(
         [sys.executable, "-m", "cachefs", "up", *arguments], capture_output=True, text=True, timeout=HANGS_S
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("Error: ")
-    assert tier in done.stderr and "Traceback" not in done.stderr
+    assert "'--tier'" in done.stderr and repr(tier) in done.stderr and "KIND:PATH:CAPACITY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_tier_that_could_not_hold_anything(attempt: Attempt) -> None:
+    attempt.tier = f"ssd:{attempt.directory / 'tier'}:1M"
+    attempt.fails("--tier", f"{attempt.directory / 'tier'}", "at least 32.0 MiB")
 
 
 def test_a_mem_tier_on_a_disk(attempt: Attempt) -> None:

@@ -110,6 +110,55 @@ def test_under_stores(tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.Mon
         assert code == 1 and found["level"] == "error" and url in found["says"] and found["mend"], url
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[mount]\nthreads = 0\n", "threads in [mount]: '0' is not accepted; expected 1 to 1024"),
+        ("[worker]\ntier = ['hdd:/x:1G']\n", "tier in [worker]"),
+        ("[mount]\nread-ahead = '2T'\n", "read-ahead in [mount]: '2T' is not accepted"),
+        ("[mont]\n", "section"),
+        ("[mount\n", "a TOML file"),
+    ],
+)
+def test_what_is_wrong_in_the_settings_is_a_finding(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    code, findings = doctor("--config", file)
+    found = one(findings, "settings")
+    assert code == 1 and found["level"] == "error" and said in found["says"] and found["mend"]
+    # The rest is looked at all the same, and text tells what is in brackets.
+    assert one(findings, "kernel")["level"] == "ok"
+    done = cachefs("doctor", "--config", file)
+    assert done.returncode == 1 and one(findings, "settings")["says"] in done.stdout
+
+
+def test_the_settings_are_those_of_up(tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.toml"
+    options = "".join(f"{name} = {json.dumps(value)}\n" for name, value in s3_bucket.options.items())
+    file.write_text(f"[worker]\ntier = ['ssd:{tmp_path}/one:1G']\n[ufs.options]\n{options}")
+    code, findings = doctor(s3_bucket.url, "--config", file)
+    assert code == 0, findings
+    assert one(findings, "settings")["says"] == f"{file}: can be used"
+    assert one(findings, "under-store")["level"] == "ok"
+    assert one(findings, "space")["says"].endswith(f"{tmp_path}/one")
+    monkeypatch.setenv("CACHEFS_TIER", f"ssd:{tmp_path}/two:1G")
+    assert one(doctor("--config", file)[1], "space")["says"].endswith(f"{tmp_path}/two")
+    monkeypatch.setenv("CACHEFS_UFS_OPTIONS", "{")
+    code, findings = doctor(s3_bucket.url)
+    assert code == 1 and "CACHEFS_UFS_OPTIONS" in one(findings, "under-store")["says"]
+
+
+def test_what_would_mend_it_is_shown_for_what_is_well_enough_too(tmp_path: Path) -> None:
+    broken = tmp_path / "packages" / "pyfuse3.py"
+    broken.parent.mkdir()
+    broken.write_text("raise ImportError('no [such] library')")
+    command = [*CACHEFS, "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(broken.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    (line,) = [each for each in done.stdout.splitlines() if "pyfuse3" in each]
+    assert "no [such] library" in line and "pip install 'cachefs[pyfuse3]'" in line
+
+
 @contextmanager
 def up(directory: Path, name: str = "data") -> Iterator[tuple[Path, Running]]:
     data = directory / name
@@ -154,6 +203,19 @@ def test_dead_mounts_are_found_and_cleared(tmp_path: Path) -> None:
         assert find_mount(mountpoint) is None and is_mounted(tmp_path / "mnt")
 
 
+def test_nothing_starts_on_a_dead_mount(tmp_path: Path) -> None:
+    """And it stays as it is: somebody may want to know why."""
+    (tmp_path / "other").mkdir()
+    with dead(tmp_path) as mountpoint:
+        before = find_mount(mountpoint)
+        by_up = cachefs("up", (tmp_path / "data").as_uri(), mountpoint, "--state-dir", tmp_path / "state2")
+        assert by_up.returncode == 1 and "MOUNTPOINT: " in by_up.stderr and "cachefs umount" in by_up.stderr
+        by_mount = cachefs("mount", mountpoint, "--master", _master(tmp_path), "--insecure", "--log-level", "WARNING")
+        (line,) = by_mount.stderr.splitlines()
+        assert by_mount.returncode == 1 and line.startswith("Error: MOUNTPOINT: ") and "dead cachefs mount" in line
+        assert find_mount(mountpoint) == before
+
+
 def test_a_dead_mount_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with dead(tmp_path) as mountpoint:
@@ -171,12 +233,29 @@ def test_a_mount_in_use_and_what_is_none(tmp_path: Path) -> None:
             none = cachefs("umount", tmp_path)
             assert none.returncode == 1 and "a directory that a cachefs is mounted on" in none.stderr
             assert cachefs("umount").returncode == 2
+            for other in (mountpoint, "--dead"):
+                both = cachefs("umount", "--all", other)
+                assert both.returncode == 2 and "--all takes no" in both.stderr and is_mounted(mountpoint)
             assert cachefs("umount", "--lazy", mountpoint).returncode == 0
             assert find_mount(mountpoint) is None
         finally:
             standing.kill()
             standing.wait()
         # Nobody uses it any more: the processes end by themselves.
+        assert process.process.wait(timeout=30) == 0
+
+
+def test_all_is_asked_for_and_told(tmp_path: Path) -> None:
+    """In a mount namespace of its own: the mounts of others stay."""
+    apart = ("unshare", "-m")
+    with up(tmp_path) as (mountpoint, process):
+        unasked = cachefs("umount", "--all", prefix=apart)
+        assert unasked.returncode == 1 and "--yes" in unasked.stderr and "no terminal" in unasked.stderr
+        assert f"{mountpoint}\n" in cachefs("umount", "--all", "--dry-run", prefix=apart).stdout
+        done = cachefs("umount", "--all", "--yes", "--lazy", prefix=apart)
+        assert done.returncode == 0 and f"{mountpoint}: unmounted\n" in done.stdout
+        assert is_mounted(mountpoint)
+        assert cachefs("umount", mountpoint).stdout == f"{mountpoint}: unmounted\n"
         assert process.process.wait(timeout=30) == 0
 
 

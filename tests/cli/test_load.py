@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,10 +145,54 @@ def test_what_does_not_fit_is_told(bucket: Bucket, tmp_path: Path) -> None:
 
 def test_wrong_calls(bucket: Bucket, tmp_path: Path) -> None:
     with up(bucket, tmp_path) as (_, process):
-        assert "beginning with a slash" in cachefs(process, "load", "train").stderr
-        assert "beginning with a slash" in cachefs(process, "free", "train").stderr
         assert "1<=x<=256" in cachefs(process, "load", "/", "--concurrency", "0").stderr
         assert cachefs(process, "free").returncode == 2
+        for nothing in ("", "\n\n"):
+            done = cachefs(process, "load", "--from-file", "-", stdin=nothing)
+            assert done.returncode == 1 and "--from-file: " in done.stderr and "there is none in it" in done.stderr
+
+
+def test_a_path_is_the_same_to_every_command(bucket: Bucket, tmp_path: Path) -> None:
+    """With and without the slash at the beginning, and what goes wrong is told with the path once."""
+    with up(bucket, tmp_path) as (_, process):
+        for command in (
+            ["ls"],
+            ["stat"],
+            ["refresh"],
+            ["load", "--dry-run"],
+            ["free", "--dry-run"],
+            ["pin", "--dry-run"],
+        ):
+            done, slashed = (cachefs(process, *command, path, "--json") for path in ("train/001", "//train/001/"))
+            assert (done.returncode, slashed.returncode) == (0, 0), (command, done.stderr, slashed.stderr)
+            facts, same = facts_of(done), facts_of(slashed)
+            for each in (facts, same):
+                each.pop("seconds", None)
+            assert facts == same, command
+            wrong = cachefs(process, *command, "nope")
+            lines = [line for line in wrong.stderr.splitlines() if "no such file" in line]
+            assert wrong.returncode == 1 and len(lines) == 1, (command, wrong.stderr)
+            assert lines[0].removeprefix("Error: ") == "/nope: no such file or directory", command
+        assert facts_of(cachefs(process, "pin", "train", "--no-load", "--json"))["paths"] == ["/train"]
+        dry = cachefs(process, "unpin", "train", "--dry-run")
+        assert dry.returncode == 0 and dry.stdout == "/train: would be not pinned any more\n"
+        assert facts_of(cachefs(process, "unpin", "train", "--dry-run", "--json"))["dry_run"] is True
+        assert "/train: it is not pinned" not in cachefs(process, "unpin", "train").stderr
+        gone = cachefs(process, "unpin", "train", "--dry-run")
+        assert gone.returncode == 1 and "/train: it is not pinned" in gone.stderr
+
+
+def test_the_report_in_text(bucket: Bucket, tmp_path: Path) -> None:
+    """How files were opened, and the whole path of the tier, however long."""
+    tier = tmp_path / ("long" * 40) / "tier"
+    with up(bucket, tmp_path, "--tier", f"ssd:{tier}:1G") as (mountpoint, process):
+        cachefs(process, "load", "/train")
+        subprocess.run(["cat", mountpoint / "train/001"], capture_output=True, timeout=60)
+        deadline = time.monotonic() + 20
+        while "0 by passthrough, 0 in cached mode" in (text := cachefs(process, "report").stdout):
+            assert time.monotonic() < deadline, text
+        assert f"ssd:{tier}" in text
+        assert "1 by passthrough, 0 in cached mode" in text
 
 
 def test_free_drops_what_nobody_uses_and_nothing_in_the_bucket(bucket: Bucket, tmp_path: Path) -> None:

@@ -204,3 +204,102 @@ def test_up_with_a_file_and_two_tiers(tmp_path: Path) -> None:
             ["stat", "-c", "%A", str(mountpoint / "file")], capture_output=True, text=True, timeout=60
         )
         assert done.stdout == "-rw-------\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["up"], "'URL'"),
+        (["up", "s3://bucket"], "'MOUNTPOINT'"),
+        (["mount", "/m"], "'--master'"),
+        (["worker"], "'--master'"),
+        (["master", "--listen", "127.0.0.1:0"], "'--data-dir'"),
+    ],
+)
+def test_what_is_missing_is_named(run: Run, arguments: list[str], missing: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("Error: ")]
+    assert line.startswith("Error: Missing ") and missing in line and "from" not in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("sync-interval", "soon", "a duration such as"),
+        ("sync-interval", "-2", "-1 for never"),
+        ("page-size", "3", "64 KiB to 16 MiB"),
+        ("page-size", "65537", "a multiple of 4 KiB"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "master"])
+def test_intervals_and_page_sizes(run: Run, tmp_path: Path, command: str, key: str, value: str, accepted: str) -> None:
+    """Told by the command itself, before it starts anything, and by `config show` too."""
+    given = ["file:///nowhere", tmp_path] if command == "up" else ["--data-dir", tmp_path / "m", "--listen", "[::1]:0"]
+    by_flag = run(command, *given, f"--{key}", value)
+    assert by_flag.returncode == 2 and f"'--{key}'" in by_flag.stderr and accepted in by_flag.stderr
+    file = write(tmp_path / "c.toml", f'[{command}]\n{key} = "{value}"\n')
+    shown_of_it = run("config", "show", command, "--config", file)
+    said = f"Error: {file}: {key} in [{command}]: {value!r} is not accepted; expected "
+    assert shown_of_it.returncode == 1 and shown_of_it.stderr.startswith(said) and accepted in shown_of_it.stderr
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("threads", "0", "'0' is not accepted; expected 1 to 1024"),
+        ("threads", "many", "'many' is not accepted; expected 1 to 1024"),
+        ("metadata-cache-entries", "1", "'1' is not accepted; expected a whole number of at least 1000"),
+        ("open-mode", "fast", "'fast' is not accepted; expected one of auto, passthrough, cached, no-open"),
+        ("open-wait", "lots", "'lots' is not accepted; expected a size such as"),
+        ("open-wait", "2G", "'2G' is not accepted; expected 0 to 1G"),
+        ("read-ahead", "2T", "'2T' is not accepted; expected 0, or 4K to 1T"),
+        ("attr-timeout", "400d", "'34560000s' is not accepted; expected 0 to 365d"),
+    ],
+)
+def test_what_config_show_refuses_is_a_sentence(run: Run, key: str, value: str, said: str) -> None:
+    variable = "CACHEFS_" + key.upper().replace("-", "_")
+    assert run("config", "show", **{variable: value}).stderr.startswith(f"Error: {variable}: {said}")
+
+
+def test_values_are_shown_as_they_are_written(run: Run, tmp_path: Path) -> None:
+    """What is shown can be written on a command line, and says the same there."""
+    tiers = [f"ssd:{tmp_path}/one:1536M", "mem:/dev/shm/two:3G"]
+    file = write(
+        tmp_path / "c.toml",
+        f'[up]\ntier = {json.dumps(tiers)}\nsync-interval = "-1"\n'
+        '[mount]\numask = "077"\nattr-timeout = "5m"\nread-ahead = "3M"\nallow-other = false\n',
+    )
+    arguments = ("config", "show", "up", "--config", file)
+    text = run(*arguments).stdout
+    assert "TierConfig" not in text and f"{file}: umask in [mount]" in text and f"{file}: tier in [up]" in text
+    rows = {each[0]: each[1] for line in text.splitlines() if len(each := line.strip("│ ").split("│")) == 3}
+    rows = {key.strip(): value.strip() for key, value in rows.items()}
+    wanted = {"umask": "077", "attr-timeout": "300s", "read-ahead": "3M", "allow-other": "false", "sync-interval": "-1"}
+    assert rows["tier"].split() == tiers
+    assert {key: rows[key] for key in wanted} == wanted
+    found = shown(run(*arguments, "--json"))["settings"]
+    assert found["tier"]["value"] == tiers and found["umask"]["value"] == "077"
+    assert (found["attr-timeout"]["value"], found["allow-other"]["value"]) == (300, False)
+    master = shown(run("config", "show", "master", "--json", CACHEFS_MOUNT="/a=s3://b/c", CACHEFS_LISTEN="[::1]:7"))
+    assert master["settings"]["mount"]["value"] == ["/a=s3://b/c"]
+    assert master["settings"]["listen"]["value"] == "[::1]:7"
+
+
+def test_what_nobody_set_has_a_value_too(run: Run, tmp_path: Path) -> None:
+    found = shown(run("config", "show", "--json", "--config", write(tmp_path / "c.toml", "")))["settings"]
+    for key in ("attr-timeout", "entry-timeout", "negative-timeout"):
+        assert (found[key]["value"], found[key]["from"]) == (60, "default: that of --sync-interval")
+    assert isinstance(found["allow-other"]["value"], bool)
+    (tier,) = found["tier"]["value"]
+    assert tier.startswith("ssd:/") and "half of what is free" in found["tier"]["from"]
+    assert (found["page-size"]["value"], found["promote"]["value"], found["files-ahead"]["value"]) == (
+        *(8 << 20, "if-space", 64),
+    )
+    assert found["umask"]["value"] == "000"
+    never = shown(run("config", "show", "--json", CACHEFS_SYNC_INTERVAL="-1"))["settings"]
+    assert never["attr-timeout"]["value"] == "for ever"
+    mount = shown(run("config", "show", "mount", "--json"))["settings"]
+    assert mount["attr-timeout"]["from"] == "default: that of the master's --sync-interval"
+    assert mount["promote"]["from"] == "default: that of the worker"

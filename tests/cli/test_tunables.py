@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +97,50 @@ def test_the_profile_for_training_and_what_is_asked_for_besides(tmp_path: Path) 
         assert "Read-only" in sh('touch "$1/new"', mountpoint)
 
 
+def test_the_read_ahead_is_rounded_up_to_whole_pages(tmp_path: Path) -> None:
+    with up(tmp_path, "--open-mode", "cached", "--read-ahead", "4097") as (mountpoint, _):
+        assert read_ahead_kb(mountpoint) == 8
+
+
+def test_ready_as_json(tmp_path: Path) -> None:
+    """One line, the first, and nothing else on standard output."""
+
+    def first_line(*command: str | Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cachefs", *map(str, command), "--json", "--log-level", "WARNING"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process, json.loads(process.stdout.readline())
+
+    started: list[subprocess.Popen[str]] = []
+    data = tmp_path / "data"
+    data.mkdir()
+    any_port = ["--listen", "127.0.0.1:0", "--insecure"]
+    (tmp_path / "other").mkdir()
+    with mountpoint_below(tmp_path) as mountpoint, mountpoint_below(tmp_path / "other") as other:
+        try:
+            places = ["--state-dir", tmp_path / "state", "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
+            up, facts = first_line("up", data.as_uri(), mountpoint, *places)
+            assert (facts["ready"], facts["mountpoint"]) == ("up", str(mountpoint)) and facts["open_mode"]
+            up.terminate()
+            assert up.communicate(timeout=60)[0] == "" and up.returncode == 0
+            _, master = first_line("master", "--data-dir", tmp_path / "m", "--mount", f"/={data.as_uri()}", *any_port)
+            assert master["ready"] == "master"
+            reach = ["--master", master["listen"]]
+            tier = ["--tier", f"ssd:{tmp_path / 'tier2'}:1G", "--socket", tmp_path / "s"]
+            _, worker = first_line("worker", *reach, *tier, *any_port)
+            assert worker["ready"] == "worker" and worker["listen"].startswith("127.0.0.1:")
+            _, mounted = first_line("mount", other, *reach, "--insecure")
+            assert (mounted["ready"], mounted["mountpoint"]) == ("mount", str(other))
+        finally:
+            for process in reversed(started):
+                process.terminate()
+                process.communicate(timeout=60)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -102,7 +148,10 @@ def test_the_profile_for_training_and_what_is_asked_for_besides(tmp_path: Path) 
         (["--max-read", "1K"], f"--max-read: 1024 is not accepted; expected 4096 to {max_read_limit()} bytes"),
         (["--max-read", "1T"], f"expected 4096 to {max_read_limit()} bytes"),
         (["--max-read", "lots"], "expected a size such as"),
-        (["--read-ahead", "2T"], "--read-ahead"),
+        (["--read-ahead", "2T"], "'2T' is not accepted; expected 0, or 4K to 1T"),
+        (["--read-ahead", "1"], "'1' is not accepted; expected 0, or 4K to 1T"),
+        (["--read-ahead", "4095"], "'4095' is not accepted; expected 0, or 4K to 1T"),
+        (["--open-wait", "2G"], "'2G' is not accepted; expected 0 to 1G: "),
         (["--threads", "0"], "0 is not in the range 1<=x<=1024"),
         (["--max-background", "70000"], "is not in the range 1<=x<=65535"),
         (["--attr-timeout", "soon"], "expected a duration such as"),

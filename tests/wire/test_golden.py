@@ -154,8 +154,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x81\xabunconfirmed\x91\xa1w",
     ),
     (
-        m.Unpin(["/a"]),
-        b"\x82\xa1q\xa5Unpin\xa5paths\x91\xa2/a",
+        m.Unpin(["/a"], True),
+        b"\x83\xa1q\xa5Unpin\xa5paths\x91\xa2/a\xa7dry_run\xc3",
     ),
     (
         m.PinInfo("/a", 1, True, 2, 3, 4, 5),
