@@ -10,7 +10,7 @@ import click
 import trio
 
 from cachefs.cli import params
-from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.cli.lifecycle import Report, keep_tables_apart, run_service, set_up_logging
 from cachefs.cli.mount_options import mount_config, mount_options, with_profile
 from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
@@ -181,6 +181,7 @@ def mount(
 
         await run_mount(config, ready)
 
+    keep_tables_apart()
     run_service("mount", service, supervised_fd)
 
 
