@@ -305,21 +305,23 @@ def memory(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
     line = Line("worker's resident memory while it fills 4 GB, MB", 300, at_most=True)
     if not wanted(line.what):
         return
-    data = place.directory / "much"
-    data.mkdir()
-    for number in range(16):
-        with (data / str(number)).open("wb") as file:
-            for _ in range(16):
-                file.write(os.urandom(16 * MIB))
     where = place.directory / "memory"
     where.mkdir()
-    with running_up(f"file://{data}", where, f"ssd:{where / 'tier'}:16G", {"settle": "0"}) as up:
-        sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
-        wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
-        line.ratios = [memory_of(where, "worker", "VmHWM") / 1e6]
-    line.note = "peak, 16 files of 256 MiB read by 8 readers"
+    with running_s3_server(place.directory / "much") as server:
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        for number in range(16):
+            # One by one: this process has no need of four gigabytes.
+            server.put_objects(BUCKET, [(str(number), random_bytes(str(number), 256 * MIB))])
+        tier = f"ssd:{where / 'tier'}:16G"
+        with running_up(f"s3://{BUCKET}", where, tier, {**server.ufs_options, "settle": "0"}) as up:
+            sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
+            wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
+            line.ratios = [memory_of(where, "worker", "VmHWM") / 1e6]
+    line.note = "peak, 16 S3 objects of 256 MiB read by 8 readers"
     shutil.rmtree(where)
-    shutil.rmtree(data)
+    shutil.rmtree(place.directory / "much")
     yield line
 
 
