@@ -21,7 +21,7 @@ from cachefs.fuse import probe
 from cachefs.model import Attr, Ino, MiB
 from cachefs.net import Hello, Peer, open_peer, parse_address
 from cachefs.testing.huge_s3 import DIRECTORY, HugeS3, content_of, name_of, running_huge_s3
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, mountpoint_below, running
 from cachefs.wire.messages import ListDir, Lookup, Refresh, RefreshReply, ResolvePath
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -186,8 +186,7 @@ def test_a_mount_remembers_as_many_names_as_the_flag_says_and_no_more(tmp_path: 
         arguments = [store.url, mountpoint, "--state-dir", tmp_path / "state", "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
         flag = ["--metadata-cache-entries", str(limit)]
         with running("up", *arguments, *flag, environment=store.environment) as up:
-            children = Path(f"/proc/{up.process.pid}/task/{up.process.pid}/children").read_text().split()
-            (pid,) = [each for each in children if "mount" in Path(f"/proc/{each}/cmdline").read_text().split("\0")]
+            pid = child_of(up, "mount")
             assert os.listdir(mountpoint) == [DIRECTORY]
             before = memory_of(pid)
             for _ in range(2):
@@ -203,7 +202,7 @@ def test_a_mount_remembers_as_many_names_as_the_flag_says_and_no_more(tmp_path: 
 MOST_LISTING = 16 * MiB
 
 
-def memory_of(pid: str) -> int:
+def memory_of(pid: int) -> int:
     """Resident, bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]

@@ -229,6 +229,34 @@ def test_a_long_listing_tells_that_it_goes_on(tmp_path: Path) -> None:
     assert started.returncode == 0 and "/: 3000 files" in output
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("free", r"freeing .*60 of 60 files, 60 blocks, "),
+        ("verify", r"verifying .*62 of 62 blocks, .* 0 damaged"),
+    ],
+)
+def test_free_and_verify_have_totals_on_a_terminal(bucket: Bucket, tmp_path: Path, command: str, said: str) -> None:
+    with up(bucket, tmp_path) as (_, process):
+        cachefs(process, "load", "/")
+        arguments = ["/train", "--master", process.facts["master"]]
+        if command == "verify":
+            report = facts_of(cachefs(process, "report", "--json"))
+            arguments = ["--worker-socket", report["workers"][0]["socket"]]
+        ours, terminal = os.openpty()
+        termios.tcsetwinsize(terminal, (25, 150))
+        with (
+            open(ours, "rb", buffering=0) as screen,
+            open(terminal, "wb", buffering=0) as theirs,
+            subprocess.Popen(
+                [sys.executable, "-m", "cachefs", command, *arguments], stdout=subprocess.DEVNULL, stderr=theirs
+            ) as started,
+        ):
+            theirs.close()
+            shown = read_screen(screen)
+    assert started.returncode == 0 and re.search(said, shown), shown
+
+
 @contextmanager
 def loading(process: Running, *arguments: str, stderr: Any = None) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "cachefs", "load", *arguments, "--master", process.facts["master"]]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.fuse import find_mount, max_read_limit, probe
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -142,7 +142,7 @@ def test_in_no_open_mode_nobody_is_asked_for_what_the_kernel_has(tmp_path: Path,
         command = ["cat", str(mountpoint / "file")]
         for _ in range(2):
             assert subprocess.run(command, capture_output=True, timeout=30).stdout == b"content"
-        pid = mount_below(process)
+        pid = child_of(process, "mount")
         os.kill(pid, signal.SIGSTOP)
         try:
             with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
@@ -154,13 +154,6 @@ def test_in_no_open_mode_nobody_is_asked_for_what_the_kernel_has(tmp_path: Path,
                     reader.kill()
         finally:
             os.kill(pid, signal.SIGCONT)
-
-
-def mount_below(process: Running) -> int:
-    """The process of the mount of an `up`."""
-    children = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children").read_text().split()
-    (pid,) = [each for each in children if "mount" in Path(f"/proc/{each}/cmdline").read_text().split("\0")]
-    return int(pid)
 
 
 @pytest.mark.parametrize(("timeout", "seen"), [("0", True), ("1h", False)])
