@@ -313,9 +313,9 @@ def memory(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
         client.close()
         for number in range(16):
             # One by one: this process has no need of four gigabytes.
-            server.put_objects(BUCKET, [(str(number), random_bytes(str(number), 256 * MIB))])
+            server.put_objects(BUCKET, [(str(number), os.urandom(256 * MIB))])
         tier = f"ssd:{where / 'tier'}:16G"
-        with running_up(f"s3://{BUCKET}", where, tier, {**server.ufs_options, "settle": "0"}) as up:
+        with running_up(f"s3://{BUCKET}", where, tier, server.ufs_options) as up:
             sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
             wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
             line.ratios = [memory_of(where, "worker", "VmHWM") / 1e6]
