@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,10 @@ from rich.table import Table
 from bench.harness import Up, random_bytes, run_readers, running_up, terminate_as_interrupt
 from bench.machine import medium_of
 from bench.peers import Missing, juicefs, rclone
+from cachefs.client import ClientConfig
 from cachefs.fuse import find_mount, unmount
+from cachefs.testing.huge_s3 import DIRECTORY as HUGE_DIRECTORY
+from cachefs.testing.huge_s3 import running_huge_s3
 from cachefs.testing.s3server import S3Server, running_s3_server
 
 ROUNDS = 5
@@ -38,6 +41,7 @@ MIB = 1 << 20
 LARGE_MIB = 512
 SMALL_FILES = 1000
 SMALL_BYTES = 110_000
+LISTED_FILES = 100_000
 CONCURRENCIES = (4, 8, 16)
 LIMIT_S = 120.0
 
@@ -301,37 +305,96 @@ def memory(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
     line = Line("worker's resident memory while it fills 4 GB, MB", 300, at_most=True)
     if not wanted(line.what):
         return
-    data = place.directory / "much"
-    data.mkdir()
-    for number in range(16):
-        with (data / str(number)).open("wb") as file:
-            for _ in range(16):
-                file.write(os.urandom(16 * MIB))
     where = place.directory / "memory"
     where.mkdir()
-    with running_up(f"file://{data}", where, f"ssd:{where / 'tier'}:16G", {"settle": "0"}) as up:
-        sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
-        wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
-        line.ratios = [peak_memory(where) / 1e6]
-    line.note = "peak, 16 files of 256 MiB read by 8 readers"
+    with running_s3_server(place.directory / "much") as server:
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        for number in range(16):
+            # One by one: this process has no need of four gigabytes.
+            server.put_objects(BUCKET, [(str(number), os.urandom(256 * MIB))])
+        tier = f"ssd:{where / 'tier'}:16G"
+        with running_up(f"s3://{BUCKET}", where, tier, server.ufs_options) as up:
+            sh('ls "$1" | xargs -P 8 -I{} dd if="$1"/{} of=/dev/null bs=1M 2>/dev/null', up.mountpoint)
+            wait_for(lambda: up.report()["workers"][0]["status"]["tiers"][0]["blocks"] == 16)
+            line.ratios = [memory_of(where, "worker", "VmHWM") / 1e6]
+    line.note = "peak, 16 S3 objects of 256 MiB read by 8 readers"
     shutil.rmtree(where)
-    shutil.rmtree(data)
+    shutil.rmtree(place.directory / "much")
     yield line
 
 
-def peak_memory(directory: Path) -> int:
-    """Bytes, of the worker of the `cachefs up` below this directory."""
+def memory_of(directory: Path, role: str, what: str) -> int:
+    """Bytes, of the process with this role of the `cachefs up` below this directory. `what`: VmHWM, at its highest;
+    VmRSS, now.
+    """
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
-            arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if "worker" in arguments and any(str(directory) in each for each in arguments):
-                for text in (process / "status").read_text().splitlines():
-                    if text.startswith("VmHWM:"):
-                        return int(text.split()[1]) * 1024
-    raise SystemExit("the worker is not there")
+            with suppress(OSError):
+                arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if role in arguments and any(str(directory) in each for each in arguments):
+                    for text in (process / "status").read_text().splitlines():
+                        if text.startswith(f"{what}:"):
+                            return int(text.split()[1]) * 1024
+    raise SystemExit(f"the {role} is not there")
 
 
-GROUPS = (warm, no_open, cold, peers, memory)
+# ---- many names ----------------------------------------------------------------------------------------------------
+
+
+def names(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
+    listed = Line(f"ls -l of {LISTED_FILES:,} files, second time in a fresh process, s", 1, at_most=True)
+    remembered = Line("mount server's memory per cached entry at 1 million entries, bytes", 350, at_most=True)
+    if wanted(listed.what):
+        yield listed_twice(place, listed)
+    if wanted(remembered.what):
+        yield remembered_names(place, remembered)
+
+
+@contextmanager
+def huge_mount(place: Place, count: int) -> Iterator[tuple[Up, Path]]:
+    """`cachefs up` of a bucket with one directory of so many keys; and the directory that has what belongs to it."""
+    where = place.directory / "huge"
+    where.mkdir()
+    with (
+        running_huge_s3(count) as store,
+        running_up(store.url, where, f"ssd:{where / 'tier'}:1G", store.options) as up,
+    ):
+        yield up, where
+    shutil.rmtree(where)
+
+
+def listed_twice(place: Place, line: Line) -> Line:
+    """Each round has a namespace, a mount and a kernel's cache of its own."""
+    first = []
+    for _ in range(ROUNDS):
+        with huge_mount(place, LISTED_FILES) as (up, _):
+            spent = []
+            for _ in range(2):
+                begin = time.perf_counter()
+                sh('test "$(ls -l "$1" | wc -l)" = "$2"', up.mountpoint / HUGE_DIRECTORY, str(LISTED_FILES + 1))
+                spent.append(time.perf_counter() - begin)
+        first.append(spent[0])
+        line.ratios.append(spent[1])
+    line.note = f"the first: {statistics.median(first):.1f} s, from a server that makes the names up"
+    return line
+
+
+def remembered_names(place: Place, line: Line) -> Line:
+    """One name more than is remembered by default: as many are held as may be."""
+    held = ClientConfig.metadata_cache_entries
+    with huge_mount(place, held + 1) as (up, where):
+        sh('ls "$1" > /dev/null', up.mountpoint)
+        before = memory_of(where, "mount", "VmRSS")
+        for _ in range(2):
+            sh('test "$(ls -U "$1" | wc -l)" = "$2"', up.mountpoint / HUGE_DIRECTORY, str(held + 1))
+            line.ratios.append((memory_of(where, "mount", "VmRSS") - before) / held)
+    line.note = f"all that it has grown by, / {held:,} entries; listed once, and twice"
+    return line
+
+
+GROUPS = (warm, no_open, cold, peers, names, memory)
 
 
 def main() -> None:

@@ -7,9 +7,12 @@ import os
 from collections.abc import Sequence
 
 import click
+from rich.console import Console
 
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
+from cachefs.cli.loading import count
+from cachefs.cli.progress import HowFar, shown
 from cachefs.cli.walk import File, Walk
 from cachefs.client import Client
 from cachefs.model import BlockId, ConfigError, format_size
@@ -38,7 +41,9 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
         pins = [each.path for each in (await client.pins(sizes=False)).pins]
         _check_not_pinned(wanted, pins)
         walk = Walk(client, wanted)
-        await walk.count(lambda _: None)
+        console = Console(stderr=True)
+        await count(walk, console)
+        looked_at = 0
         batch: list[BlockId] = []
 
         async def send() -> None:
@@ -51,8 +56,9 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
             batch.clear()
 
         async def visit(file: File) -> None:
-            nonlocal blocks, freed_bytes, pinned
+            nonlocal blocks, freed_bytes, pinned, looked_at
             attr = file.attr
+            looked_at += 1
             if not attr.key or not attr.size_bytes:
                 return
             if dry_run:
@@ -69,9 +75,14 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
                 if len(batch) == _BATCH:
                     await send()
 
-        await walk.each(visit)
-        if batch:
-            await send()
+        def look() -> HowFar:
+            text = f"{looked_at} of {walk.totals.files} files, {blocks} blocks, {format_size(freed_bytes)}"
+            return HowFar(text, looked_at, walk.totals.files)
+
+        async with shown(console, "freeing", look):
+            await walk.each(visit)
+            if batch:
+                await send()
         failed.extend(walk.totals.failed)
 
     run_with_client(master_address, run, with_worker=True)

@@ -14,7 +14,6 @@ from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.loading import (
     CONCURRENCY,
     Result,
-    Shown,
     amount,
     count,
     exit_with,
@@ -77,8 +76,7 @@ def load(
         async with interruptible(result):
             await count(walk, console)
             if not metadata:
-                with Shown(console, totals, result) as show:
-                    await load_all(client, walk, result, concurrency, dry_run, show)
+                await load_all(client, walk, result, concurrency, dry_run, console)
 
     began = time.monotonic()
     run_with_client(master_address, run, with_worker=not metadata)
@@ -106,5 +104,5 @@ def _tell(
         return
     print(f"{shown_paths(paths)}: {amount(totals.files, totals.bytes)}")
     if not metadata:
-        print_loaded(result, spent_s, dry_run)
+        print_loaded(result, dry_run)
     print_failures(failed, result.interrupted)

@@ -18,7 +18,6 @@ from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.loading import (
     CONCURRENCY,
     Result,
-    Shown,
     amount,
     count,
     exit_with,
@@ -86,8 +85,7 @@ def pin(
             if not walk.totals.failed:
                 replies.append(await client.pin(wanted, dry_run=dry_run))
                 if not no_load:
-                    with Shown(console, walk.totals, result) as shown:
-                        await load_all(client, walk, result, concurrency, dry_run, shown)
+                    await load_all(client, walk, result, concurrency, dry_run, console)
         failed.extend(walk.totals.failed)
 
     began = time.monotonic()
@@ -126,7 +124,7 @@ def _tell(
     print(f"{shown_paths(paths)}: {amount(reply.files, reply.bytes)} {would}")
     print(f"all that is pinned: {_limits(reply.needed_bytes, reply.limit_bytes)}")
     if not no_load:
-        print_loaded(result, spent_s, dry_run)
+        print_loaded(result, dry_run)
     _warn(reply.unconfirmed)
     print_failures(failed, result.interrupted)
 

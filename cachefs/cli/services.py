@@ -10,7 +10,7 @@ import click
 import trio
 
 from cachefs.cli import params
-from cachefs.cli.lifecycle import Report, leaves, run_service, set_up_logging
+from cachefs.cli.lifecycle import Report, keep_tables_apart, leaves, run_service, set_up_logging
 from cachefs.cli.mount_options import by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
@@ -197,6 +197,7 @@ def mount(
             assert isinstance(error, ConfigError)
             raise by_flag(error) from group
 
+    keep_tables_apart()
     run_service("mount", service, supervised_fd, as_json=as_json)
 
 

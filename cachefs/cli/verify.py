@@ -12,6 +12,7 @@ from rich.console import Console
 from cachefs.cli import params
 from cachefs.cli.instances import the_running_one
 from cachefs.cli.lifecycle import leaves
+from cachefs.cli.progress import HowFar, shown
 from cachefs.model import CachefsError, format_size
 from cachefs.net import Hello, UnixAddress, open_peer
 from cachefs.wire.messages import Verify, VerifyProgress
@@ -32,17 +33,22 @@ def verify(repair: bool, worker_socket: str | None, as_json: bool) -> None:
 
     async def main() -> VerifyProgress:
         last: VerifyProgress | None = None
-        with console.status("verifying") as status:
-            async with (
-                open_peer(UnixAddress(socket), Hello(role="client")) as peer,
-                peer.stream(Verify(repair)) as stream,
-            ):
-                async for progress in stream:
-                    last = progress
-                    damaged.extend(progress.damaged)
-                    for name in progress.damaged:
-                        console.print(f"{name}: damaged{', dropped' if repair else ''}", markup=False, highlight=False)
-                    status.update(_summary(progress))
+
+        def look() -> HowFar:
+            if last is None:
+                return HowFar("no block yet")
+            return HowFar(f"{_summary(last)}, {len(damaged)} damaged", last.bytes_done, last.bytes_total)
+
+        async with (
+            shown(console, "verifying", look),
+            open_peer(UnixAddress(socket), Hello(role="client")) as peer,
+            peer.stream(Verify(repair)) as stream,
+        ):
+            async for progress in stream:
+                last = progress
+                damaged.extend(progress.damaged)
+                for name in progress.damaged:
+                    console.print(f"{name}: damaged{', dropped' if repair else ''}", markup=False, highlight=False)
         assert last is not None
         return last
 

@@ -33,7 +33,7 @@ class Walk:
         self._roots: list[File] = []
         self.totals = Totals()
 
-    async def count(self, told: Callable[[Totals], None]) -> None:
+    async def count(self) -> None:
         """List everything, as far as that is not known yet. Raises TransportError."""
         done_files = done_bytes = 0
         for path in self._paths:
@@ -47,7 +47,6 @@ class Walk:
                                 self.totals.failed.append((where, reason.removeprefix(f"{where}: ")))
                             self.totals.files = done_files + progress.files
                             self.totals.bytes = done_bytes + progress.bytes
-                            told(self.totals)
                 else:
                     self.totals.files += 1
                     self.totals.bytes += attr.size_bytes

@@ -1,7 +1,8 @@
 """What is known of names and inodes, packed: some 300 bytes for a name and its attributes, Python's included.
 
 An inode is one record of fixed layout; a name is its directory's number and its bytes, and points at a number. Since a
-number has one name, for how long the name is believed is in the record too. What was put longest ago makes room.
+number has one name, for how long the name is believed is in the record too. What was put longest ago makes room, one
+for one: the limit is what is held when there is more to hold.
 """
 
 from __future__ import annotations
@@ -39,13 +40,21 @@ class Name(NamedTuple):
 
 
 class _Segments(Generic[K, V]):
-    """A dictionary of at most `limit` entries. Those put longest ago go, a quarter at a time: a plain dictionary takes
-    half the memory of one that knows the order of single entries.
+    """A dictionary of at most `limit` entries; when there are so many, each new one takes the place of the one that was
+    put longest ago.
+
+    Age is known by quarters, and by the order within each: plain dictionaries take half the memory of one that knows
+    how to lose its first entry fast, and only the oldest ever loses entries, in its order.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = max(1, limit // _SEGMENTS)
+        self._limit = max(1, limit)
+        self._segment_limit = max(1, limit // _SEGMENTS)
         self._segments: list[dict[K, V]] = [{}]
+        """The newest first."""
+        self._oldest: list[K] = []
+        """Keys of the last segment that have yet to go, the next one last; some may have gone already."""
+        self._count = 0
         self.has_forgotten = False
 
     def get(self, key: K) -> V | None:
@@ -59,13 +68,38 @@ class _Segments(Generic[K, V]):
         newest = self._segments[0]
         if key not in newest:
             for segment in self._segments[1:]:
-                segment.pop(key, None)
-            if len(newest) >= self._limit:
-                newest = {}
-                self._segments.insert(0, newest)
-                if len(self._segments) > _SEGMENTS:
-                    self.has_forgotten |= bool(self._segments.pop())
+                if segment.pop(key, None) is not None:
+                    self._count -= 1
+                    break
+            if self._count >= self._limit:
+                self._forget_one()
+            if len(newest) >= self._segment_limit:
+                newest = self._begin_segment()
+            self._count += 1
         newest[key] = value
+
+    def _forget_one(self) -> None:
+        while True:
+            last = self._segments[-1]
+            while self._oldest:
+                if last.pop(self._oldest.pop(), None) is not None:
+                    self._count -= 1
+                    self.has_forgotten = True
+                    return
+            if not last and len(self._segments) > 1:
+                self._segments.pop()
+            self._oldest = list(reversed(self._segments[-1]))
+
+    def _begin_segment(self) -> dict[K, V]:
+        segments = [{}, *(segment for segment in self._segments if segment)]
+        if len(segments) > _SEGMENTS + 2:
+            # Much of them has become younger. Of six with four quarters in them at most, two neighbours are small.
+            index = min(range(1, len(segments) - 1), key=lambda at: len(segments[at]) + len(segments[at + 1]))
+            segments[index : index + 2] = [segments[index + 1] | segments[index]]
+        if segments[-1] is not self._segments[-1]:
+            self._oldest = []
+        self._segments = segments
+        return segments[0]
 
     def replace(self, key: K, value: V) -> None:
         """Of a key that is there, without making it younger."""
@@ -78,18 +112,21 @@ class _Segments(Generic[K, V]):
         for segment in self._segments:
             value = segment.pop(key, None)
             if value is not None:
+                self._count -= 1
                 return value
         return None
 
     def clear(self) -> None:
         self._segments = [{}]
+        self._oldest = []
+        self._count = 0
 
     def __iter__(self) -> Iterator[K]:
         for segment in self._segments:
             yield from segment
 
     def __len__(self) -> int:
-        return sum(map(len, self._segments))
+        return self._count
 
 
 class Remembered:

@@ -108,6 +108,10 @@ class Tier:
         with self._lock:
             return list(self._sealed.items())
 
+    def held_bytes(self, block: BlockId) -> int:
+        """What a block takes on the disk, sealed, or in part and with nobody at it; 0 if it is not here."""
+        return self._sealed.get(block) or self._dormant.get(block, 0)
+
     def visited(self, block: BlockId) -> None:
         """Somebody read it: evict others first."""
         with self._lock:

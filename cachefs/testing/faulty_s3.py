@@ -70,6 +70,8 @@ class FaultyS3:
         """Before each answer: a store that is far away."""
         self.requests: list[tuple[str, str]] = []
         """(method, path with query) of everything that came."""
+        self.asked_bytes = 0
+        """By requests for ranges, whatever became of them."""
         self.came_at: list[float] = []
         """When, by time.monotonic()."""
         self.most_at_once = 0
@@ -112,9 +114,12 @@ class FaultyS3:
         self._stalled.release()
         self._released.wait()
 
-    def take(self, method: str, path: str) -> _Order | None:
+    def take(self, method: str, path: str, range_: str | None) -> _Order | None:
         with self._lock:
             self.requests.append((method, path))
+            if range_ is not None:
+                first, last = (int(end) for end in range_.removeprefix("bytes=").split("-"))
+                self.asked_bytes += last + 1 - first
             self.came_at.append(time.monotonic())
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
@@ -134,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
     faulty: FaultyS3
 
     def _serve(self) -> None:
-        order = self.faulty.take(self.command, self.path)
+        order = self.faulty.take(self.command, self.path, self.headers["Range"])
         try:
             self._meet(order.fault if order else None, order.retry_after if order else "")
         finally:

@@ -83,6 +83,13 @@ def running(
                 process.wait()
 
 
+def child_of(up: Running, role: str) -> int:
+    """The process with this role of a `cachefs up`."""
+    children = Path(f"/proc/{up.process.pid}/task/{up.process.pid}/children").read_text().split()
+    (pid,) = [each for each in children if role in Path(f"/proc/{each}/cmdline").read_text().split("\0")]
+    return int(pid)
+
+
 def _wait_ready(role: str, link: socket.socket) -> dict[str, Any]:
     line = b""
     deadline = time.monotonic() + READY_TIMEOUT_S

@@ -19,7 +19,7 @@ import trio
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
-from cachefs.store import Partial, SealedReader, Store
+from cachefs.store import Partial, SealedReader, Store, Tier
 from cachefs.ufs.files import Claim
 from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
@@ -191,16 +191,16 @@ class Blocks:
         return self._prefetch.opened(blocks)
 
     def status(self, block: BlockId) -> BlockStatus:
-        for tier in self._store.tiers:
-            if tier.is_sealed(block):
-                return BlockStatus(f"{tier.config.kind}:{tier.config.path}", dict(tier.blocks())[block])
         job = self._jobs.get(block)
-        if job is None:
-            return BlockStatus("", 0)
-        partial = job.partial
-        present = sum(partial.page_span(page)[1] for page in range(partial.page_count) if partial.has(page))
-        tier = self._store.tier_of(partial)
-        return BlockStatus(f"{tier.config.kind}:{tier.config.path}", present)
+        if job is not None and not job.partial.sealed:
+            partial = job.partial
+            present = sum(partial.page_span(page)[1] for page in range(partial.page_count) if partial.has(page))
+            return _block_status(self._store.tier_of(partial), present)
+        for tier in self._store.tiers:
+            held = tier.held_bytes(block)
+            if held:
+                return _block_status(tier, held)
+        return BlockStatus("", 0)
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
         """Drop sealed blocks that nobody reads, and that are not pinned."""
@@ -380,3 +380,7 @@ class Blocks:
         """At the end of the worker, when nothing runs any more."""
         for job in list(self._jobs.values()):
             self._end(job)
+
+
+def _block_status(tier: Tier, cached_bytes: int) -> BlockStatus:
+    return BlockStatus(f"{tier.config.kind}:{tier.config.path}", cached_bytes)

@@ -5,6 +5,7 @@ Each test runs with 20,000 names, and with a million under the marker `slow`; th
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from cachefs.fuse import probe
 from cachefs.model import Attr, Ino, MiB
 from cachefs.net import Hello, Peer, open_peer, parse_address
 from cachefs.testing.huge_s3 import DIRECTORY, HugeS3, content_of, name_of, running_huge_s3
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, mountpoint_below, running
 from cachefs.wire.messages import ListDir, Lookup, Refresh, RefreshReply, ResolvePath
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -175,6 +176,37 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
         finally:
             store.release()
             it.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [100_000, 1_000_000])
+def test_a_mount_remembers_as_many_names_as_the_flag_says_and_no_more(tmp_path: Path, limit: int) -> None:
+    count = 1_000_000
+    with running_huge_s3(count) as store, mountpoint_below(tmp_path) as mountpoint:
+        arguments = [store.url, mountpoint, "--state-dir", tmp_path / "state", "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
+        flag = ["--metadata-cache-entries", str(limit)]
+        with running("up", *arguments, *flag, environment=store.environment) as up:
+            pid = child_of(up, "mount")
+            assert os.listdir(mountpoint) == [DIRECTORY]
+            before = memory_of(pid)
+            for _ in range(2):
+                listed = subprocess.run(["ls", "-U", mountpoint / DIRECTORY], capture_output=True, check=True).stdout
+                assert listed.count(b"\n") == count
+                growth = memory_of(pid) - before
+                print(f"{limit}: growth {growth / limit:.0f} bytes for each")
+                # What a listing takes that is under way is not in proportion to anything.
+                assert growth <= 350 * limit + MOST_LISTING
+                assert growth >= 200 * limit, "they are not remembered"
+
+
+MOST_LISTING = 16 * MiB
+
+
+def memory_of(pid: int) -> int:
+    """Resident, bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
 
 
 def all_there(inodes: array[int], first: int, end: int) -> bool:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from cachefs.fuse import probe
-from cachefs.testing.faulty_s3 import running_faulty_s3
+from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.testing.huge_s3 import running_huge_s3
 from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.worker import WorkerConfig
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -86,29 +91,184 @@ def test_everything_is_fetched_once_and_read_without_the_bucket(bucket: Bucket, 
         assert fetched(process) == TOTAL
 
 
-def test_interrupted_and_run_again_nothing_is_fetched_twice(bucket: Bucket, tmp_path: Path) -> None:
+def test_interrupted_and_run_again_no_file_is_fetched_twice(bucket: Bucket, tmp_path: Path) -> None:
     with (
         running_faulty_s3(bucket.server.endpoint) as far,
         up(bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
     ):
         cachefs(process, "load", "/", "--metadata")
         far.delay_s = 0.1
-        command = [sys.executable, "-m", "cachefs", "load", "/", "--json", "--master", process.facts["master"]]
-        # In the background of a shell SIGINT would be ignored; SIGTERM means the same to it.
-        loading = subprocess.Popen([*command, "--concurrency", "2"], stdout=subprocess.PIPE, text=True)
-        while fetched(process) < 50_000:
-            pass
-        loading.send_signal(signal.SIGTERM)
-        output, _ = loading.communicate(timeout=30)
+        with loading(process, "/train", "--json", "--concurrency", "2") as started:
+            wait_for(lambda: far.asked_bytes >= 50_000)
+            # In the background of a shell SIGINT would be ignored; SIGTERM means the same to it.
+            started.send_signal(signal.SIGTERM)
+            output, _ = started.communicate(timeout=30)
         first = json.loads(output)
-        assert loading.returncode == 130 and first["interrupted"]
-        assert 0 < first["loaded_files"] < len(DATA) - 1
+        assert started.returncode == 130 and first["interrupted"]
+        assert 0 < first["loaded_files"] < 58
         far.delay_s = 0.0
-        second = facts_of(cachefs(process, "load", "/", "--json"))
+        second = facts_of(cachefs(process, "load", "/train", "--json"))
         assert second["failed"] == [] and second["cached_files"] >= first["loaded_files"]
-        assert second["cached_bytes"] + second["loaded_bytes"] == TOTAL
-        # What was under way when it was interrupted may have been given up: two files, or the pages of one.
-        assert TOTAL <= fetched(process) <= TOTAL + 2 * 20 * PAGE
+        wanted = sum(len(content) for name, content in DATA.items() if name.startswith("train/"))
+        assert second["cached_bytes"] + second["loaded_bytes"] == wanted
+        # Two were under way when it was interrupted, and may have been given up.
+        assert wanted <= far.asked_bytes <= wanted + 2 * 5_060
+
+
+PAGES = 300
+SHARD = random.Random("many pages").randbytes(PAGES * PAGE - 5)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_file_interrupted_in_its_middle_is_resumed_by_pages(
+    s3_bucket: Bucket, tmp_path: Path, restarted: bool
+) -> None:
+    s3_bucket.put({"shard": SHARD})
+    with running_faulty_s3(s3_bucket.server.endpoint) as far:
+        far.delay_s = 0.1
+        with up(s3_bucket, tmp_path, endpoint_url=far.endpoint) as (mountpoint, process):
+            with loading(process, "/shard", "--json") as started:
+                wait_for(lambda: far.asked_bytes >= PAGES // 3 * PAGE)
+                started.send_signal(signal.SIGTERM)
+                output, _ = started.communicate(timeout=30)
+            assert started.returncode == 130 and json.loads(output)["loaded_files"] == 0
+            if not restarted:
+                go_on(far, mountpoint, process)
+        if restarted:
+            with up(s3_bucket, tmp_path, endpoint_url=far.endpoint) as (mountpoint, process):
+                go_on(far, mountpoint, process)
+
+
+def go_on(far: FaultyS3, mountpoint: Path, process: Running) -> None:
+    in_flight = WorkerConfig.load_slots * PAGE
+    assert far.asked_bytes < len(SHARD) // 2
+    before = far.asked_bytes
+    second = facts_of(cachefs(process, "load", "/shard", "--json"))
+    assert second["failed"] == [] and second["loaded_bytes"] == len(SHARD)
+    # What it has on its disk beside the pages, their checksums, is counted as well.
+    assert before - in_flight <= second["resumed_bytes"] <= before + PAGE
+    assert len(SHARD) <= far.asked_bytes <= len(SHARD) + in_flight
+    assert subprocess.run(["cat", mountpoint / "shard"], capture_output=True, timeout=60).stdout == SHARD
+
+
+def test_a_line_now_and_then_tells_how_much_of_a_file_has_come(s3_bucket: Bucket, tmp_path: Path) -> None:
+    s3_bucket.put({"gone": SHARD, "shard": SHARD})
+    with (
+        running_faulty_s3(s3_bucket.server.endpoint) as far,
+        up(s3_bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
+    ):
+        cachefs(process, "load", "/", "--metadata")
+        s3_bucket.delete("gone")
+        # 300 pages, 8 at a time: some 15 seconds.
+        far.delay_s = 0.4
+        with loading(process, "/", "--concurrency", "1", stderr=subprocess.PIPE) as started:
+            output, said = started.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if line.startswith("loading: ")]
+    assert started.returncode == 1 and "loaded: 1 files, 18.7 MiB" in output
+    found = [LINE.fullmatch(line) for line in lines]
+    assert len(lines) >= 2 and all(found), said
+    done = [float(each["done"]) for each in found if each]
+    # The one that failed is done with; of the other there is more in each line.
+    assert done == sorted(set(done)) and done[0] > 18.7 and done[-1] < 37.5
+    assert all(each["total"] == "37.5 MiB" and each["failed"] == "1" for each in found if each)
+    # The rate is of what came: in 5 seconds and more, none of what failed.
+    assert all(each["unit"] == "KiB" or float(each["rate"]) < 3 for each in found if each), said
+
+
+LINE = re.compile(
+    r"loading: 1 of 2 files, (?P<done>[0-9.]+) MiB of (?P<total>.*), (?P<rate>[0-9.]+) (?P<unit>[KM]iB)/s,"
+    r" (?P<failed>\d+) failed, .* left"
+)
+
+
+def test_a_bar_on_a_terminal_has_totals_and_grows_with_the_bytes(s3_bucket: Bucket, tmp_path: Path) -> None:
+    s3_bucket.put({"shard": SHARD})
+    with (
+        running_faulty_s3(s3_bucket.server.endpoint) as far,
+        up(s3_bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
+    ):
+        cachefs(process, "load", "/", "--metadata")
+        far.delay_s = 0.15
+        ours, terminal = os.openpty()
+        termios.tcsetwinsize(terminal, (25, 150))
+        with (
+            open(ours, "rb", buffering=0) as screen,
+            open(terminal, "wb", buffering=0) as theirs,
+            loading(process, "/", stderr=theirs) as started,
+        ):
+            theirs.close()
+            said = read_screen(screen)
+    found = re.findall(r"loading .*?(\d) of (\d) files, ([0-9.]+) (\w+) of 18.7 MiB", said)
+    assert found, said
+    done = [float(number) for _, _, number, unit in found if unit == "MiB"]
+    assert {total for _, total, _, _ in found} == {"1"}
+    assert done == sorted(done) and len(set(done)) >= 4 and done[-1] == 18.7, done
+    assert started.returncode == 0 and " left" in said and "━" in said
+
+
+def read_screen(screen: BinaryIO) -> str:
+    """All that is written until everybody who had the terminal has ended."""
+    said = b""
+    with suppress(OSError):  # how a terminal ends
+        while more := screen.read(65536):
+            said += more
+    return said.decode()
+
+
+def test_a_long_listing_tells_that_it_goes_on(tmp_path: Path) -> None:
+    with running_huge_s3(3000) as store, mountpoint_below(tmp_path) as mountpoint:
+        state = ["--state-dir", tmp_path / "state", "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
+        with running("up", store.url, mountpoint, *state, environment=store.environment) as process:
+            store.hold(1)
+            with loading(process, "/", "--metadata", stderr=subprocess.PIPE) as started:
+                assert started.stderr is not None
+                line = started.stderr.readline()
+                store.release()
+                output, _ = started.communicate(timeout=60)
+    assert re.fullmatch(r"listing: \d+ files, .* so far\n", line)
+    assert started.returncode == 0 and "/: 3000 files" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("free", r"freeing .*60 of 60 files, 60 blocks, "),
+        ("verify", r"verifying .*62 of 62 blocks, .* 0 damaged"),
+    ],
+)
+def test_free_and_verify_have_totals_on_a_terminal(bucket: Bucket, tmp_path: Path, command: str, said: str) -> None:
+    with up(bucket, tmp_path) as (_, process):
+        cachefs(process, "load", "/")
+        arguments = ["/train", "--master", process.facts["master"]]
+        if command == "verify":
+            report = facts_of(cachefs(process, "report", "--json"))
+            arguments = ["--worker-socket", report["workers"][0]["socket"]]
+        ours, terminal = os.openpty()
+        termios.tcsetwinsize(terminal, (25, 150))
+        with (
+            open(ours, "rb", buffering=0) as screen,
+            open(terminal, "wb", buffering=0) as theirs,
+            subprocess.Popen(
+                [sys.executable, "-m", "cachefs", command, *arguments], stdout=subprocess.DEVNULL, stderr=theirs
+            ) as started,
+        ):
+            theirs.close()
+            shown = read_screen(screen)
+    assert started.returncode == 0 and re.search(said, shown), shown
+
+
+@contextmanager
+def loading(process: Running, *arguments: str, stderr: Any = None) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "cachefs", "load", *arguments, "--master", process.facts["master"]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as started:
+        yield started
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_the_failures_are_listed_exactly(bucket: Bucket, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from cachefs.fuse import find_mount, max_read_limit, probe
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -22,11 +23,14 @@ pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /d
 @contextmanager
 def up(directory: Path, *flags: str) -> Iterator[tuple[Path, Running]]:
     data = directory / "data"
-    data.mkdir(exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
     (data / "file").write_bytes(b"content")
     with mountpoint_below(directory) as mountpoint:
-        arguments = [data.as_uri(), mountpoint, "--state-dir", directory / "state", "--ufs-option", "settle=0"]
-        with running("up", *arguments, "--tier", f"ssd:{directory / 'tier'}:1G", *flags) as process:
+        arguments: list[str | Path] = [data.as_uri(), mountpoint]
+        arguments += ["--state-dir", directory / "state", "--ufs-option", "settle=0"]
+        if "--tier" not in flags:
+            arguments += ["--tier", f"ssd:{directory / 'tier'}:1G"]
+        with running("up", *arguments, *flags) as process:
             yield mountpoint, process
 
 
@@ -139,6 +143,71 @@ def test_ready_as_json(tmp_path: Path) -> None:
             for process in reversed(started):
                 process.terminate()
                 process.communicate(timeout=60)
+
+
+def cached_bytes(file: Path) -> int:
+    return int(os.getxattr(file, "user.cachefs.cached_bytes"))
+
+
+def test_extended_attributes_are_there_with_the_flag_only(tmp_path: Path) -> None:
+    with up(tmp_path / "with", "--xattr") as (mountpoint, _):
+        file = mountpoint / "file"
+        assert cached_bytes(file) == 0
+        assert file.read_bytes() == b"content"
+        assert cached_bytes(file) == len(b"content")
+        assert os.getxattr(file, "user.cachefs.tier") == f"ssd:{tmp_path / 'with' / 'tier'}".encode()
+    with up(tmp_path / "without") as (mountpoint, _), pytest.raises(OSError, match="not supported"):
+        cached_bytes(mountpoint / "file")
+
+
+@pytest.mark.parametrize("promote", ["never", "if-space", "always"])
+def test_what_is_read_is_kept_as_promote_says(tmp_path: Path, promote: str) -> None:
+    """Ten files for a cache that has room for five."""
+    size = 700_000
+    (tmp_path / "data").mkdir()
+    for number in range(10):
+        (tmp_path / "data" / str(number)).write_bytes(os.urandom(size))
+    tier = ["--page-size", "64K", "--tier", f"ssd:{tmp_path / 'small'}:4M"]
+    with up(tmp_path, "--promote", promote, "--xattr", *tier) as (mountpoint, _):
+        for number in range(10):
+            assert (mountpoint / str(number)).read_bytes() == (tmp_path / "data" / str(number)).read_bytes()
+        kept = [number for number in range(10) if cached_bytes(mountpoint / str(number)) == size]
+    if promote == "never":
+        assert kept == []
+    else:
+        assert 3 <= len(kept) <= 5
+        assert (9 in kept) == (promote == "always") and (promote == "always" or 0 in kept), kept
+
+
+@pytest.mark.parametrize("mode", ["no-open", "cached"])
+def test_in_no_open_mode_nobody_is_asked_for_what_the_kernel_has(tmp_path: Path, mode: str) -> None:
+    """Not even a server that has stopped."""
+    known = ["--attr-timeout", "1h", "--entry-timeout", "1h"]
+    with up(tmp_path, "--open-mode", mode, *known) as (mountpoint, process):
+        assert process.facts["open_mode"] == mode
+        command = ["cat", str(mountpoint / "file")]
+        for _ in range(2):
+            assert subprocess.run(command, capture_output=True, timeout=30).stdout == b"content"
+        pid = child_of(process, "mount")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
+                if mode == "no-open":
+                    assert reader.communicate(timeout=30)[0] == b"content"
+                else:
+                    with pytest.raises(subprocess.TimeoutExpired):
+                        reader.wait(1)
+                    reader.kill()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("timeout", "seen"), [("0", True), ("1h", False)])
+def test_a_name_that_was_missing_is_missing_for_its_timeout(tmp_path: Path, timeout: str, seen: bool) -> None:
+    with up(tmp_path, "--sync-interval", "0", "--negative-timeout", timeout) as (mountpoint, _):
+        assert not (mountpoint / "late").exists()
+        (tmp_path / "data" / "late").write_bytes(b"here")
+        assert (mountpoint / "late").exists() == seen
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from typing import Any
@@ -109,10 +110,31 @@ def test_what_was_put_longest_ago_makes_room(limit: int) -> None:
         memory.put_missing(Ino(1), f"no {number}", expires=1.0, generation=0)
         found = memory.known(Ino(number))
         assert found is not None and found.attr == attr
-        assert len(memory) <= max(4, limit) and len(memory.names()) <= 2 * max(4, limit)
+        # No more than the limit, and no fewer as long as there is more to hold.
+        assert len(memory) == min(limit, number)
+        assert len(memory.names()) == 2 * min(limit, number)
     assert memory.has_forgotten and memory.known(Ino(1)) is None and memory.name(Ino(1), "1") is None
     kept = [number for number in range(1, 1001) if memory.known(Ino(number)) is not None]
-    assert kept == list(range(1001 - len(kept), 1001)) and len(kept) > limit // 2
+    assert kept == list(range(1001 - limit, 1001))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 40])
+def test_one_makes_room_for_one_whatever_became_younger_or_went(limit: int) -> None:
+    memory, random_ = Remembered(limit), random.Random(limit)
+    held: set[Ino] = set()
+    for _ in range(5000):
+        ino = Ino(random_.randrange(1, 3 * limit + 2))
+        if random_.random() < 0.2:
+            assert (memory.forget(ino) is not None) == (ino in held)
+            held.discard(ino)
+        else:
+            attr = Attr(ino, Kind.FILE, 1, 0, 0o644, 0, 0, ContentKey(b""))
+            memory.put(attr, superseded=False, expires=1.0, generation=0)
+            is_full = len(held) == limit and ino not in held
+            now = {each for each in (*held, ino) if memory.known(each) is not None}
+            assert ino in now and len(held - now) == is_full
+            held = now
+        assert len(memory) == len(held) <= limit
 
 
 def test_more_kinds_of_owners_than_there_are_numbers_for() -> None:
@@ -142,8 +164,8 @@ for number in range(2 * count):  # the second million pushes the first out
     attr = Attr(ino, Kind.FILE, 110_000 + number, 1_700_000_000_000_000_000 + number, 0o644, 0, 0, os.urandom(16))
     memory.put(attr, superseded=False, expires=1e5 + number, generation=1)
     memory.put_name(Ino(77), f"image_{number:010}.jpg", ino, expires=1e5 + number, generation=1)
-assert 0.7 * count <= len(memory) <= count
-print((resident() - before) / count)
+assert len(memory) == len(memory.names()) == count
+print((resident() - before) / len(memory))
 """
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 
-from cachefs.client import ClientConfig, Timeouts
+from cachefs.client import ClientConfig, Timeouts, View
 from cachefs.fuse import (
     CacheOperations,
     ChosenMode,
@@ -39,7 +39,7 @@ from cachefs.fuse import (
     why_no_pyfuse3,
 )
 from cachefs.fusewire import InitFlag, InitOptions, Opcode
-from cachefs.model import ConfigError, MiB
+from cachefs.model import ConfigError, Ino, MiB
 from cachefs.net import TcpAddress, open_background
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
@@ -78,6 +78,18 @@ class Scene:
         with trio.fail_after(LIMIT_S):
             return (await trio.run_process(["cat", str(self.mountpoint / name)], capture_stdout=True)).stdout
 
+    def promoted(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Inodes that the mount, from now on, waits for to be local."""
+        asked: list[int] = []
+        promote = View.promote
+
+        async def noted(view: View, ino: Ino, **how: Any) -> bool:
+            asked.append(ino)
+            return await promote(view, ino, **how)
+
+        monkeypatch.setattr(View, "promote", noted)
+        return asked
+
     def drop_pages(self) -> None:
         """What the kernel has in its page cache of the mount."""
         subprocess.run(["sh", "-c", "sync; echo 1 > /proc/sys/vm/drop_caches"], check=True)
@@ -97,6 +109,7 @@ async def scene(
     promote: str | None = None,
     threads: int = 32,
     xattr: bool = False,
+    open_wait: int = PAGE,
     worker: dict[str, object] | None = None,
 ) -> AsyncIterator[Scene]:
     operations = operations or OperationsConfig()
@@ -139,7 +152,7 @@ async def scene(
                     promote=promote,  # type: ignore[arg-type]
                 ),
                 options=options or MountOptions(),
-                operations=operations if driver is Driver.PYFUSE3 else replace(operations, open_wait_bytes=PAGE),
+                operations=operations if driver is Driver.PYFUSE3 else replace(operations, open_wait_bytes=open_wait),
                 driver=driver,
                 session=SessionOptions(init or InitOptions(), xattr=xattr),
                 threads=threads,
@@ -320,6 +333,25 @@ def test_pyfuse3_reads_a_mebibyte_at_most() -> None:
             options=MountOptions(max_read=2 * MiB),
             driver=Driver.PYFUSE3,
         )
+
+
+# ---- --open-wait ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [OpenMode.PASSTHROUGH, OpenMode.NO_OPEN])
+@pytest.mark.parametrize("open_wait", [0, len(SMALL) - 1, len(SMALL), len(LARGE)])
+async def test_files_up_to_open_wait_are_local_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: OpenMode, open_wait: int
+) -> None:
+    async with scene(tmp_path, monkeypatch, operations=OperationsConfig(open_mode=mode), open_wait=open_wait) as it:
+        for name, content in (("small", SMALL), ("large", LARGE)):
+            asked = it.promoted(monkeypatch)
+            it.reads.clear()
+            assert await it.read(name) == content
+            waits = len(content) <= open_wait
+            assert len(asked) == waits
+            # Without an open there is nothing that could wait but the first READ.
+            assert (it.reads == []) == (waits and mode is OpenMode.PASSTHROUGH)
 
 
 # ---- sizes and counts ----------------------------------------------------------------------------------------------
