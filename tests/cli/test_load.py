@@ -151,6 +151,7 @@ def go_on(far: FaultyS3, mountpoint: Path, process: Running) -> None:
     assert subprocess.run(["cat", mountpoint / "shard"], capture_output=True, timeout=60).stdout == SHARD
 
 
+@pytest.mark.slow
 def test_a_line_now_and_then_tells_how_much_of_a_file_has_come(s3_bucket: Bucket, tmp_path: Path) -> None:
     s3_bucket.put({"gone": SHARD, "shard": SHARD})
     with (
@@ -215,6 +216,7 @@ def read_screen(screen: BinaryIO) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 def test_a_long_listing_tells_that_it_goes_on(tmp_path: Path) -> None:
     with running_huge_s3(3000) as store, mountpoint_below(tmp_path) as mountpoint:
         state = ["--state-dir", tmp_path / "state", "--tier", f"ssd:{tmp_path / 'tier'}:1G"]
