@@ -120,13 +120,56 @@ def compare(kind: str, places: dict[str, Path], rounds: int = ROUNDS) -> Iterato
             yield speeds[first] / speeds[second]
 
 
+class Profile:
+    """The processor time that processes take while the blocks of `on` run."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def on(self, pids: dict[str, int]) -> Iterator[None]:
+        before = {name: processor_seconds(pid) for name, pid in pids.items()}
+        yield
+        for name, pid in pids.items():
+            self._spent[name] = self._spent.get(name, 0.0) + processor_seconds(pid) - before[name]
+
+    def each(self, count: float, what: str) -> str:
+        parts = (f"{name} {seconds / count * 1000:.2f}" for name, seconds in self._spent.items())
+        return f"processor time in ms a {what}: {', '.join(parts)}"
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def all_of(server: S3Server, directory: Path) -> dict[str, int]:
+    """The S3 server, and the processes of the `cachefs up` below this directory."""
+    ours = {role: process_of(directory, role) for role in ("worker", "mount", "master")}
+    return {"server": server_process(server), **ours}
+
+
+def server_process(server: S3Server) -> int:
+    """Of its process group the one that does the work."""
+    members = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdecimal()]
+    return max((pid for pid in members if in_group(pid, server.pid)), key=processor_seconds)
+
+
+def in_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
 @contextmanager
-def bare_mount(source: Path, mountpoint: Path) -> Iterator[None]:
+def bare_mount(source: Path, mountpoint: Path) -> Iterator[int]:
+    """The process that serves it."""
     mountpoint.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-m", "bench.bare_fuse", source, mountpoint])
     try:
         wait_for(lambda: find_mount(mountpoint) is not None)
-        yield
+        yield process.pid
     finally:
         unmount(mountpoint, lazy=True)
         process.wait(LIMIT_S)
@@ -150,8 +193,12 @@ def warm(place: Place, wanted: Callable[[str], bool]) -> Iterator[Line]:
                 line.ratios = list(compare(kind, {"mount": up.mountpoint, "native": place.native}))
                 yield line
         if wanted(bare.what):
-            with bare_mount(place.native / "small", place.directory / "bare" / "small"):
-                bare.ratios = list(compare("small", {"mount": up.mountpoint, "bare": place.directory / "bare"}))
+            profile = Profile()
+            with bare_mount(place.native / "small", place.directory / "bare" / "small") as pid:
+                pids = {"mount": process_of(place.directory / "passthrough", "mount"), "bare": pid}
+                with profile.on(pids):
+                    bare.ratios = list(compare("small", {"mount": up.mountpoint, "bare": place.directory / "bare"}))
+            bare.note = profile.each((ROUNDS + 1) * SMALL_FILES, "file")
             yield bare
 
 
@@ -198,16 +245,21 @@ def cold_large(place: Place, server: S3Server, line: Line) -> Line:
     bare_client(server, ranges, 8)
     best = min(CONCURRENCIES, key=lambda concurrency: bare_client(server, ranges, concurrency))
     speeds = []
+    profile, alone = Profile(), Profile()
     for round_ in range(ROUNDS):
-        bare_s = bare_client(server, ranges, best)
-        with cold_mount(place, server, f"large-{round_}", "large") as up:
+        with alone.on({"server for the bare client": server_process(server)}):
+            bare_s = bare_client(server, ranges, best)
+        name = f"large-{round_}"
+        with cold_mount(place, server, name, "large") as up, profile.on(all_of(server, place.directory / name)):
             begin = time.perf_counter()
             for key in keys:
                 sh('dd if="$1" of=/dev/null bs=1M 2>/dev/null', up.mountpoint / key)
             spent = time.perf_counter() - begin
         line.ratios.append(bare_s / spent)
         speeds.append(len(keys) * size / bare_s / 1e6)
-    line.note = f"bare: {statistics.median(speeds):.0f} MB/s with {best} requests at a time"
+    megabytes = ROUNDS * len(keys) * size / 1e6
+    line.note = f"bare: {statistics.median(speeds):.0f} MB/s with {best} requests at a time; "
+    line.note += f"{profile.each(megabytes, 'MB')}; {alone.each(megabytes, 'MB')}"
     return line
 
 
@@ -217,17 +269,22 @@ def cold_small(place: Place, server: S3Server, line: Line) -> Line:
     ranges = [(key, 0, SMALL_BYTES) for key in keys]
     speeds = []
     bare_client(server, ranges, 8)
+    profile, alone = Profile(), Profile()
     for round_ in range(ROUNDS):
-        bare_s = bare_client(server, ranges, 8)
-        with cold_mount(place, server, f"small-{round_}", "small") as up:
+        with alone.on({"server for the bare client": server_process(server)}):
+            bare_s = bare_client(server, ranges, 8)
+        name = f"small-{round_}"
+        with cold_mount(place, server, name, "small") as up:
             share = [
                 {"job": "read_blindly", "files": [str(up.mountpoint / key) for key in keys[reader::8]]}
                 for reader in range(8)
             ]
-            spent = max(result["seconds"] for result in run_readers(share))
+            with profile.on(all_of(server, place.directory / name)):
+                spent = max(result["seconds"] for result in run_readers(share))
         line.ratios.append(bare_s / spent)
         speeds.append(len(keys) / bare_s)
-    line.note = f"bare: {statistics.median(speeds):,.0f} files/s with 8 requests at a time"
+    line.note = f"bare: {statistics.median(speeds):,.0f} files/s with 8 requests at a time; "
+    line.note += f"{profile.each(ROUNDS * SMALL_FILES, 'file')}; {alone.each(ROUNDS * SMALL_FILES, 'file')}"
     return line
 
 
@@ -329,14 +386,20 @@ def memory_of(directory: Path, role: str, what: str) -> int:
     """Bytes, of the process with this role of the `cachefs up` below this directory. `what`: VmHWM, at its highest;
     VmRSS, now.
     """
+    for text in Path(f"/proc/{process_of(directory, role)}/status").read_text().splitlines():
+        if text.startswith(f"{what}:"):
+            return int(text.split()[1]) * 1024
+    raise SystemExit(f"the {role} has no {what}")
+
+
+def process_of(directory: Path, role: str) -> int:
+    """The process with this role of the `cachefs up` below this directory."""
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             with suppress(OSError):
                 arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 if role in arguments and any(str(directory) in each for each in arguments):
-                    for text in (process / "status").read_text().splitlines():
-                        if text.startswith(f"{what}:"):
-                            return int(text.split()[1]) * 1024
+                    return int(process.name)
     raise SystemExit(f"the {role} is not there")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -59,6 +60,8 @@ class Blocks:
         self._nursery = nursery
         self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
+        self._opening: Counter[BlockId] = Counter()
+        """Those that will have a job, as soon as their files are made."""
         self._doubted: set[BlockId] = set()
         """Sealed blocks that a reader could not read, while they are looked at: nobody is sent there meanwhile."""
         self._whole: Flights[BlockId, None] = Flights(nursery)
@@ -232,7 +235,8 @@ class Blocks:
         block = BlockId(source.attr.key, 0)
         is_here = self._store.is_sealed(block) or self._store.is_suspect(block)
         is_small = self._geometry.page_count(source.attr.size_bytes) <= 1
-        return is_small and not is_here and block not in self._jobs and block not in self._whole
+        is_coming = block in self._jobs or block in self._opening or block in self._whole
+        return is_small and not is_here and not is_coming
 
     async def _keep_ahead(
         self, wanted: Sequence[tuple[BlockId, Source]], claim: Claim, on_kept: Callable[[int], None]
@@ -298,12 +302,17 @@ class Blocks:
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
         if not self._admits(length, mode):
             return None
+        self._opening[block] += 1
         try:
             partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, mode, limiter=self._disk)
         except CapacityError as error:
             self._counters.not_admitted += 1
             logger.info("not admitted block=%s error=%s", block.filename, error)
             return None
+        finally:
+            self._opening[block] -= 1
+            if not self._opening[block]:
+                del self._opening[block]
         if partial is None:
             return None
         other = self._jobs.get(block)

@@ -30,6 +30,7 @@ from cachefs.fusewire import (
     parse_open,
     parse_read,
     parse_release,
+    parse_start,
 )
 from cachefs.model import RemoteProtocolError
 
@@ -93,6 +94,7 @@ ALL = pytest.mark.parametrize("what", sorted(PARSERS))
 
 def test_header() -> None:
     header = parse_header(LOOKUP)
+    assert parse_start(LOOKUP) == (header.opcode, header.unique, header.node)
     assert header == (50, 1, UNIQUE_RESEND | 7, 5, 1000, 100, 12345, 0, 0)
     assert header.unique & ~UNIQUE_RESEND == 7
 
@@ -101,6 +103,8 @@ def test_header() -> None:
 def test_a_header_that_does_not_fit_its_request(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         parse_header(data)
+    with pytest.raises(RemoteProtocolError):
+        parse_start(data)
 
 
 @ALL
@@ -149,7 +153,7 @@ def test_a_count_of_forgets_that_lies() -> None:
 @example(b"")
 @example(struct.pack("<II", 2**31, 0).rjust(48, b"\1"))
 def test_garbage_raises_nothing_else(data: bytes) -> None:
-    for parse in (parse_header, parse_init, *(parser for parser, _, _ in PARSERS.values())):
+    for parse in (parse_header, parse_start, parse_init, *(parser for parser, _, _ in PARSERS.values())):
         try:
             parse(data)
         except RemoteProtocolError:
@@ -158,7 +162,7 @@ def test_garbage_raises_nothing_else(data: bytes) -> None:
 
 def test_every_parser_has_its_golden_bytes() -> None:
     parsers = {name.removeprefix("parse_") for name in fusewire.__all__ if name.startswith("parse_")}
-    assert parsers == {*PARSERS, "header", "init"}
+    assert parsers == {*PARSERS, "header", "start", "init"}
 
 
 @st.composite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ import trio
 import trio.testing
 
 from cachefs.client import Client
-from cachefs.model import Attr, MiB
+from cachefs.model import Attr, BlockId, MiB
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import Partial, Store, TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
@@ -129,6 +130,35 @@ async def test_what_is_fetched_ahead_is_in_nobodys_way(tmp_path: Path, s3_bucket
         reads, ahead = await quiet(cluster)
         assert is_sealed(client, attrs[4])
         assert reads == 6 + ahead
+
+
+async def test_what_a_reader_is_about_to_fetch_is_not_fetched_ahead_of_him(
+    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
+        for attr in attrs[:3]:
+            assert await client.view.promote(attr.ino, reader=1)
+        began, go = threading.Event(), threading.Event()
+        opened = Store.open_partial
+
+        def open_slowly(store: Store, block: BlockId, length: int, mode: Promote = Promote.ALWAYS) -> Partial | None:
+            if block.key == attrs[5].key:
+                began.set()
+                go.wait()
+            return opened(store, block, length, mode)
+
+        monkeypatch.setattr(Store, "open_partial", open_slowly)
+        async with trio.open_nursery() as nursery:
+            # Read by somebody else in cached mode, it is on its way to a partial when those before it are fetched ahead.
+            nursery.start_soon(read, client, "/dir/0005")
+            await trio.to_thread.run_sync(began.wait)
+            assert await client.view.promote(attrs[3].ino, reader=1)
+            for attr in (attrs[4], attrs[6], attrs[7]):
+                while not is_sealed(client, attr):
+                    await trio.sleep(0.01)
+            go.set()
+        reads, ahead = await quiet(cluster)
+        assert (reads, ahead) == (8, 3)
 
 
 @pytest.mark.parametrize("mode", list(Promote))
