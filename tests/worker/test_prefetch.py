@@ -149,7 +149,7 @@ async def test_what_a_reader_is_about_to_fetch_is_not_fetched_ahead_of_him(
 
         monkeypatch.setattr(Store, "open_partial", open_slowly)
         async with trio.open_nursery() as nursery:
-            # Read by somebody else in cached mode, it is on its way to a partial when those before it are fetched ahead.
+            # Somebody else reads it in cached mode: it is on its way when those before it are fetched ahead.
             nursery.start_soon(read, client, "/dir/0005")
             await trio.to_thread.run_sync(began.wait)
             assert await client.view.promote(attrs[3].ino, reader=1)
