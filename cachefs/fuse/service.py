@@ -6,6 +6,7 @@ import errno
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from cachefs.model import ConfigError, MiB
 logger = logging.getLogger(__name__)
 
 _UNMOUNT_LIMIT_S = 10.0
+_BUSY_TRIES, _BUSY_PAUSE_S = 4, 0.05
 _PYFUSE3 = (
     "kernel, until pyfuse3 is installed: apt-get install fuse3 libfuse3-dev pkg-config gcc python3-dev, then "
     "pip install 'cachefs[pyfuse3]'"
@@ -203,17 +205,29 @@ async def _unmount(mounted: Mount) -> None:
 
 
 def _unmount_now(mounted: Mount) -> None:
+    error = _try_to_unmount(mounted)
+    for _ in range(_BUSY_TRIES):
+        if error is None or error.errno != errno.EBUSY:
+            break
+        # Whoever has just ended may still be given up by the kernel, which does that in its own time.
+        time.sleep(_BUSY_PAUSE_S)
+        error = _try_to_unmount(mounted)
+    if error is None or error.errno == errno.EINVAL:
+        return  # EINVAL: somebody was faster
+    if error.errno != errno.EBUSY:
+        logger.error("not unmounted, and nobody serves it any more error=%s", error)
+        return
+    logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
+    unmount(mounted.mountpoint, lazy=True)
+    _end(mounted)
+
+
+def _try_to_unmount(mounted: Mount) -> MountError | None:
     try:
         unmount(mounted.mountpoint)
     except MountError as error:
-        if error.errno == errno.EINVAL:
-            return  # somebody was faster
-        if error.errno != errno.EBUSY:
-            logger.error("not unmounted, and nobody serves it any more error=%s", error)
-            return
-        logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
-        unmount(mounted.mountpoint, lazy=True)
-        _end(mounted)
+        return error
+    return None
 
 
 def _end(mounted: Mount) -> None:
