@@ -12,9 +12,9 @@ from rich.console import Console
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.loading import (
-    CONCURRENCY,
     Result,
     amount,
+    concurrency_option,
     count,
     exit_with,
     facts_of,
@@ -35,13 +35,7 @@ from cachefs.net import Address
 @click.argument("paths", metavar="PATH...", nargs=-1)
 @click.option("--metadata", is_flag=True, help="Names and attributes only.")
 @click.option("--from-file", type=click.File(), help="Also the paths in this file, one in a line; - is standard input.")
-@click.option(
-    "--concurrency",
-    type=click.IntRange(1, 256),
-    default=CONCURRENCY,
-    show_default=True,
-    help="Files asked for at a time.",
-)
+@concurrency_option
 @click.option("--dry-run", is_flag=True, help="Only say what there is, and what of it is cached.")
 @master_option
 @params.json_option

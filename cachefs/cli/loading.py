@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import click
 import trio
 from rich.console import Console
 
@@ -22,8 +23,15 @@ from cachefs.model import BlockId, CachefsError, format_duration, format_size
 
 _ASK_EVERY_S = 1.0
 _NOT_KEPT = "not kept: larger than a block or a quarter of the cache, or there is no room for it"
-CONCURRENCY = 32
 EXIT_INTERRUPTED = 130
+
+concurrency_option = click.option(
+    "--concurrency",
+    type=click.IntRange(1, 256),
+    default=32,
+    show_default=True,
+    help="Files asked for at a time.",
+)
 
 
 class UnderWay:

@@ -16,9 +16,9 @@ from rich.table import Table
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.loading import (
-    CONCURRENCY,
     Result,
     amount,
+    concurrency_option,
     count,
     exit_with,
     facts_of,
@@ -40,13 +40,7 @@ from cachefs.wire.messages import PinList, PinReply
 @click.argument("paths", metavar="PATH...", nargs=-1)
 @click.option("show", "--list", is_flag=True, help="Show what is pinned, and how much of it is cached.")
 @click.option("--no-load", is_flag=True, help="Load nothing: what is cached stays, and what is read is kept.")
-@click.option(
-    "--concurrency",
-    type=click.IntRange(1, 256),
-    default=CONCURRENCY,
-    show_default=True,
-    help="Files asked for at a time.",
-)
+@concurrency_option
 @click.option("--dry-run", is_flag=True, help="Only say what there is, what of it is cached, and whether it fits.")
 @master_option
 @params.json_option

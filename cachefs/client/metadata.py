@@ -311,7 +311,7 @@ class Metadata:
     def is_still_whole(self, directory: Ino) -> bool:
         """Whether what was last told of it is still to be believed."""
         expires, generation = self._whole.get(directory, (-1.0, 0))
-        return generation == self._generation and trio.current_time() < expires
+        return generation == self._generation and self._now() < expires
 
     @contextmanager
     def follow(self, directory: Ino) -> Iterator[Following]:

@@ -215,7 +215,7 @@ class KernelSession:
                     self._late.append(request)
                     continue
                 # How a file is opened depends on whether it is open: what was closed before is.
-                if kind == _OPEN and any(late[_NODE] == request[_NODE] for late in self._late):
+                if kind == _OPEN and self._late and any(late[_NODE] == request[_NODE] for late in self._late):
                     self._release_late()
                 self._dispatch(request)
                 self._release_late()

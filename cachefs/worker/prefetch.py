@@ -42,8 +42,8 @@ class KeepFiles(Protocol):
 
 
 class Prefetch:
-    """`keep` makes files local, those that it can `claim`, and tells of each that is (as `Filler.keep_files`); `wanted`
-    says of one whether it is worth fetching, raising CapacityError when there is no room for it.
+    """`keep` makes files local, those that it can `claim`, and tells of each that is (as `Filler.keep_files`);
+    `is_wanted` says of one whether it is neither here nor on its way, `has_room` whether that many bytes would be kept.
 
     Memory: `ahead_slots` files of at most `ahead_file_bytes` for each of two batches.
     """
