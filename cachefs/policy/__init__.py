@@ -3,17 +3,29 @@
 from cachefs.policy.admission import Promote, admits
 from cachefs.policy.file_order import FileOrder, FileOrderConfig, Run
 from cachefs.policy.neighbours import Neighbours
+from cachefs.policy.placement import HomeCandidate, rank_homes, spread_pages
 from cachefs.policy.readahead import Readahead, ReadaheadConfig
 from cachefs.policy.sieve import Sieve
+from cachefs.policy.topology import FARTHEST, LEVELS, Place, distance, equally_near, nearest, parse_labels
 
 __all__ = [
+    "FARTHEST",
+    "LEVELS",
     "FileOrder",
     "FileOrderConfig",
+    "HomeCandidate",
     "Neighbours",
+    "Place",
     "Promote",
     "Readahead",
     "ReadaheadConfig",
     "Run",
     "Sieve",
     "admits",
+    "distance",
+    "equally_near",
+    "nearest",
+    "parse_labels",
+    "rank_homes",
+    "spread_pages",
 ]
