@@ -24,6 +24,7 @@ from cachefs.model import (
 )
 from cachefs.net import Hello, Pool, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
+from cachefs.wire.cluster import Locate
 from cachefs.wire.messages import (
     AddStore,
     ClusterInfo,
@@ -35,7 +36,6 @@ from cachefs.wire.messages import (
     ListPins,
     LoadMetadata,
     LoadProgress,
-    Locate,
     MasterStatus,
     MountInfo,
     OpenCounts,

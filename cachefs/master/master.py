@@ -10,14 +10,14 @@ import msgspec
 import trio
 
 from cachefs.master.attaching import Attaching, open_mounts
+from cachefs.master.cluster import Cluster
 from cachefs.master.config import MasterConfig
 from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
-from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
-from cachefs.model import BlockId, Geometry, NamespaceChangedError, without_credentials
+from cachefs.model import Geometry, NamespaceChangedError, without_credentials
 from cachefs.net import Address, Hello, Service, Session, open_background, serve
 from cachefs.wire import messages as m
 
@@ -34,16 +34,16 @@ class Master:
         namespace: Namespace,
         attaching: Attaching,
         pinning: Pinning,
-        cluster: m.ClusterInfo,
-        workers: Workers,
+        info: m.ClusterInfo,
+        cluster: Cluster,
     ) -> None:
         self._store = store
         self._writer = writer
         self._namespace = namespace
         self._attaching = attaching
         self._pinning = pinning
+        self._info = info
         self._cluster = cluster
-        self._workers = workers
         self._started = trio.current_time()
 
     def service(self) -> Service:
@@ -65,20 +65,18 @@ class Master:
         service.on(m.ListPins, self.list_pins)
         service.on_stream(m.WatchPins, self.watch_pins)
         service.on(m.PinsApplied, self.pins_applied)
-        service.on(m.Locate, self.locate)
-        service.on(m.RegisterWorker, self.register_worker)
         service.on_at_once(m.Resolve, self.resolve)
         service.on_at_once(m.ResolveNext, self.resolve_next)
         service.on(m.ReportChanged, self.report_changed)
-        service.on(m.ReportBlocks, self.report_blocks)
+        self._cluster.add_to(service)
         return service
 
     async def get_cluster(self, request: m.GetCluster, session: Session) -> m.ClusterInfo:
-        return self._cluster
+        return self._info
 
     def _check_namespace(self, session: Session) -> None:
         """For what has inode numbers in the request or the answer. Raises NamespaceChangedError."""
-        if session.hello.namespace_id not in ("", self._cluster.namespace_id):
+        if session.hello.namespace_id not in ("", self._info.namespace_id):
             raise NamespaceChangedError("the master has another namespace than the one these inode numbers are of")
 
     def get_attr(self, request: m.GetAttr, session: Session) -> m.AttrReply:
@@ -116,7 +114,7 @@ class Master:
     async def get_status(self, request: m.GetMasterStatus, session: Session) -> m.MasterStatus:
         mounts, totals = await self._mount_infos(self._namespace.mounted())
         uptime_s = trio.current_time() - self._started
-        return m.MasterStatus(self._cluster, uptime_s, mounts, self._workers.infos(totals))
+        return m.MasterStatus(self._info, uptime_s, mounts, self._cluster.workers.infos(totals))
 
     async def _mount_infos(self, mounted: list[MountedStore]) -> tuple[list[m.MountInfo], dict[str, tuple[int, int]]]:
         """With the totals of workers, counted at the same time."""
@@ -152,10 +150,7 @@ class Master:
 
     async def get_stores(self, request: m.GetStores, session: Session) -> m.Stores:
         self._check_namespace(session)
-        return m.Stores(self._store_infos())
-
-    def _store_infos(self) -> list[m.StoreInfo]:
-        return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
+        return m.Stores(_store_infos(self._namespace))
 
     async def pin(self, request: m.Pin, session: Session) -> m.PinReply:
         paths = [normalise_mount_path(path, "PATH") for path in request.paths]
@@ -176,15 +171,9 @@ class Master:
                 yield part
 
     async def pins_applied(self, request: m.PinsApplied, session: Session) -> m.Done:
-        self._workers.pins_applied(self._workers.name_of(session), request.serial)
+        workers = self._cluster.workers
+        workers.pins_applied(workers.name_of(session), request.serial)
         return m.Done()
-
-    async def locate(self, request: m.Locate, session: Session) -> m.Holders:
-        return m.Holders(self._store.holders(BlockId(request.key, request.block_index)))
-
-    async def register_worker(self, request: m.RegisterWorker, session: Session) -> m.Registered:
-        self._workers.register(request, session)
-        return m.Registered(self._cluster, self._store_infos())
 
     def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
         self._check_namespace(session)
@@ -199,12 +188,9 @@ class Master:
         await self._namespace.recheck(request.ino)
         return m.Done()
 
-    async def report_blocks(self, request: m.ReportBlocks, session: Session) -> m.Done:
-        worker = self._workers.name_of(session)
-        added = [(BlockId(each.key, each.block_index), each.length) for each in request.added]
-        removed = [BlockId(key, index) for key, index in request.removed]
-        await self._writer.run(lambda: self._store.report(worker, added, removed, request.whole))
-        return m.Done()
+
+def _store_infos(namespace: Namespace) -> list[m.StoreInfo]:
+    return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in namespace.mounted()]
 
 
 async def run_master(
@@ -219,15 +205,16 @@ async def run_master(
             geometry = _settle_geometry(store, config)
             holder = Holder(holding)
             mounted = await open_mounts(store, config.mounts, config.ufs_options, holder)
-            cluster = m.ClusterInfo(config.cluster_id, store.namespace_id, geometry, config.sync_interval_s)
+            info = m.ClusterInfo(config.cluster_id, store.namespace_id, geometry, config.sync_interval_s)
             async with trio.open_nursery() as nursery:
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
                 attaching = Attaching(namespace, holder)
-                workers = Workers()
-                pinning = Pinning(store, writer, namespace.pins, workers, geometry)
-                master = Master(store, writer, namespace, attaching, pinning, cluster, workers)
+                cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
+                nursery.start_soon(cluster.workers.run)
+                pinning = Pinning(store, writer, namespace.pins, cluster.workers, geometry)
+                master = Master(store, writer, namespace, attaching, pinning, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
 

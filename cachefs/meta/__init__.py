@@ -4,16 +4,20 @@ from cachefs.meta.database import open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
 from cachefs.meta.pins import Content
+from cachefs.meta.replicas import Standing
 from cachefs.meta.store import MetaStore, open_meta_store
+from cachefs.meta.workers import KnownWorker
 
 __all__ = [
     "Added",
     "Content",
     "Found",
     "Inode",
+    "KnownWorker",
     "Merged",
     "MetaStore",
     "Mount",
+    "Standing",
     "check_mounts",
     "is_below",
     "normalise_mount_path",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cachefs.model import CachefsError, ConfigError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
 SCHEMA = """
@@ -54,9 +54,18 @@ CREATE TABLE replicas (
     block_index BIGINT NOT NULL,
     worker TEXT NOT NULL,
     length_bytes BIGINT NOT NULL,
+    epoch BIGINT NOT NULL,
     PRIMARY KEY (content_key, block_index, worker)
 );
-CREATE INDEX replicas_of_worker ON replicas (worker);
+CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index);
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY,
+    epoch BIGINT NOT NULL,
+    state TEXT NOT NULL,
+    address TEXT NOT NULL,
+    labels TEXT NOT NULL,
+    capacity_bytes BIGINT NOT NULL
+);
 """
 
 UPGRADES = {
@@ -66,6 +75,20 @@ ALTER TABLE mounts ADD COLUMN url TEXT NOT NULL DEFAULT '';
 ALTER TABLE mounts ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
 CREATE TABLE removed_mounts (path TEXT NOT NULL, origin TEXT NOT NULL, PRIMARY KEY (path, origin));
 CREATE TABLE pins (path TEXT PRIMARY KEY, pinned_ns BIGINT NOT NULL);
+""",
+    2: """
+DROP INDEX replicas_of_worker;
+ALTER TABLE replicas ADD COLUMN epoch BIGINT NOT NULL DEFAULT 0;
+CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index);
+CREATE TABLE workers (
+    name TEXT PRIMARY KEY,
+    epoch BIGINT NOT NULL,
+    state TEXT NOT NULL,
+    address TEXT NOT NULL,
+    labels TEXT NOT NULL,
+    capacity_bytes BIGINT NOT NULL
+);
+INSERT INTO counters VALUES ('epoch', 0);
 """,
 }
 """From an older schema to the next: a namespace outlives the versions that made it."""
@@ -161,7 +184,7 @@ def _prepare(connection: sqlite3.Connection) -> str:
         for statement in SCHEMA.split(";"):
             connection.execute(statement)
         connection.execute("INSERT INTO facts VALUES ('namespace_id', ?)", (secrets.token_hex(16),))
-        connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0)")
+        connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0), ('epoch', 0)")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
     while version in UPGRADES:

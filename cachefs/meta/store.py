@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, mounts, pins, replicas
+from cachefs.meta import inodes, mounts, pins, replicas, workers
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
 from cachefs.meta.pins import Content
+from cachefs.meta.replicas import Standing
+from cachefs.meta.workers import KnownWorker
 from cachefs.model import NO_INO, BlockId, ContentKey, Entry, Ino
 
 
@@ -206,15 +208,62 @@ class MetaStore:
         with self._transaction() as db:
             inodes.remove_child(db, parent, name)
 
-    def report(
-        self, worker: str, added: Iterable[tuple[BlockId, int]], removed: Iterable[BlockId], whole: bool
-    ) -> None:
-        """What a worker got and lost; `whole`: forget what was known of it before."""
+    # ---- workers and what they hold --------------------------------------------------------------------------------
+
+    def register_worker(self, name: str, address: str, labels: dict[str, str], capacity_bytes: int) -> KnownWorker:
+        """A worker begins, perhaps not for the first time: with an epoch larger than all before, in its old state."""
         with self._transaction() as db:
-            if whole:
-                replicas.remove_all(db, worker)
-            replicas.remove(db, worker, removed)
-            replicas.add(db, worker, added)
+            return workers.register(db, name, address, labels, capacity_bytes)
+
+    def set_worker_state(self, name: str, state: str) -> None:
+        with self._transaction() as db:
+            workers.set_state(db, name, state)
+
+    def forget_worker(self, name: str) -> None:
+        """With all that it was said to hold."""
+        with self._transaction() as db:
+            replicas.remove_worker(db, name)
+            workers.forget(db, name)
+
+    def workers(self) -> list[KnownWorker]:
+        """All that ever registered."""
+        return workers.all_workers(self._reader)
+
+    def report(
+        self,
+        worker: str,
+        epoch: int,
+        added: Iterable[tuple[BlockId, int]],
+        removed: Iterable[BlockId],
+        alive: Collection[str],
+    ) -> list[Standing]:
+        """What a worker got and lost. Returns whose blocks are shared with others now, or are not any more, as far as
+        that has changed; of workers in `alive` only.
+        """
+        with self._transaction() as db:
+            return replicas.remove(db, worker, removed, alive) + replicas.add(db, worker, epoch, added, alive)
+
+    def end_full_report(self, worker: str, epoch: int, alive: Collection[str]) -> list[Standing]:
+        """What was not reported in this epoch is gone. Returns how all of its blocks stand, and others that were
+        shared with it.
+        """
+        with self._transaction() as db:
+            return replicas.sweep(db, worker, epoch, alive) + replicas.standings(db, worker, alive)
+
+    def standings(self, worker: str, alive: Collection[str]) -> list[Standing]:
+        """As `replicas.standings`; a scan, to be called as writes are."""
+        return replicas.standings(self._writer, worker, alive)
+
+    def grant_drops(
+        self, worker: str, blocks: Iterable[BlockId], alive: Collection[str]
+    ) -> tuple[list[BlockId], list[Standing]]:
+        """As `replicas.grant_drops`."""
+        with self._transaction() as db:
+            return replicas.grant_drops(db, worker, blocks, alive)
+
+    def blocks_of(self, worker: str, after: BlockId | None, limit: int) -> list[tuple[BlockId, int]]:
+        """The next blocks of a worker, with their lengths in bytes."""
+        return replicas.blocks_of(self._reader, worker, after, limit)
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Sieve(Generic[K]):
     def is_pinned(self, key: K) -> bool:
         return key in self._pinned
 
+    def is_visited(self, key: K) -> bool:
+        """It was hit since the hand came by last; False for what is pinned or not there."""
+        node = self._nodes.get(key)
+        return node is not None and node.visited
+
     def pin(self, key: K) -> bool:
         """Make a key no candidate until `unpin` or `remove`; False if it is not there, or is pinned already."""
         if key not in self._nodes:

@@ -21,6 +21,7 @@ from cachefs.policy import Promote, admits
 from cachefs.store.config import TierConfig
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
+from cachefs.store.sums import Sums
 from cachefs.store.tier import Tier, open_tier
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,17 @@ class Store:
         """The sealed blocks and the bytes they take."""
         return list({block: size for tier in reversed(self.tiers) for block, size in tier.blocks()}.items())
 
+    def held_bytes(self, block: BlockId) -> int:
+        """What a sealed block takes; 0 if it is not sealed here."""
+        return next((tier.held_bytes(block) for tier in self.tiers if tier.is_sealed(block)), 0)
+
+    def checksums(self, block: BlockId) -> Sums:
+        """Of the pages of a sealed block. Reads a small file. Raises BlockCorruptError, BlockMissingError."""
+        for tier in self.tiers:
+            if tier.is_sealed(block):
+                return tier.checksums(block)
+        raise BlockMissingError(f"{block.filename}: not here")
+
     def visited(self, block: BlockId) -> None:
         """Somebody read it: evict others first."""
         for tier in self.tiers:
@@ -96,11 +108,13 @@ class Store:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    def admits(self, length: int, mode: Promote) -> bool:
-        """Whether some tier would take a block of that length."""
-        return any(self._tier_admits(tier, length, mode) for tier in self._usable())
+    def admits(self, length: int, mode: Promote, *, first_copy: bool = True) -> bool:
+        """Whether some tier would take a block of that length; as the first copy in the cluster it may take the room of
+        what others hold as well, once that was given up.
+        """
+        return any(self._tier_admits(tier, length, mode, first_copy=first_copy) for tier in self._usable())
 
-    def _tier_admits(self, tier: Tier, length: int, mode: Promote) -> bool:
+    def _tier_admits(self, tier: Tier, length: int, mode: Promote, *, first_copy: bool = False) -> bool:
         free = tier.room_bytes()
         return admits(
             mode,
@@ -108,8 +122,41 @@ class Store:
             capacity_bytes=tier.config.capacity_bytes,
             free_bytes=free,
             reclaimable_bytes=0 if free >= length else tier.idle_bytes(),
+            shared_bytes=tier.shared_bytes() if first_copy and free < length else 0,
+            first_copy=first_copy,
             pinned_bytes=tier.pinned_bytes,
         )
+
+    def to_give_up(self, length: int) -> list[BlockId]:
+        """Blocks that other nodes hold as well, of about the room that a new one of `length` bytes lacks."""
+        for tier in self._usable():
+            lacking = tier.need(length) - tier.room_bytes()
+            if lacking > 0:
+                lacking -= tier.idle_bytes()
+            if lacking <= 0:
+                return []
+            if self._tier_admits(tier, length, Promote.IF_SPACE, first_copy=True):
+                return tier.to_give_up(lacking)
+        # Not even with all of them: as much as there is, before others are evicted.
+        return self._usable()[-1].to_give_up(length) if self._usable() else []
+
+    def room_bytes(self) -> int:
+        """What could be taken in without giving up the last copy of anything in use."""
+        return sum(tier.room_bytes() + tier.idle_bytes() + tier.shared_bytes() for tier in self._usable())
+
+    def capacity_bytes(self) -> int:
+        """Of the tiers that can be used."""
+        return sum(tier.config.capacity_bytes for tier in self._usable())
+
+    def share(self, blocks: Sequence[BlockId], shared: bool) -> None:
+        """Other nodes hold these as well, or do not any more."""
+        for tier in self.tiers:
+            tier.share(blocks, shared)
+
+    def unshare_all(self) -> None:
+        """Nothing is known of other nodes any more."""
+        for tier in self.tiers:
+            tier.unshare_all()
 
     def open_partial(self, block: BlockId, length: int, mode: Promote = Promote.ALWAYS) -> Partial | None:
         """The partial of a block of `length` bytes, resumed or new, with room reserved for all of it.

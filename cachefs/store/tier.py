@@ -87,6 +87,11 @@ class Tier:
         self._dormant: dict[BlockId, int] = {}
         self._open: dict[BlockId, Partial] = {}
         self._sieve: Sieve[BlockId] = Sieve()
+        self._shared: dict[BlockId, None] = {}
+        """Of sealed blocks that are not pinned: those that other nodes hold as well."""
+        self._shared_pinned: set[BlockId] = set()
+        """The same of pinned ones."""
+        self._shared_bytes = 0
         self._used_at: dict[BlockId, float] = {}
         """Of sealed blocks: when they were last read, by the monotonic clock; see `retire`."""
         self._idle_queue: deque[BlockId] = deque()
@@ -133,6 +138,55 @@ class Tier:
         with self._lock:
             return sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
 
+    def shared_bytes(self) -> int:
+        """What blocks take that other nodes hold as well, those that are pinned or idle left out."""
+        with self._lock:
+            if not self._shared:
+                return 0
+            return self._shared_bytes - sum(self._sealed[block] for block in self._idle() if block in self._shared)
+
+    def share(self, blocks: Iterable[BlockId], shared: bool) -> None:
+        """Other nodes hold these as well, or do not any more."""
+        with self._lock:
+            for block in blocks:
+                self._set_shared(block, shared)
+
+    def unshare_all(self) -> None:
+        """Nothing is known of other nodes any more."""
+        with self._lock:
+            self._shared.clear()
+            self._shared_pinned.clear()
+            self._shared_bytes = 0
+
+    def _set_shared(self, block: BlockId, shared: bool) -> None:
+        if block in self._shared:
+            del self._shared[block]
+            self._shared_bytes -= self._sealed[block]
+        self._shared_pinned.discard(block)
+        if not shared or block not in self._sealed:
+            return
+        if self._sieve.is_pinned(block):
+            self._shared_pinned.add(block)
+        else:
+            self._shared[block] = None
+            self._shared_bytes += self._sealed[block]
+
+    def _is_shared(self, block: BlockId) -> bool:
+        return block in self._shared or block in self._shared_pinned
+
+    def to_give_up(self, need: int) -> list[BlockId]:
+        """Shared blocks of about `need` bytes that nobody reads, those not read lately first."""
+        found: list[BlockId] = []
+        with self._lock:
+            for visited in (False, True):
+                for block in self._shared:
+                    if need <= 0:
+                        return found
+                    if self._sieve.is_visited(block) is visited and self._can_evict(block):
+                        found.append(block)
+                        need -= self._sealed[block]
+        return found
+
     def _idle(self) -> deque[BlockId]:
         """Blocks that count as free, longest idle first; looked for now and then only, since that looks at every block.
 
@@ -150,6 +204,10 @@ class Tier:
     def pinned_bytes(self) -> int:
         """What sealed blocks take that are never evicted."""
         return self._pinned_bytes
+
+    def need(self, length: int) -> int:
+        """What a block of that length takes, its checksums included."""
+        return estimate(length, self._geometry.page_count(length))
 
     def room_bytes(self) -> int:
         """What could be taken in without evicting anything."""
@@ -330,6 +388,7 @@ class Tier:
         self._discount_sealed(block)
 
     def _discount_sealed(self, block: BlockId) -> None:
+        self._set_shared(block, False)
         size = self._sealed.pop(block)
         self._space.used -= size
         if self._sieve.is_pinned(block):
@@ -374,7 +433,8 @@ class Tier:
                 if block in self._sealed:
                     idle.append(block)
         if evict:
-            yield from self._sieve.candidates()
+            # What others hold as well is given up first, and by agreement only: see `to_give_up`.
+            yield from (block for block in self._sieve.candidates() if block not in self._shared)
 
     def apply_pins(self, blocks: Iterable[BlockId] | None = None) -> None:
         """What is pinned was changed: for these blocks, or all that are sealed. All are taken in portions, so that
@@ -394,6 +454,7 @@ class Tier:
             self._pinned_bytes += size if self._sieve.pin(block) else 0
         else:
             self._pinned_bytes -= size if self._sieve.unpin(block) else 0
+        self._set_shared(block, self._is_shared(block))
 
     def _evict(self, directory_fd: int, block: BlockId) -> bool:
         """Unlink a block that nobody reads; False if somebody does."""
@@ -473,6 +534,10 @@ class Tier:
         """
         good = self._verify_in(self._layout.sealed_fd, block)
         return good or not self.is_sealed(block)
+
+    def checksums(self, block: BlockId) -> sums.Sums:
+        """Of a sealed block. Raises BlockCorruptError, also when it is not sealed any more."""
+        return sums.read(block, sums_name(block), self._layout.sealed_fd)
 
     def _verify_in(self, directory_fd: int, block: BlockId) -> bool:
         try:

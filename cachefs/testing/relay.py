@@ -12,6 +12,7 @@ import trio
 
 from cachefs.model import Ino
 from cachefs.net import Address, Hello, Pool, Service, Session, TcpAddress, open_background, serve
+from cachefs.wire.cluster import Locate
 from cachefs.wire.messages import (
     Changes,
     GetAttr,
@@ -19,7 +20,6 @@ from cachefs.wire.messages import (
     GetMasterStatus,
     ListChunk,
     ListDir,
-    Locate,
     Lookup,
     ResolvePath,
     Watch,

@@ -1,4 +1,5 @@
-"""The messages of cachefs: what a client and a worker ask the master, and what a mount asks its worker.
+"""The messages of cachefs: what a client and a worker ask the master, and what a mount asks its worker. Those that
+workers join, report and read from each other by are in `cluster`.
 
 Every class is a struct that msgspec validates on arrival. A request names its reply type in brackets. Names of files
 are `str`: keys and names that are not valid UTF-8 are hidden where they enter, in `ufs`.
@@ -196,8 +197,19 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     host_boot_id: str
     """Of the kernel it runs under: a mount finds the worker of its own node by it."""
     connected: bool
+    """It is alive: connected, and heard of lately."""
     blocks: int
     block_bytes: int
+    state: str = "active"
+    """Or draining, drained."""
+    labels: dict[str, str] = {}
+    capacity_bytes: int = 0
+    room_bytes: int = 0
+    """What it would take in without giving up the last copy of anything in use, as it said last."""
+    epoch: int = 0
+    """Of its last registration."""
+    heard_s: float = -1.0
+    """Seconds since it was last heard of; below 0: not since this master started."""
 
 
 class MasterStatus(msgspec.Struct, frozen=True):
@@ -275,16 +287,6 @@ class ListPins(Request[PinList], frozen=True):
     """Without, only paths and times are told, at once: all sizes are 0."""
 
 
-class Holders(msgspec.Struct, frozen=True, array_like=True):
-    workers: list[str]
-    """Names of those that said they hold it, which may be out of date."""
-
-
-class Locate(Request[Holders], frozen=True):
-    key: Key
-    block_index: Index
-
-
 # ---- to the master, from workers -----------------------------------------------------------------------------------
 
 
@@ -302,22 +304,6 @@ class Stores(msgspec.Struct, frozen=True):
 
 class GetStores(Request[Stores], frozen=True):
     """All that are attached now: asked by a worker that meets one it has not heard of."""
-
-
-class Registered(msgspec.Struct, frozen=True):
-    cluster: ClusterInfo
-    stores: list[StoreInfo]
-
-
-class RegisterWorker(Request[Registered], frozen=True):
-    """First request of a worker's connection; the registration ends with the connection."""
-
-    name: str
-    address: str
-    socket: str
-    host_boot_id: str
-    capacity_bytes: Bytes = 0
-    """Of all its tiers."""
 
 
 class PinnedContents(msgspec.Struct, frozen=True, array_like=True):
@@ -383,20 +369,6 @@ class ReportChanged(Request[Done], frozen=True):
     ino: InoField
 
 
-class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
-    key: Key
-    block_index: Index
-    length: Bytes
-
-
-class ReportBlocks(Request[Done], frozen=True):
-    """Sealed blocks this worker has got or lost since its last report; `whole` starts a full report."""
-
-    added: list[HeldBlock]
-    removed: list[BlockName]
-    whole: bool = False
-
-
 # ---- to the worker, from mounts on its node ------------------------------------------------------------------------
 
 
@@ -427,6 +399,18 @@ class FetchCounters(msgspec.Struct, frozen=True):
     not_admitted: int
     files_ahead: int
     """Small files fetched before anybody asked for them."""
+    peer_bytes: int = 0
+    """Read from other workers."""
+    peer_reads: int = 0
+    peer_failures: int = 0
+    """Reads from other workers that failed; the bytes came from elsewhere."""
+    served_bytes: int = 0
+    """Sent to other workers."""
+    served_reads: int = 0
+    leases: int = 0
+    """Origin leases taken so far."""
+    drops: int = 0
+    """Blocks given up because others hold them too."""
 
 
 class OpenCounts(msgspec.Struct, frozen=True):

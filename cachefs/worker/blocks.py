@@ -17,19 +17,21 @@ from contextlib import suppress
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, Tier
 from cachefs.ufs.files import Claim
 from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
+from cachefs.worker.admission import Admission
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler, Job
 from cachefs.worker.prefetch import Prefetch
 from cachefs.worker.read_through import ReadThrough
 from cachefs.worker.sources import Source, Sources
+from cachefs.worker.supply import Supply
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Blocks:
         store: Store,
         sources: Sources,
         filler: Filler,
+        supply: Supply,
+        admission: Admission,
         counters: Counters,
         nursery: trio.Nursery,
     ) -> None:
@@ -56,6 +60,8 @@ class Blocks:
         self._store = store
         self._sources = sources
         self._filler = filler
+        self._supply = supply
+        self._admission = admission
         self._counters = counters
         self._nursery = nursery
         self._sealed_files = SealedReader(store.paths)
@@ -64,13 +70,13 @@ class Blocks:
         """Those that will have a job, as soon as their files are made."""
         self._doubted: set[BlockId] = set()
         """Sealed blocks that a reader could not read, while they are looked at: nobody is sent there meanwhile."""
-        self._whole: Flights[BlockId, None] = Flights(nursery)
+        self._whole: Flights[BlockId, bool] = Flights(nursery)
         self._disk = trio.CapacityLimiter(4)
         self._looking = trio.CapacityLimiter(1)
         self._prefetch = Prefetch(
             config, sources, self._has_room, self._is_worth_fetching, self._keep_ahead, counters, nursery
         )
-        self._read_through = ReadThrough(filler, geometry, config.read_through_pages, nursery)
+        self._read_through = ReadThrough(supply, filler.demand, geometry, config.read_through_pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -88,17 +94,16 @@ class Blocks:
             self._prefetch.asked((reader, request.reader), source)
         block = BlockId(attr.key, 0)
         for attempt in range(_ATTEMPTS):
-            if await self._is_sealed(block):
+            if await self.is_sealed(block):
                 return PromoteReply(True)
             if await self._prefetch.join(block) and self._store.is_sealed(block):
                 return PromoteReply(True)
             if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
-                if block not in self._whole and not self._admits(attr.size_bytes, mode):
-                    return PromoteReply(False)
                 try:
-                    await self._whole.join(
-                        block, lambda: self._filler.keep_whole(block, source, mode, loading=request.background)
-                    )
+                    if not await self._whole.join(
+                        block, lambda: self._keep_whole(block, source, mode, loading=request.background)
+                    ):
+                        return PromoteReply(False)
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
@@ -150,7 +155,7 @@ class Blocks:
             for _ in range(_ATTEMPTS):
                 if request.unreadable or block in self._doubted:
                     break
-                if await self._is_sealed(block):
+                if await self.is_sealed(block):
                     fd = self._sealed_files.open(block, length)
                     if fd is not None:
                         self._store.visited(block)
@@ -161,7 +166,7 @@ class Blocks:
                     continue
                 if block in self._whole:
                     with suppress(BlockCorruptError, CapacityError):
-                        await self._whole.join(block, trio.lowlevel.checkpoint)
+                        await self._whole.join(block, _nothing)
                     continue
                 job = await self._job(block, source, self._mode(request, source))
                 if job is not None:
@@ -228,7 +233,7 @@ class Blocks:
 
     def _has_room(self, length: int) -> bool:
         """Without evicting anything: nobody has asked for it yet."""
-        return self._config.promote is not Promote.NEVER and self._store.admits(length, Promote.IF_SPACE)
+        return self._config.promote is not Promote.NEVER and self._admission.has_room(length)
 
     def _is_worth_fetching(self, source: Source) -> bool:
         """Whether it is a small content that is not here, nor on its way."""
@@ -243,11 +248,85 @@ class Blocks:
     ) -> list[Exception | None]:
         """Contents that nobody waits for: nothing is evicted for them."""
         slots = max(1, self._config.ahead_slots)
-        return await self._filler.keep_files(wanted, Promote.IF_SPACE, at_once=slots, claim=claim, on_kept=on_kept)
+        outcomes: list[Exception | None] = [CapacityError("not admitted")] * len(wanted)
+        routes = await self._admission.routes(wanted, Promote.IF_SPACE)
+        numbers = [number for number, route in enumerate(routes) if route is not None]
+        admitted = [route for route in routes if route is not None]
+        try:
+            found = await self._filler.keep_files(
+                admitted,
+                Promote.IF_SPACE,
+                at_once=slots,
+                claim=lambda number: claim(numbers[number]),
+                on_kept=lambda number: on_kept(numbers[number]),
+            )
+        finally:
+            for route in admitted:
+                self._supply.end(route)
+        for number, error in zip(numbers, found, strict=True):
+            outcomes[number] = error
+        return outcomes
+
+    # ---- for other workers -----------------------------------------------------------------------------------------
+
+    @property
+    def page_size(self) -> int:
+        return self._geometry.page_size
+
+    def partial(self, block: BlockId) -> Partial | None:
+        """Of a block that is being filled."""
+        job = self._jobs.get(block)
+        return job.partial if job is not None and not job.partial.dropped else None
+
+    def is_coming(self, block: BlockId) -> bool:
+        """Whether it is being fetched, or is to be."""
+        return (
+            block in self._jobs
+            or block in self._opening
+            or block in self._whole
+            or self._prefetch.is_coming(block)
+            or self._supply.has_lease(block)
+        )
+
+    async def fetch_for_worker(self, block: BlockId, ino: Ino, offset: int) -> None:
+        """Make the page at that offset of a block present, and keep it, as for a reader of this node. Raises as
+        `Filler.fetch`; CapacityError when it is not admitted.
+        """
+        source = await self._sources.resolve(ino)
+        if source.attr.key != block.key:
+            raise BlockMissingError(f"{block.filename}: inode {ino} is another content")
+        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
+        if self._geometry.block_count(source.attr.size_bytes) == 1 and self._geometry.page_count(length) <= 1:
+            request = PromoteRequest(ino, self._mode_for_workers().value, background=True)
+            if not (await self.promote(request, 0)).sealed:
+                raise CapacityError(f"{block.filename}: not admitted")
+            return
+        job = await self._job(block, source, self._mode_for_workers())
+        if job is None:
+            if self._store.is_sealed(block):
+                return
+            raise CapacityError(f"{block.filename}: not admitted")
+        job.users += 1
+        try:
+            job.touch()
+            await self._filler.fetch(job, [offset // self._geometry.page_size])
+            self._fill_soon(job)
+        finally:
+            job.users -= 1
+            self._end_if_done(job)
+
+    def _mode_for_workers(self) -> Promote:
+        """Nothing of what this node's own readers use is evicted for others."""
+        return Promote.NEVER if self._config.promote is Promote.NEVER else Promote.IF_SPACE
+
+    def doubt(self, block: BlockId) -> None:
+        """Another worker got damaged bytes of it."""
+        if self._store.is_sealed(block):
+            self._doubt(block, 0)
 
     # ---- sealed ----------------------------------------------------------------------------------------------------
 
-    async def _is_sealed(self, block: BlockId) -> bool:
+    async def is_sealed(self, block: BlockId) -> bool:
         if self._store.is_suspect(block):
             return await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
         return self._store.is_sealed(block)
@@ -297,10 +376,11 @@ class Blocks:
         job = self._jobs.get(block)
         if job is not None and not job.ended:
             # The same content; under another namespace its object has another number to report a change by.
-            job.source = source
+            job.route.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        if not self._admits(length, mode):
+        route = await self._admission.route(block, source, mode)
+        if route is None:
             return None
         self._opening[block] += 1
         try:
@@ -308,20 +388,37 @@ class Blocks:
         except CapacityError as error:
             self._counters.not_admitted += 1
             logger.info("not admitted block=%s error=%s", block.filename, error)
+            self._supply.end(route)
             return None
+        except BaseException:
+            self._supply.end(route)
+            raise
         finally:
             self._opening[block] -= 1
             if not self._opening[block]:
                 del self._opening[block]
         if partial is None:
+            self._supply.end(route)
             return None
         other = self._jobs.get(block)
         if other is not None and not other.ended:
             # Somebody was faster while we were in the thread.
             self._store.close(partial)
+            self._supply.end(route)
             return other
-        job = self._jobs[block] = Job(partial, source, block.block_index * self._geometry.block_size)
+        job = self._jobs[block] = Job(partial, route)
         return job
+
+    async def _keep_whole(self, block: BlockId, source: Source, mode: Promote, *, loading: bool) -> bool:
+        """Whether it was admitted; then it is sealed. Raises as `Filler.keep_whole`."""
+        route = await self._admission.route(block, source, mode)
+        if route is None:
+            return False
+        try:
+            await self._filler.keep_whole(route, mode, loading=loading)
+        finally:
+            self._supply.end(route)
+        return True
 
     def _mode(self, request: Fetch | PromoteRequest, source: Source) -> Promote:
         mode = self._config.promote if request.promote is None else Promote(request.promote)
@@ -330,20 +427,14 @@ class Blocks:
             return Promote.ALWAYS
         return mode
 
-    def _admits(self, length: int, mode: Promote) -> bool:
-        admitted = self._store.admits(length, mode)
-        self._counters.not_admitted += not admitted
-        return admitted
-
     async def _fetch_into(self, job: Job, pages: range, held: int, reader: int) -> Answer[FetchReply]:
         job.users += 1
         try:
             ahead = job.demand(reader, pages, self._config.readahead)
             self._filler.fetch_ahead(job, ahead)
             await self._filler.fetch(job, pages)
-            if job.worth_filling and not job.filling:
-                job.filling = True
-                self._nursery.start_soon(self._fill, job)
+            if job.worth_filling:
+                self._fill_soon(job)
             return self._confirm(job.partial, held)
         finally:
             job.users -= 1
@@ -354,6 +445,11 @@ class Blocks:
         # answer is under way.
         fds = () if held == partial.serial else (os.dup(partial.read_fd),)
         return Answer(FetchReply(partial.serial, partial.present()), b"", fds, close_fds=True)
+
+    def _fill_soon(self, job: Job) -> None:
+        if not job.filling:
+            job.filling = True
+            self._nursery.start_soon(self._fill, job)
 
     async def _fill(self, job: Job) -> None:
         job.users += 1
@@ -374,6 +470,7 @@ class Blocks:
         if self._jobs.get(job.block) is job:
             del self._jobs[job.block]
         job.ended = job.closed = True
+        self._supply.end(job.route)
         self._store.close(job.partial)
 
     async def end_idle(self) -> None:
@@ -389,6 +486,11 @@ class Blocks:
         """At the end of the worker, when nothing runs any more."""
         for job in list(self._jobs.values()):
             self._end(job)
+
+
+async def _nothing() -> bool:
+    await trio.lowlevel.checkpoint()
+    return False
 
 
 def _block_status(tier: Tier, cached_bytes: int) -> BlockStatus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cachefs.model import MiB
@@ -21,6 +22,10 @@ class WorkerConfig:
     """Path of the unix socket for mounts on this node."""
     tiers: tuple[TierConfig, ...]
     """The fastest first."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Where it is, such as {"rack": "r7", "zone": "a"}: nearer workers are read from first."""
+    advertise: str = ""
+    """HOST:PORT at which other workers reach it; empty: `listen`."""
     promote: Promote = Promote.IF_SPACE
     readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
     demand_slots: int = 16
@@ -29,6 +34,8 @@ class WorkerConfig:
     """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
     load_slots: int = 8
     """The same for what `cachefs load` asks for."""
+    peer_slots: int = 16
+    """Reads of other workers in flight; each holds a page of memory."""
     ahead_slots: int = 16
     """The same for small files fetched ahead of whoever opens those of a directory in order."""
     files_ahead: int = 64

@@ -15,3 +15,10 @@ class Counters:
     corrupt: int = 0
     not_admitted: int = 0
     files_ahead: int = 0
+    peer_bytes: int = 0
+    peer_reads: int = 0
+    peer_failures: int = 0
+    served_bytes: int = 0
+    served_reads: int = 0
+    leases: int = 0
+    drops: int = 0

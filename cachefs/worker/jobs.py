@@ -3,7 +3,8 @@
 A `Job` owns one open partial. It ends when the block is sealed, when the content turns out to be gone, or when nobody
 has asked for it for a while; what a partial has on disk survives that.
 
-    ask -> pages missing?  -> fetch each once (single-flight per page; readers first, then read-ahead and filling)
+    ask -> pages missing?  -> fetch each once (single-flight per page; readers first, then read-ahead and filling),
+                              from another worker or the under-store, as `Supply` says
                            -> write into the partial, with the checksum made from what the under-store sent
            all present?    -> seal once: every page is read back and compared, then renamed into place
 """
@@ -11,25 +12,19 @@ has asked for it for a while; what a partial has on disk survives that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
 
-from cachefs.model import (
-    BlockCorruptError,
-    BlockId,
-    CachefsError,
-    CapacityError,
-    ContentChangedError,
-    NotFoundError,
-)
-from cachefs.net.flights import Flights
+from cachefs.model import BlockCorruptError, BlockId, CachefsError, CapacityError
+from cachefs.net import Flights
 from cachefs.policy import Promote, Readahead, ReadaheadConfig
 from cachefs.store import Partial, Store, page_checksum
 from cachefs.ufs.files import Claim, Data
 from cachefs.worker.counters import Counters
-from cachefs.worker.sources import Source, Sources
+from cachefs.worker.origin import Origin
+from cachefs.worker.supply import Route, Supply
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +32,9 @@ logger = logging.getLogger(__name__)
 class Job:
     """One block being filled."""
 
-    def __init__(self, partial: Partial, source: Source, content_offset: int) -> None:
+    def __init__(self, partial: Partial, route: Route) -> None:
         self.partial = partial
-        self.source = source
-        self.content_offset = content_offset
-        """Where the block starts in its content."""
+        self.route = route
         self.last_asked = trio.current_time()
         self.users = 0
         self.filling = False
@@ -64,10 +57,18 @@ class Job:
             readahead = self._readers[reader] = Readahead(self.partial.page_count, config)
         return readahead.access(pages.start, pages.stop)
 
+    def touch(self) -> None:
+        """Somebody else than a reader of this node asks for it."""
+        self.last_asked = trio.current_time()
+
     @property
     def worth_filling(self) -> bool:
         """Somebody reads it, rather than having looked at its head only (`file`, `head`): fetch the rest as well."""
         return len(self._demanded) > 1 or self.partial.page_count <= 2
+
+
+class _Damaged(Exception):
+    """A page that another worker sent does not match its checksum."""
 
 
 class Filler:
@@ -76,27 +77,28 @@ class Filler:
     def __init__(
         self,
         store: Store,
-        sources: Sources,
+        origin: Origin,
+        supply: Supply,
         counters: Counters,
         *,
         demand_slots: int,
         background_slots: int,
         load_slots: int,
-        on_changed: Callable[[Source], Awaitable[None]],
         on_sealed: Callable[[BlockId, int], None],
         nursery: trio.Nursery,
     ) -> None:
         self._store = store
-        self._sources = sources
+        self._origin = origin
+        self._supply = supply
         self._counters = counters
         self._nursery = nursery
-        self._demand = trio.CapacityLimiter(demand_slots)
-        self._background = trio.CapacityLimiter(background_slots)
-        self._load = trio.CapacityLimiter(load_slots)
+        self.demand = trio.CapacityLimiter(demand_slots)
+        """Reads of the under-store that somebody waits for."""
+        self.background = trio.CapacityLimiter(background_slots)
+        self.load = trio.CapacityLimiter(load_slots)
         self._disk = trio.CapacityLimiter(4)
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
-        self._on_changed = on_changed
         self._on_sealed = on_sealed
 
     async def fetch(self, job: Job, pages: Iterable[int], *, loading: bool = False) -> None:
@@ -107,12 +109,12 @@ class Filler:
         """
         missing = [page for page in pages if not job.partial.has(page)]
         if len(missing) == 1:
-            await self._join(job, missing[0], self._load if loading else self._demand)
+            await self._join(job, missing[0], self.load if loading else self.demand)
         elif missing:
             try:
                 async with trio.open_nursery() as nursery:
                     for page in missing:
-                        nursery.start_soon(self._join, job, page, self._load if loading else self._demand)
+                        nursery.start_soon(self._join, job, page, self.load if loading else self.demand)
             except* CachefsError as group:
                 raise _first(group) from None
 
@@ -127,7 +129,7 @@ class Filler:
         try:
             for page in list(job.partial.missing()):
                 if not job.partial.has(page):
-                    await self._join(job, page, self._background)
+                    await self._join(job, page, self.background)
             await self.seal(job)
         except CachefsError as error:
             logger.info("filling stopped block=%s error=%s", job.block.filename, error)
@@ -141,19 +143,23 @@ class Filler:
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
 
-    async def keep_whole(self, block: BlockId, source: Source, promote: Promote, *, loading: bool = False) -> None:
+    async def keep_whole(self, route: Route, promote: Promote, *, loading: bool = False) -> None:
         """As `keep_files`, of one. `loading`: in the slots of those that nobody waits to read.
 
         Raises as `fetch` and `seal`.
         """
-        async with self._load if loading else self._demand:
-            (error,) = await self.keep_files([(block, source)], promote, at_once=1)
+        slots = self.load if loading else self.demand
+        if not self._supply.is_first_copy(route):
+            await self._keep_from_workers(route, promote, slots)
+            return
+        async with slots:
+            (error,) = await self.keep_files([route], promote, at_once=1)
         if error is not None:
             raise error
 
     async def keep_files(
         self,
-        wanted: Sequence[tuple[BlockId, Source]],
+        routes: Sequence[Route],
         promote: Promote,
         *,
         at_once: int,
@@ -164,50 +170,107 @@ class Filler:
         one in one go, and in the thread that gets the bytes. Most of what a small file costs are wake-ups of threads.
 
         `claim` as of `UnderStore.read_files`; `on_kept` is called with the number of each that is sealed, at once. The
-        caller bounds how many there are. Returns what kept each from being kept: errors as of `fetch` and `seal`.
+        caller bounds how many there are, and ends the routes. Returns what kept each from being kept: errors as of
+        `fetch` and `seal`.
         """
+        outcomes: list[Exception | None] = [None] * len(routes)
+        ours = [number for number, route in enumerate(routes) if self._supply.is_first_copy(route)]
+        others = [number for number, route in enumerate(routes) if not self._supply.is_first_copy(route)]
+
+        async def from_under_store() -> None:
+            found = await self._keep_from_under_store(
+                [routes[number] for number in ours],
+                promote,
+                at_once,
+                lambda number: claim(ours[number]),
+                lambda number: on_kept(ours[number]),
+            )
+            for number, error in zip(ours, found, strict=True):
+                outcomes[number] = error
+
+        async def from_workers(numbers: Iterator[int]) -> None:
+            for number in numbers:
+                if claim(number):
+                    try:
+                        await self._keep_from_workers(routes[number], promote, self.background)
+                        on_kept(number)
+                    except CachefsError as error:
+                        outcomes[number] = error
+
+        if not others:
+            await from_under_store()
+            return outcomes
+        async with trio.open_nursery() as nursery:
+            if ours:
+                nursery.start_soon(from_under_store)
+            numbers = iter(others)
+            for _ in range(min(at_once, len(others))):
+                nursery.start_soon(from_workers, numbers)
+        return outcomes
+
+    async def _keep_from_under_store(
+        self, routes: Sequence[Route], promote: Promote, at_once: int, claim: Claim, on_kept: Callable[[int], None]
+    ) -> list[Exception | None]:
         token = trio.lowlevel.current_trio_token()
 
         def kept(number: int, length: int, sealed: bool) -> None:
-            self._counters.under_store_reads += 1
-            self._counters.under_store_bytes += length
+            self._origin.count(length)
             if sealed:
                 self._counters.pages_fetched += 1
-                self._counters.blocks_sealed += 1
-                self._on_sealed(wanted[number][0], length)
+                self._count_sealed(routes[number].block, length)
                 on_kept(number)
 
         def keep(number: int, data: Data) -> None:
             sealed = False
             try:
-                self._keep(wanted[number][0], data, promote)
+                self._keep(routes[number].block, data, None, promote)
                 sealed = True
             finally:
                 token.run_sync_soon(kept, number, len(data), sealed)
 
-        outcomes = await self._sources.read_files([source for _, source in wanted], keep, at_once, claim)
-        for number, error in enumerate(outcomes):
-            if isinstance(error, (ContentChangedError, NotFoundError)):
-                outcomes[number] = await self._changed(wanted[number][1], error)
-            elif isinstance(error, BlockCorruptError):
-                self._counters.corrupt += 1
+        outcomes = await self._origin.read_files([route.source for route in routes], keep, at_once, claim)
+        self._counters.corrupt += sum(isinstance(error, BlockCorruptError) for error in outcomes)
         return outcomes
 
-    def _keep(self, block: BlockId, data: bytes | bytearray | memoryview, promote: Promote) -> None:
+    async def _keep_from_workers(self, route: Route, promote: Promote, slots: trio.CapacityLimiter) -> None:
+        length = route.source.attr.size_bytes
+        while True:
+            async with self._supply.page(route, 0, length, slots) as page:
+                try:
+                    await trio.to_thread.run_sync(
+                        self._keep, route.block, page.data, page.checksum, promote, limiter=self._disk
+                    )
+                    break
+                except _Damaged:
+                    pass
+            await self._supply.damaged(route, page)
+        self._counters.pages_fetched += 1
+        self._count_sealed(route.block, length)
+
+    def _count_sealed(self, block: BlockId, length: int) -> None:
+        self._counters.blocks_sealed += 1
+        self._on_sealed(block, length)
+
+    def _keep(self, block: BlockId, data: Data, checksum: int | None, promote: Promote) -> None:
         partial = self._store.open_partial(block, len(data), promote)
         if partial is None:
             return
         try:
             if partial.page_count:
-                self._write(partial, 0, data)
+                self._write(partial, 0, data, checksum)
             self._seal_now(partial)
         finally:
             self._store.close(partial)
 
-    def _write(self, partial: Partial, page: int, data: bytes | bytearray | memoryview) -> None:
-        # The checksum is made here, where the bytes enter, and nowhere else.
+    def _write(self, partial: Partial, page: int, data: Data, checksum: int | None) -> None:
+        """Without a checksum that came with the bytes, they are from the under-store: it is made here, where they
+        enter, and nowhere else.
+        """
+        found = page_checksum(data)
+        if checksum is not None and checksum != found:
+            raise _Damaged
         with self._failing(partial):
-            partial.write_page(page, data, page_checksum(data))
+            partial.write_page(page, data, found)
 
     def _seal_now(self, partial: Partial) -> None:
         with self._failing(partial):
@@ -229,50 +292,28 @@ class Filler:
             self._counters.corrupt += 1
             job.ended = True
             raise
-        self._counters.blocks_sealed += 1
-        self._on_sealed(job.block, job.partial.length)
+        self._count_sealed(job.block, job.partial.length)
 
     async def _join(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
         await self._pages.join((job.partial.serial, page), lambda: self._fetch(job, page, slots))
 
     async def _fetch_quietly(self, job: Job, page: int) -> None:
         # Waiters that joined get the error; with none, it is the next reader's turn to find out.
-        await self._fetch(job, page, self._background)
+        await self._fetch(job, page, self.background)
 
     async def _fetch(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
-        async with slots:
-            if job.partial.has(page):
-                return
-            offset, length = job.partial.page_span(page)
-            data = await self.read(job.source, job.content_offset + offset, length)
-            await trio.to_thread.run_sync(self._write, job.partial, page, data, limiter=self._disk)
-            self._counters.pages_fetched += 1
-
-    async def read_for_reader(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
-        """As `read`, in a slot of those that readers wait for: what is in memory at once stays bounded."""
-        async with self._demand:
-            return await self.read(source, offset, length)
-
-    async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
-        """One range from the under-store, counted; a changed object is reported. Raises as `Sources.read`."""
-        try:
-            data = await self._sources.read(source, offset, length)
-        except (ContentChangedError, NotFoundError) as error:
-            raise await self._changed(source, error) from error
-        self._counters.under_store_reads += 1
-        self._counters.under_store_bytes += length
-        return data
-
-    async def _changed(self, source: Source, error: CachefsError) -> ContentChangedError:
-        """What to tell whoever wanted to read an object of which there is another version now, or none."""
-        self._counters.changed += 1
-        if source.attr.key:
-            self._store.retire(BlockId(source.attr.key, 0))
-        # Before the reader hears of it: when it looks the name up again, it must find what there is now.
-        await self._on_changed(source)
-        changed = ContentChangedError(f"{source.info.path}: changed or removed in the under-store")
-        changed.__cause__ = error
-        return changed
+        offset, length = job.partial.page_span(page)
+        while not job.partial.has(page):
+            async with self._supply.page(job.route, offset, length, slots) as got:
+                try:
+                    await trio.to_thread.run_sync(
+                        self._write, job.partial, page, got.data, got.checksum, limiter=self._disk
+                    )
+                    self._counters.pages_fetched += 1
+                    return
+                except _Damaged:
+                    pass
+            await self._supply.damaged(job.route, got)
 
 
 def _first(group: BaseExceptionGroup[CachefsError]) -> CachefsError:

@@ -1,26 +1,58 @@
-"""The worker's connection to the master: registered whenever it is up, and told what the worker holds."""
+"""The worker's connection to the master: registered whenever it is up, and told every second what the worker holds."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.model import BlockId, TransportError
+from cachefs.model import AuthenticationError, BlockId, ConfigError, StaleError, TransportError
 from cachefs.net import Address, Answer, Hello, Peer, open_background, open_peer
 from cachefs.wire import Request
-from cachefs.wire.messages import HeldBlock, Registered, RegisterWorker, ReportBlocks
+from cachefs.wire.cluster import (
+    REPORTED_AT_ONCE,
+    HeldBlock,
+    Registered,
+    RegisterWorker,
+    ReportBlocks,
+    ReportReply,
+)
+from cachefs.wire.messages import BlockName
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 _LONGEST_PAUSE_S = 2.0
-_REPORT_EVERY_S = 1.0
-_REPORT_BLOCKS = 10_000
-"""Per message: some 300 KB."""
+REPORT_EVERY_S = 1.0
+_ANSWER_TIMEOUT_S = 10.0
+"""Of a report: a master that is stuck is as good as away."""
+_NAME_TAKEN_S = 15.0
+"""How long a worker tries to get a name that another one has: that may be its predecessor, not known to be dead."""
+
+
+class Reporting(Protocol):
+    """What there is to report, and who wants to hear the answers."""
+
+    def held(self) -> list[tuple[BlockId, int]]:
+        """All sealed blocks and the bytes they take."""
+
+    def fetching(self) -> list[BlockId]:
+        """Origin leases that are needed."""
+
+    def take_released(self) -> list[BlockId]:
+        """Origin leases that ended since the last call."""
+
+    def room(self) -> tuple[int, int]:
+        """(bytes it would take in, capacity in bytes)."""
+
+    def answered(self, shared: Iterable[BlockId], sole: Iterable[BlockId], moved: Iterable[BlockId]) -> None:
+        """As of `ReportReply`."""
+
+    def began(self) -> None:
+        """A full report begins: what was answered before is void."""
 
 
 class MasterLink:
@@ -34,6 +66,26 @@ class MasterLink:
         self._up = trio.Event()
         self._added: dict[BlockId, int] = {}
         self._removed: set[BlockId] = set()
+        self.reporting: Reporting | None = None
+        """Set once there is something to report; until then the worker is only known to be alive."""
+        self._began = trio.Event()
+
+    @property
+    def is_up(self) -> bool:
+        """It is registered now."""
+        return self._peer is not None and not self._peer.closed.is_set()
+
+    def begin(self, reporting: Reporting) -> None:
+        """From now on report."""
+        self.reporting = reporting
+        self._began.set()
+
+    async def call_now(self, request: Request[R]) -> Answer[R]:
+        """As `call`, without waiting for a master that is away. Raises TransportError at once then."""
+        peer = self._peer
+        if peer is None:
+            raise TransportError(f"{self._address}: the master is away")
+        return await peer.call(request)
 
     async def call(self, request: Request[R]) -> Answer[R]:
         """Raises what the master raises; TransportError when it stays away.
@@ -68,18 +120,18 @@ class MasterLink:
     async def serve(
         self,
         on_registered: Callable[[Registered], Awaitable[None]],
-        held: Callable[[], list[tuple[BlockId, int]]],
         follow: Callable[[Peer], Awaitable[None]],
         task_status: trio.TaskStatus[Registered] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Connect, register, report, and again after every loss, until cancelled.
 
         Reports the first registration. `on_registered` is called with each one before requests go out; `follow` runs
-        with each connection, for as long as that lasts.
+        with each connection, for as long as that lasts. Raises ConfigError when another worker has this one's name.
         """
         hello = Hello(role="worker", name=self._registration.name)
         pause_s = 0.05
         first = True
+        give_up = trio.current_time() + _NAME_TAKEN_S
         while True:
             try:
                 async with open_peer(self._address, hello) as peer:
@@ -90,11 +142,18 @@ class MasterLink:
                     await on_registered(registered)
                     self._peer = peer
                     self._up.set()
-                    logger.info("registered master=%s", self._address)
+                    logger.info("registered master=%s epoch=%d", self._address, registered.epoch)
                     pause_s = 0.05
                     async with open_background() as following:
                         following.start_soon(follow, peer)
-                        await self._report(peer, held())
+                        await self._report(peer, registered.epoch)
+            except ConfigError as error:
+                if error.key != "--name" or trio.current_time() > give_up:
+                    raise
+                logger.warning("not registered yet error=%s", error)
+                pause_s = 1.0
+            except (StaleError, AuthenticationError) as error:
+                logger.warning("registering again error=%s", error)
             except TransportError as error:
                 logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
             finally:
@@ -103,27 +162,73 @@ class MasterLink:
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
-    async def _report(self, peer: Peer, held: list[tuple[BlockId, int]]) -> None:
-        """Everything once, and then what changes, until the connection is lost."""
+    async def _report(self, peer: Peer, epoch: int) -> None:
+        """Everything once, and then what changes, every second, until the connection is lost."""
+        while not self._began.is_set() and not peer.closed.is_set():
+            await self._send(peer, ReportBlocks(epoch, [], []))
+            with trio.move_on_after(REPORT_EVERY_S):
+                await self._began.wait()
+        reporting = self.reporting
+        if reporting is None:
+            return
         self._added.clear()
         self._removed.clear()
-        for start in range(0, max(1, len(held)), _REPORT_BLOCKS):
-            await self._send(peer, held[start : start + _REPORT_BLOCKS], [], whole=start == 0)
+        reporting.began()
+        held = reporting.held()
+        for start in range(0, max(1, len(held)), REPORTED_AT_ONCE):
+            part = held[start : start + REPORTED_AT_ONCE]
+            more = start + REPORTED_AT_ONCE < len(held)
+            await self._tell(peer, epoch, reporting, dict(part), [], full=True, more=more)
         while not peer.closed.is_set():
-            with trio.move_on_after(_REPORT_EVERY_S):
+            with trio.move_on_after(REPORT_EVERY_S):
                 await peer.closed.wait()
-            while self._added or self._removed:
-                added = [self._added.popitem() for _ in range(min(_REPORT_BLOCKS, len(self._added)))]
-                removed = [self._removed.pop() for _ in range(min(_REPORT_BLOCKS, len(self._removed)))]
-                await self._send(peer, added, removed)
+                break
+            told = False
+            while self._added or self._removed or not told:
+                added = dict(self._added.popitem() for _ in range(min(REPORTED_AT_ONCE, len(self._added))))
+                removed = [self._removed.pop() for _ in range(min(REPORTED_AT_ONCE, len(self._removed)))]
+                await self._tell(peer, epoch, reporting, added, removed)
+                told = True
 
-    async def _send(
-        self, peer: Peer, added: list[tuple[BlockId, int]], removed: list[BlockId], whole: bool = False
+    async def _tell(
+        self,
+        peer: Peer,
+        epoch: int,
+        reporting: Reporting,
+        added: dict[BlockId, int],
+        removed: list[BlockId],
+        *,
+        full: bool = False,
+        more: bool = False,
     ) -> None:
-        await peer.call(
+        room_bytes, capacity_bytes = reporting.room()
+        answer = await self._send(
+            peer,
             ReportBlocks(
-                [HeldBlock(block.key, block.block_index, length) for block, length in added],
-                [(block.key, block.block_index) for block in removed],
-                whole,
-            )
+                epoch,
+                [HeldBlock(block.key, block.block_index, length) for block, length in added.items()],
+                _names(removed),
+                full,
+                more,
+                _names(reporting.fetching()),
+                _names(reporting.take_released()),
+                max(0, room_bytes),
+                capacity_bytes,
+            ),
         )
+        reporting.answered(_blocks(answer.shared), _blocks(answer.sole), _blocks(answer.moved))
+
+    async def _send(self, peer: Peer, report: ReportBlocks) -> ReportReply:
+        try:
+            with trio.fail_after(_ANSWER_TIMEOUT_S):
+                return (await peer.call(report)).message
+        except trio.TooSlowError as error:
+            raise TransportError(f"{self._address}: no answer within {_ANSWER_TIMEOUT_S:g} s") from error
+
+
+def _names(blocks: Iterable[BlockId]) -> list[BlockName]:
+    return [(block.key, block.block_index) for block in blocks]
+
+
+def _blocks(names: Iterable[BlockName]) -> list[BlockId]:
+    return [BlockId(key, index) for key, index in names]

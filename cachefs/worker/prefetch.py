@@ -85,6 +85,9 @@ class Prefetch:
         await event.wait()
         return True
 
+    def is_coming(self, block: BlockId) -> bool:
+        return block in self._under_way
+
     def _claim(self, block: BlockId) -> bool:
         return self._unclaimed.pop(block, _TAKEN) is None
 

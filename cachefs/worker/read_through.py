@@ -1,4 +1,4 @@
-"""Content that is not kept: read from the under-store each time, with a few pages in memory for sequential readers."""
+"""Content that is not kept here: read from elsewhere each time, with a few pages in memory for sequential readers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import OrderedDict
 
 import trio
 
-from cachefs.model import Geometry, Ino
+from cachefs.model import BlockId, Geometry, Ino
 from cachefs.net import Flights
 from cachefs.policy import Readahead
-from cachefs.worker.jobs import Filler
 from cachefs.worker.sources import Source
+from cachefs.worker.supply import Supply
 
 _READERS = 1024
 
@@ -18,8 +18,12 @@ _READERS = 1024
 class ReadThrough:
     """Memory: `max_pages` pages, and one for each read in flight."""
 
-    def __init__(self, filler: Filler, geometry: Geometry, max_pages: int, nursery: trio.Nursery) -> None:
-        self._filler = filler
+    def __init__(
+        self, supply: Supply, slots: trio.CapacityLimiter, geometry: Geometry, max_pages: int, nursery: trio.Nursery
+    ) -> None:
+        self._supply = supply
+        self._slots = slots
+        self._geometry = geometry
         self._page_size = geometry.page_size
         self._max_pages = max_pages
         # By source, not by inode number: that means something else once the master has another namespace.
@@ -28,10 +32,10 @@ class ReadThrough:
         self._readers: OrderedDict[tuple[Ino, int], Readahead] = OrderedDict()
 
     async def read(self, source: Source, offset: int, length: int, reader: int) -> bytes | bytearray | memoryview:
-        """[offset, offset+length) of the content. Raises as `Filler.read`."""
+        """[offset, offset+length) of the content. Raises as `Supply.read`."""
         first, end = offset // self._page_size, -(-(offset + length) // self._page_size)
         if not self._is_sequential(source, first, end, reader):
-            return await self._filler.read_for_reader(source, offset, length)
+            return await self._read(source, offset, length)
         parts = []
         for number in range(first, end):
             page = await self._page(source, number)
@@ -62,4 +66,10 @@ class ReadThrough:
 
     async def _fetch(self, source: Source, number: int) -> bytes | bytearray | memoryview:
         start = number * self._page_size
-        return await self._filler.read_for_reader(source, start, min(self._page_size, source.attr.size_bytes - start))
+        return await self._read(source, start, min(self._page_size, source.attr.size_bytes - start))
+
+    async def _read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """Within one block: neither a page nor what a reader asks for goes over its end."""
+        index, within = divmod(offset, self._geometry.block_size)
+        block = BlockId(source.attr.key, index)
+        return await self._supply.read(source, block, offset - within, within, length, self._slots)

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import AsyncGenerator, Callable
+import secrets
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import asdict
 from functools import partial
 
 import trio
 
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
-from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, listening, serve_on
+from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
 from cachefs.store import Store, Tier, open_store, running_boot_id
+from cachefs.wire import cluster as c
 from cachefs.wire import messages as m
+from cachefs.worker.admission import Admission
 from cachefs.worker.blocks import Blocks
 from cachefs.worker.care import Care
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
+from cachefs.worker.drops import Drops
+from cachefs.worker.giving import Giving
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.members import Members
+from cachefs.worker.origin import Origin
+from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
+from cachefs.worker.places import Places
 from cachefs.worker.sources import Source, Sources
+from cachefs.worker.supply import Supply
 from cachefs.worker.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -33,12 +43,19 @@ class Worker:
     """Handlers of requests."""
 
     def __init__(
-        self, config: WorkerConfig, sources: Sources, store: Store, blocks: Blocks, counters: Counters
+        self,
+        config: WorkerConfig,
+        sources: Sources,
+        store: Store,
+        blocks: Blocks,
+        giving: Giving,
+        counters: Counters,
     ) -> None:
         self._config = config
         self._sources = sources
         self._store = store
         self._blocks = blocks
+        self._giving = giving
         self._counters = counters
         self._started = trio.current_time()
         self._passthrough_opens = 0
@@ -56,8 +73,10 @@ class Worker:
         return service
 
     def public_service(self) -> Service:
-        """What is answered over TCP: no bytes and no descriptors."""
+        """What is answered over TCP, to other workers and to tools."""
         service = Service()
+        service.on(c.ReadBlock, self._giving.read_block)
+        service.on(c.DoubtBlock, self._giving.doubt_block)
         service.on(m.GetWorkerStatus, self.get_status)
         return service
 
@@ -114,31 +133,62 @@ def _tier_info(tier: Tier) -> m.TierInfo:
     )
 
 
+class _Reporting:
+    """What the master is told of this worker, and what becomes of its answers."""
+
+    def __init__(self, store: Store, places: Places) -> None:
+        self._store = store
+        self._places = places
+
+    def held(self) -> list[tuple[BlockId, int]]:
+        return self._store.blocks()
+
+    def fetching(self) -> list[BlockId]:
+        return self._places.fetching()
+
+    def take_released(self) -> list[BlockId]:
+        return self._places.take_released()
+
+    def room(self) -> tuple[int, int]:
+        return self._store.room_bytes(), self._store.capacity_bytes()
+
+    def answered(self, shared: Iterable[BlockId], sole: Iterable[BlockId], moved: Iterable[BlockId]) -> None:
+        self._store.share(list(shared), True)
+        self._store.share(list(sole), False)
+        self._places.moved(moved)
+
+    def began(self) -> None:
+        self._store.unshare_all()
+
+
 async def run_worker(
     config: WorkerConfig, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
 
     Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
-    open here was made for the first one. TierError when the tier cannot be used.
+    open here was made for the first one, and when another worker has this one's name. TierError when the tier cannot be
+    used.
     """
     counters = Counters()
-    held: Callable[[], list[tuple[BlockId, int]]] = list
     async with listening([config.listen, UnixAddress(config.socket)]) as listeners, trio.open_nursery() as nursery:
         public, local = listeners
-        registration = m.RegisterWorker(
+        registration = c.RegisterWorker(
             name=config.name,
-            address=str(public.address),
+            address=config.advertise or str(public.address),
             socket=config.socket,
             host_boot_id=running_boot_id(),
             capacity_bytes=sum(tier.capacity_bytes for tier in config.tiers),
+            instance=secrets.token_hex(8),
+            labels=dict(config.labels),
         )
         link = MasterLink(config.master, registration)
         sources = Sources(link, nursery)
         pins = Pins()
+        members = Members(config.name, config.labels)
         known: m.ClusterInfo | None = None
 
-        async def on_registered(registered: m.Registered) -> None:
+        async def on_registered(registered: c.Registered) -> None:
             nonlocal known
             cluster = registered.cluster
             if known is not None and known.namespace_id != cluster.namespace_id:
@@ -150,13 +200,19 @@ async def run_worker(
             known = cluster
             await sources.add(cluster.namespace_id, registered.stores)
 
-        registered: m.Registered = await nursery.start(link.serve, on_registered, lambda: held(), pins.follow)
+        async def follow(peer: Peer) -> None:
+            async with trio.open_nursery() as following:
+                following.start_soon(pins.follow, peer)
+                following.start_soon(members.follow, peer)
+
+        registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
         geometry, cluster = registered.cluster.geometry, registered.cluster
         with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys) as store:
-            held = store.blocks
             pins.apply = store.apply_pins
-            # Nothing is evicted before it is known what must not be.
+            # Nothing is evicted before it is known what must not be, and nothing is fetched before it is known who else
+            # could have it.
             await pins.known.wait()
+            await members.known.wait()
             await trio.to_thread.run_sync(store.apply_pins)
 
             def on_pinned(source: Source) -> None:
@@ -172,28 +228,40 @@ async def run_worker(
             async def on_changed(source: Source) -> None:
                 await _report_changed(link, source)
 
+            def peer_hello() -> Hello:
+                return Hello(role="worker", name=config.name, namespace_id=sources.namespace_id)
+
             store.on_evicted = on_evicted
             blocks: Blocks | None = None
             try:
                 async with trio.open_nursery() as background:
+                    places = Places(link, members, counters)
+                    peers = Peers(members, peer_hello, counters, background)
+                    origin = Origin(store, sources, counters, on_changed)
+                    slots = trio.CapacityLimiter(config.peer_slots)
+                    supply = Supply(geometry, members, places, peers, origin, slots)
+                    drops = Drops(store, link, counters, link.sealed)
                     filler = Filler(
                         store,
-                        sources,
+                        origin,
+                        supply,
                         counters,
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
                         load_slots=config.load_slots,
-                        on_changed=on_changed,
                         on_sealed=link.sealed,
                         nursery=background,
                     )
-                    blocks = Blocks(config, geometry, store, sources, filler, counters, background)
+                    admission = Admission(geometry, store, members, supply, drops, counters)
+                    blocks = Blocks(config, geometry, store, sources, filler, supply, admission, counters, background)
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, counters, config).run)
-                    worker = Worker(config, sources, store, blocks, counters)
+                    giving = Giving(store, blocks, sources, counters, background)
+                    worker = Worker(config, sources, store, blocks, giving, counters)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
                     background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))
+                    link.begin(_Reporting(store, places))
                     task_status.started([public.address, local.address])
             finally:
                 # When nothing runs any more: partials are left on disk as they are.

@@ -15,7 +15,8 @@ from cachefs.net import open_background, open_peer
 from cachefs.testing.cluster import TestCluster, running_cluster
 from cachefs.testing.relay import Relay, running_relay
 from cachefs.wire import Hello
-from cachefs.wire.messages import GetAttr, GetCluster, ListDir, Lookup, RegisterWorker, ReportChanged
+from cachefs.wire.cluster import RegisterWorker
+from cachefs.wire.messages import GetAttr, GetCluster, ListDir, Lookup, ReportChanged
 
 
 class Scene:

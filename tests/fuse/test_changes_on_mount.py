@@ -21,7 +21,8 @@ from cachefs.net import Hello, open_background, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.processes import mountpoint_below
 from cachefs.testing.relay import Relay, running_relay
-from cachefs.wire.messages import GetCluster, Lookup, Refresh, RegisterWorker, ReportChanged, ResolvePath
+from cachefs.wire.cluster import RegisterWorker
+from cachefs.wire.messages import GetCluster, Lookup, Refresh, ReportChanged, ResolvePath
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cachefs.model import Attr, ContentKey, Entry, Geometry, Ino, Kind, LocalProtocolError, RemoteProtocolError
 from cachefs.wire import Connection, ErrorMeta, Frame, Hello, RequestDecoder, reply_type
 from cachefs.wire import Kind as FrameKind
+from cachefs.wire import cluster as c
 from cachefs.wire import messages as m
 
 GEOMETRY = Geometry(1 << 20, 1 << 16)
@@ -127,14 +128,14 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
-        b"\x87\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot\xa9connected\xc3"
-        b"\xa6blocks\x01\xabblock_bytes\x02",
+        b"\x8d\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot\xa9connected\xc3\xa6"
+        b"blocks\x01\xabblock_bytes\x02\xa5state\xa6active\xa6labels\x80\xaecapacity_bytes\x00\xaaro"
+        b"om_bytes\x00\xa5epoch\x00\xa7heard_s\xcb\xbf\xf0\x00\x00\x00\x00\x00\x00",
     ),
     (
         m.MasterStatus(CLUSTER, 1.5, [], []),
-        b"\x84\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00"
-        b"\xce\x00\x01\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa8uptime_s\xcb?\xf8\x00"
-        b"\x00\x00\x00\x00\x00\xa6mounts\x90\xa7workers\x90",
+        b"\x84\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00\xce\x00\x01\x00\x00\xafs"
+        b"ync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa6mounts\x90\xa7workers\x90",
     ),
     (
         m.GetMasterStatus(),
@@ -185,27 +186,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xa1q\xabPinsApplied\xa6serial\x03",
     ),
     (
-        m.Holders(["w"]),
-        b"\x91\x91\xa1w",
-    ),
-    (
-        m.Locate(KEY, 1),
-        b"\x83\xa1q\xa6Locate\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01",
-    ),
-    (
         m.StoreInfo(1, "s3://b", {"key": "value"}),
         b"\x83\xa8store_id\x01\xa3url\xa6s3://b\xa7options\x81\xa3key\xa5value",
-    ),
-    (
-        m.Registered(CLUSTER, []),
-        b"\x82\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00"
-        b"\xce\x00\x01\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa6stores\x90",
-    ),
-    (
-        m.RegisterWorker("w", "h:1", "/s", "boot"),
-        b"\x86\xa1q\xaeRegisterWorker\xa4name\xa1w\xa7address\xa3h:1\xa6so"
-        b"cket\xa2/s\xachost_boot_id\xa4boot\xaecapacity_bytes"
-        b"\x00",
     ),
     (
         m.ObjectLocation(ATTR, True, 1, "a/b", "tag"),
@@ -232,13 +214,81 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xa1q\xadReportChanged\xa3ino\x07",
     ),
     (
-        m.HeldBlock(KEY, 1, 4096),
+        c.Registered(CLUSTER, [], 7),
+        b"\x83\xa7cluster\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00\xce\x00\x01\x00\x00\xafs"
+        b"ync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00\xa6stores\x90\xa5epoch\x07",
+    ),
+    (
+        c.RegisterWorker("w", "h:1", "/s", "boot", 9, "instance", {"rack": "r"}),
+        b"\x88\xa1q\xaeRegisterWorker\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id"
+        b"\xa4boot\xaecapacity_bytes\t\xa8instance\xa8instance\xa6labels\x81\xa4rack\xa1r",
+    ),
+    (
+        c.HeldBlock(KEY, 1, 4096),
         b"\x93\xc4\x10kkkkkkkkkkkkkkkk\x01\xcd\x10\x00",
     ),
     (
-        m.ReportBlocks([m.HeldBlock(KEY, 0, 9)], [(KEY, 1)], True),
-        b"\x84\xa1q\xacReportBlocks\xa5added\x91\x93\xc4\x10kkkkkkkkkkkkkkkk\x00\t\xa7removed\x91\x92\xc4"
-        b"\x10kkkkkkkkkkkkkkkk\x01\xa5whole\xc3",
+        c.ReportReply([(KEY, 0)], [], [(KEY, 1)]),
+        b"\x93\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x00\x90\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x01",
+    ),
+    (
+        c.ReportBlocks(7, [c.HeldBlock(KEY, 0, 9)], [(KEY, 1)], True, True, [(KEY, 2)], [], 5, 6),
+        b"\x8a\xa1q\xacReportBlocks\xa5epoch\x07\xa5added\x91\x93\xc4\x10kkkkkkkkkkkkkkkk\x00\t\xa7removed\x91"
+        b"\x92\xc4\x10kkkkkkkkkkkkkkkk\x01\xa4full\xc3\xa4more\xc3\xa8fetching\x91\x92\xc4\x10kkkkkkkkkkkkkkk"
+        b"k\x02\xa8released\x90\xaaroom_bytes\x05\xaecapacity_bytes\x06",
+    ),
+    (
+        c.Member("w", "h:1", {"rack": "r"}, 2, 1, "active"),
+        b"\x96\xa1w\xa3h:1\x81\xa4rack\xa1r\x02\x01\xa6active",
+    ),
+    (
+        c.Members([]),
+        b"\x81\xa7workers\x90",
+    ),
+    (
+        c.WatchMembers(),
+        b"\x81\xa1q\xacWatchMembers",
+    ),
+    (
+        c.Holders(["w"]),
+        b"\x91\x91\xa1w",
+    ),
+    (
+        c.Locate(KEY, 1),
+        b"\x83\xa1q\xa6Locate\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01",
+    ),
+    (
+        c.BlockPlace(["w"], "v"),
+        b"\x92\x91\xa1w\xa1v",
+    ),
+    (
+        c.BlockPlaces([]),
+        b"\x91\x90",
+    ),
+    (
+        c.AskBlocks([(KEY, 1)], True, ["w"]),
+        b"\x84\xa1q\xa9AskBlocks\xa6blocks\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x01\xa5lease\xc3\xa7without\x91\xa1w",
+    ),
+    (
+        c.Granted([(KEY, 1)]),
+        b"\x91\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x01",
+    ),
+    (
+        c.AskDrops([(KEY, 1)]),
+        b"\x82\xa1q\xa8AskDrops\xa6blocks\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x01",
+    ),
+    (
+        c.BlockBytes(2**63, True),
+        b"\x92\xcf\x80\x00\x00\x00\x00\x00\x00\x00\xc3",
+    ),
+    (
+        c.ReadBlock(KEY, 1, 2, 3, "held", Ino(7)),
+        b"\x87\xa1q\xa9ReadBlock\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01\xa6offset\x02\xa6len"
+        b"gth\x03\xa6effort\xa4held\xa3ino\x07",
+    ),
+    (
+        c.DoubtBlock(KEY, 1),
+        b"\x83\xa1q\xaaDoubtBlock\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01",
     ),
     (
         m.TierInfo("ssd", "/t", 1, 2, 3, 4, 5, 6),
@@ -248,8 +298,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.FetchCounters(1, 2, 3, 4, 5, 6, 7, 8),
-        b"\x88\xb1under_store_bytes\x01\xb1under_store_reads\x02\xadpages_fetched\x03\xadblocks_sealed"
-        b"\x04\xa7changed\x05\xa7corrupt\x06\xacnot_admitted\x07\xabfiles_ahead\x08",
+        b"\x8f\xb1under_store_bytes\x01\xb1under_store_reads\x02\xadpages_fetched\x03\xadblock"
+        b"s_sealed\x04\xa7changed\x05\xa7corrupt\x06\xacnot_admitted\x07\xabfiles_ahead\x08\xaapeer_"
+        b"bytes\x00\xaapeer_reads\x00\xadpeer_failures\x00\xacserved_bytes\x00\xacserved_reads"
+        b"\x00\xa6leases\x00\xa5drops\x00",
     ),
     (
         m.OpenCounts(1, 2),
@@ -257,10 +309,11 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
-        b"\x86\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers"
-        b"\x90\xa8counters\x88\xb1under_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xad"
-        b"blocks_sealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xa5opens\x82\xabpassthrough"
-        b"\x00\xa6cached\x00",
+        b"\x86\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers\x90\xa8counters\x8f\xb1u"
+        b"nder_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xadblocks_s"
+        b"ealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xaapeer_byt"
+        b"es\x00\xaapeer_reads\x00\xadpeer_failures\x00\xacserved_bytes\x00\xacserved_reads\x00\xa6l"
+        b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00",
     ),
     (
         m.GetWorkerStatus(),
@@ -313,8 +366,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
 ALL = pytest.mark.parametrize(("message", "golden"), MESSAGES, ids=[type(each).__name__ for each, _ in MESSAGES])
 CLASSES = [
     each
-    for _, each in inspect.getmembers(m, inspect.isclass)
-    if each.__module__ == m.__name__ and issubclass(each, msgspec.Struct)
+    for module in (m, c)
+    for _, each in inspect.getmembers(module, inspect.isclass)
+    if each.__module__ == module.__name__ and issubclass(each, msgspec.Struct)
 ]
 REQUESTS = [each for each in CLASSES if each.__struct_config__.tag]
 
@@ -324,7 +378,7 @@ def test_every_message_has_its_golden_bytes() -> None:
     assert not missing, "add what it is encoded as to MESSAGES"
     for request in REQUESTS:
         answer = reply_type(request)
-        assert answer.__module__ != m.__name__ or answer in CLASSES
+        assert answer.__module__ not in (m.__name__, c.__name__) or answer in CLASSES
 
 
 @ALL

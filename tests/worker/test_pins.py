@@ -19,7 +19,7 @@ from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire import Hello
-from cachefs.wire.messages import RegisterWorker
+from cachefs.wire.cluster import RegisterWorker
 
 KEPT = {f"keep/{number}": random.Random(number).randbytes(6 * PAGE) for number in range(5)}
 OTHERS = {f"other/{number:02}": random.Random(-1 - number).randbytes(6 * PAGE) for number in range(12)}
@@ -92,7 +92,7 @@ async def test_pins_outlive_restarts_of_each_and_hold_while_the_master_is_away(t
         assert sealed(client, kept) == 5 and await pinned_bytes(cluster) > 30 * PAGE
         await cluster.start_master()
         with trio.fail_after(20):
-            while not (await client.master_status()).workers:
+            while not any(each.connected for each in (await client.master_status()).workers):
                 await trio.sleep(0.01)
         (info,) = (await client.pins(sizes=False)).pins
         assert (info.path, info.exists) == ("/keep", True)

@@ -1,0 +1,111 @@
+"""Reading from other workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import trio
+
+from cachefs.model import (
+    BlockCorruptError,
+    BlockId,
+    CachefsError,
+    DeadlineError,
+    Ino,
+    TransportError,
+)
+from cachefs.net import Hello, Pool, parse_address
+from cachefs.wire.cluster import DoubtBlock, Effort, ReadBlock
+from cachefs.worker.counters import Counters
+from cachefs.worker.members import Members
+
+logger = logging.getLogger(__name__)
+
+Data = bytes | bytearray | memoryview
+
+CONNECT_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 5.0
+"""Of one request: whoever has nothing yet says so within two seconds, and whoever says nothing is stuck."""
+_AVOIDED_S = 10.0
+"""How long nobody asks a worker again that did not answer."""
+
+
+class PeerBytes(NamedTuple):
+    """What another worker sent, not compared yet."""
+
+    data: Data
+    checksum: int
+
+
+class Peers:
+    """Connections to other workers, made when they are first needed. They end with `nursery`."""
+
+    def __init__(self, members: Members, hello: Callable[[], Hello], counters: Counters, nursery: trio.Nursery) -> None:
+        self._members = members
+        self._hello = hello
+        self._counters = counters
+        self._nursery = nursery
+        self._pools: dict[str, tuple[str, Hello, Pool]] = {}
+        self._avoided_until: dict[str, float] = {}
+
+    def is_usable(self, name: str) -> bool:
+        """It is alive, as far as is known, and answered when it was last asked."""
+        return name in self._members.others and self._avoided_until.get(name, 0.0) <= trio.current_time()
+
+    async def read(
+        self, name: str, block: BlockId, offset: int, length: int, effort: Effort, ino: Ino
+    ) -> PeerBytes | None:
+        """Bytes of a block, within one page; None when they are being fetched there and take a while.
+
+        Raises TransportError and DeadlineError when there is no answer (it is not asked again for a while), and what
+        `ReadBlock` does. Cancelling tells the other side.
+        """
+        request = ReadBlock(block.key, block.block_index, offset, length, effort, ino)
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                answer = await self._pool(name).call(request)
+        except trio.TooSlowError as error:
+            self._avoid(name, "silent")
+            raise DeadlineError(f"worker {name}: no answer within {ANSWER_TIMEOUT_S:g} s") from error
+        except TransportError as error:
+            self._avoid(name, str(error))
+            raise
+        if answer.message.pending:
+            return None
+        data = answer.payload
+        assert not isinstance(data, tuple)
+        if len(data) != length:
+            raise BlockCorruptError(f"worker {name}: {len(data)} bytes of {block.filename} instead of {length}")
+        self._counters.peer_reads += 1
+        self._counters.peer_bytes += length
+        return PeerBytes(data, answer.message.checksum)
+
+    async def doubt(self, name: str, block: BlockId) -> None:
+        """Tell a worker that what it sent is damaged; not told if it cannot be reached."""
+        self._counters.corrupt += 1
+        logger.warning("damaged bytes from worker name=%s block=%s", name, block.filename)
+        try:
+            with trio.move_on_after(ANSWER_TIMEOUT_S):
+                await self._pool(name).call(DoubtBlock(block.key, block.block_index))
+        except CachefsError as error:
+            logger.info("worker not told name=%s error=%s", name, error)
+
+    def _avoid(self, name: str, reason: str) -> None:
+        if self.is_usable(name):
+            logger.warning("worker does not answer name=%s avoided_s=%g reason=%s", name, _AVOIDED_S, reason)
+        self._counters.peer_failures += 1
+        self._avoided_until[name] = trio.current_time() + _AVOIDED_S
+
+    def _pool(self, name: str) -> Pool:
+        member = self._members.others.get(name)
+        if member is None:
+            raise TransportError(f"worker {name}: not alive")
+        hello = self._hello()
+        known = self._pools.get(name)
+        if known is not None and known[0] == member.address and known[1] == hello:
+            return known[2]
+        pool = Pool(parse_address(member.address), hello, CONNECT_TIMEOUT_S, self._nursery)
+        self._pools[name] = member.address, hello, pool
+        return pool
