@@ -78,19 +78,20 @@ class Cluster:
 
     def _take(self, worker: int, block: int, now: float) -> bool:
         cache, holders = self.caches[worker], self._holders[block]
+        free = cache.slots - len(cache.recent)
         is_admitted = admits(
             self._mode,
             block_length=1,
             capacity_bytes=cache.slots,
-            free_bytes=cache.slots - len(cache.recent),
-            reclaimable_bytes=cache.idle.idle_bytes(now),
+            free_bytes=free,
+            reclaimable_bytes=0 if free else cache.idle.idle_bytes(now),
             # Idle duplicates are counted twice, which makes no difference to whether there is one at all.
             shared_bytes=cache.shared if self._policy == "last-copy" else 0,
             first_copy=not holders,
         )
         if not is_admitted:
             return False
-        if len(cache.recent) == cache.slots:
+        if not free:
             self._evict(worker, next(self._victims(cache, now)))
         cache.add(block, now)
         holders.append(worker)
