@@ -2,6 +2,7 @@
 
 from cachefs.policy.admission import Promote, admits
 from cachefs.policy.file_order import FileOrder, FileOrderConfig, Run
+from cachefs.policy.idle import IdleGroups
 from cachefs.policy.neighbours import Neighbours
 from cachefs.policy.placement import HomeCandidate, rank_homes, spread_pages
 from cachefs.policy.readahead import Readahead, ReadaheadConfig
@@ -14,6 +15,7 @@ __all__ = [
     "FileOrder",
     "FileOrderConfig",
     "HomeCandidate",
+    "IdleGroups",
     "Neighbours",
     "Place",
     "Promote",

@@ -16,7 +16,6 @@ import errno
 import fcntl
 import itertools
 import logging
-import math
 import os
 import secrets
 import stat
@@ -28,7 +27,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
-from cachefs.policy import Sieve
+from cachefs.policy import IdleGroups, Sieve
 from cachefs.store import recovery, sums
 from cachefs.store.config import TierConfig, check_capacity, check_medium
 from cachefs.store.layout import (
@@ -92,8 +91,10 @@ class Tier:
         self._shared_pinned: set[BlockId] = set()
         """The same of pinned ones."""
         self._shared_bytes = 0
-        self._used_at: dict[BlockId, float] = {}
-        """Of sealed blocks: when they were last read, by the monotonic clock; see `retire`."""
+        self._groups: IdleGroups[BlockId] = IdleGroups(config.idle_after_s)
+        """All sealed blocks, by the monotonic clock."""
+        self._retired: dict[BlockId, None] = {}
+        """Sealed blocks that nobody will ask for."""
         self._idle_queue: deque[BlockId] = deque()
         self._idle_next = 0.0
         self._unsynced: deque[BlockId] = deque()
@@ -121,19 +122,18 @@ class Tier:
         """Somebody read it: evict others first."""
         with self._lock:
             self._sieve.visit(block)
-            if self._used_at.get(block, -math.inf) != -math.inf:
-                self._used_at[block] = time.monotonic()
+            self._groups.use(block, time.monotonic())
 
     def retire(self, block: BlockId) -> None:
         """Nobody will ask for it again: its object changed. Evicted first, and counts as free until then."""
         with self._lock:
-            if block in self._used_at:
-                self._used_at[block] = -math.inf
+            if block in self._sealed and block not in self._retired:
+                self._retired[block] = None
                 self._idle_queue.appendleft(block)
 
     def idle_bytes(self) -> int:
-        """What blocks take that nobody has read for `idle_after_s`, or that are retired; some seconds old. Pinned ones
-        are never idle.
+        """What blocks take that are retired, or came with others of which none was read for `idle_after_s`; some
+        seconds old. Pinned ones are never idle.
         """
         with self._lock:
             return sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
@@ -188,15 +188,14 @@ class Tier:
         return found
 
     def _idle(self) -> deque[BlockId]:
-        """Blocks that count as free, longest idle first; looked for now and then only, since that looks at every block.
+        """Blocks that count as free, longest idle first; looked for now and then only, since that looks at all of them.
 
         Some may have been read or have gone since.
         """
         now = time.monotonic()
         if now >= self._idle_next:
-            before = now - self.config.idle_after_s
-            idle = [block for block, used_at in self._used_at.items() if used_at <= before]
-            self._idle_queue = deque(sorted(idle, key=self._used_at.__getitem__))
+            idle = (block for block in self._groups.candidates(now) if block not in self._retired)
+            self._idle_queue = deque([*self._retired, *idle])
             self._idle_next = now + _IDLE_EVERY_S
         return self._idle_queue
 
@@ -348,7 +347,7 @@ class Tier:
         self._sealed[block] = size
         self._space.used += size
         self._sieve.add(block)
-        self._used_at[block] = time.monotonic()
+        self._groups.add(block, size, time.monotonic())
         self._sort_by_pin(block)
 
     def give_up(self, partial: Partial) -> None:
@@ -394,7 +393,8 @@ class Tier:
         if self._sieve.is_pinned(block):
             self._pinned_bytes -= size
         self._sieve.remove(block)
-        del self._used_at[block]
+        self._groups.remove(block)
+        self._retired.pop(block, None)
         self.on_evicted(block)
 
     def _make_room(self, need: int, evict: bool) -> None:
@@ -425,10 +425,11 @@ class Tier:
 
     def _to_evict(self, evict: bool) -> Iterator[BlockId]:
         idle = self._idle()
-        before = time.monotonic() - self.config.idle_after_s
+        now = time.monotonic()
         for _ in range(len(idle)):
             block = idle.popleft()
-            if self._used_at.get(block, math.inf) <= before and not self._sieve.is_pinned(block):
+            is_free = block in self._retired or self._groups.is_idle(block, now)
+            if is_free and not self._sieve.is_pinned(block):
                 yield block
                 if block in self._sealed:
                     idle.append(block)
