@@ -47,6 +47,10 @@ class Workers:
             raise AuthenticationError("only a registered worker may report")
         return name
 
+    @property
+    def connected(self) -> int:
+        return sum(each.connected for each in self._by_name.values())
+
     def capacity_bytes(self) -> int:
         """Of all tiers of the workers that are connected."""
         return sum(each.registration.capacity_bytes for each in self._by_name.values() if each.connected)

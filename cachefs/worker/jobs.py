@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 
 import trio
 
@@ -99,6 +100,11 @@ class Filler:
         self._on_changed = on_changed
         self._on_sealed = on_sealed
 
+    @property
+    def slots(self) -> dict[str, trio.CapacityLimiter]:
+        """What is fetched at once, by who waits for it."""
+        return {"demand": self._demand, "background": self._background, "load": self._load}
+
     async def fetch(self, job: Job, pages: Iterable[int], *, loading: bool = False) -> None:
         """Return when all these pages are present. `loading`: in the slots of those that nobody waits to read.
 
@@ -167,8 +173,14 @@ class Filler:
         caller bounds how many there are. Returns what kept each from being kept: errors as of `fetch` and `seal`.
         """
         token = trio.lowlevel.current_trio_token()
+        began: dict[int, float] = {}
 
-        def kept(number: int, length: int, sealed: bool) -> None:
+        def claimed(number: int) -> bool:
+            began[number] = perf_counter()
+            return claim(number)
+
+        def kept(number: int, length: int, seconds: float, sealed: bool) -> None:
+            self._counters.under_store_times.observe("file", seconds)
             self._counters.under_store_reads += 1
             self._counters.under_store_bytes += length
             if sealed:
@@ -178,14 +190,15 @@ class Filler:
                 on_kept(number)
 
         def keep(number: int, data: Data) -> None:
+            seconds = perf_counter() - began[number]
             sealed = False
             try:
                 self._keep(wanted[number][0], data, promote)
                 sealed = True
             finally:
-                token.run_sync_soon(kept, number, len(data), sealed)
+                token.run_sync_soon(kept, number, len(data), seconds, sealed)
 
-        outcomes = await self._sources.read_files([source for _, source in wanted], keep, at_once, claim)
+        outcomes = await self._sources.read_files([source for _, source in wanted], keep, at_once, claimed)
         for number, error in enumerate(outcomes):
             if isinstance(error, (ContentChangedError, NotFoundError)):
                 outcomes[number] = await self._changed(wanted[number][1], error)
@@ -255,12 +268,14 @@ class Filler:
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """One range from the under-store, counted; a changed object is reported. Raises as `Sources.read`."""
+        began = perf_counter()
         try:
             data = await self._sources.read(source, offset, length)
         except (ContentChangedError, NotFoundError) as error:
             raise await self._changed(source, error) from error
         self._counters.under_store_reads += 1
         self._counters.under_store_bytes += length
+        self._counters.under_store_times.observe("range", perf_counter() - began)
         return data
 
     async def _changed(self, source: Source, error: CachefsError) -> ContentChangedError:

@@ -35,6 +35,10 @@ class MasterLink:
         self._added: dict[BlockId, int] = {}
         self._removed: set[BlockId] = set()
 
+    @property
+    def is_registered(self) -> bool:
+        return self._peer is not None and not self._peer.closed.is_set()
+
     async def call(self, request: Request[R]) -> Answer[R]:
         """Raises what the master raises; TransportError when it stays away.
 

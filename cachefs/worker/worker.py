@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict
 from functools import partial
 
 import trio
 
+from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
 from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, listening, serve_on
 from cachefs.store import Store, Tier, open_store, running_boot_id
@@ -20,6 +20,7 @@ from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.metrics import WorkerParts, watch_worker
 from cachefs.worker.pins import Pins
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.verify import verify
@@ -40,12 +41,15 @@ class Worker:
         self._store = store
         self._blocks = blocks
         self._counters = counters
+        self.times: Times[str] | None = None
+        """Of requests; None: nobody wants to know."""
         self._started = trio.current_time()
         self._passthrough_opens = 0
         self._cached_opens = 0
 
     def service(self) -> Service:
         service = Service()
+        service.observe = self.times.observe if self.times is not None else None
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
         service.on_at_once(m.Opened, self.opened)
@@ -58,6 +62,7 @@ class Worker:
     def public_service(self) -> Service:
         """What is answered over TCP: no bytes and no descriptors."""
         service = Service()
+        service.observe = self.times.observe if self.times is not None else None
         service.on(m.GetWorkerStatus, self.get_status)
         return service
 
@@ -94,7 +99,9 @@ class Worker:
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
         tiers = [_tier_info(tier) for tier in self._store.tiers]
         uptime_s = trio.current_time() - self._started
-        counters = m.FetchCounters(**asdict(self._counters))
+        counters = m.FetchCounters(
+            **{name: getattr(self._counters, name) for name in m.FetchCounters.__struct_fields__}
+        )
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
         return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
 
@@ -115,9 +122,12 @@ def _tier_info(tier: Tier) -> m.TierInfo:
 
 
 async def run_worker(
-    config: WorkerConfig, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
+    config: WorkerConfig,
+    monitor: Monitor | None = None,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
+    """Serve until cancelled; reports the addresses it listens on, when it is registered with the master. `monitor` is
+    shown how it does.
 
     Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
     open here was made for the first one. TierError when the tier cannot be used.
@@ -191,6 +201,9 @@ async def run_worker(
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, counters, config).run)
                     worker = Worker(config, sources, store, blocks, counters)
+                    if monitor is not None:
+                        worker.times = Times()
+                        watch_worker(monitor, WorkerParts(counters, store, filler, link, worker.times))
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
                     background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))
