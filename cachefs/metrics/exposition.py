@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from cachefs import __version__
 from cachefs.metrics.declared import Metric, read_histogram
@@ -18,7 +16,7 @@ from cachefs.metrics.times import BOUNDS_S
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_BUCKETS = [floatToGoString(bound) for bound in (*BOUNDS_S, math.inf)]
+_BUCKETS = [*map(repr, BOUNDS_S), "+Inf"]
 _Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
