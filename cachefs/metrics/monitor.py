@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ P = TypeVar("P")
 
 READY_TIMEOUT_S = 2.0
 """What is not found out in that time is answered with no."""
+KEPT_S = 0.1
+"""For how long a text is served again: however often somebody asks, making it takes a hundredth of the time."""
 _TEXT = "text/plain; charset=utf-8"
 
 WhyNotReady = Callable[[], Awaitable[str | None]]
@@ -29,6 +32,8 @@ class Monitor:
         self._exposition = Exposition(role)
         self._content_type = CONTENT_TYPE
         self._why_not_ready: WhyNotReady = _starting
+        self._kept = b""
+        self._kept_until = -math.inf
 
     def watch(self, metrics: Sequence[Metric[P]], parts: P) -> None:
         """Show these from now on, read from `parts`."""
@@ -38,6 +43,16 @@ class Monitor:
         """From now on the process is ready when this says so. May wait, `READY_TIMEOUT_S` at most."""
         self._why_not_ready = why_not_ready
 
+    def text(self) -> bytes:
+        """As Prometheus reads it, of this moment."""
+        return self._exposition.text()
+
+    def _recent_text(self) -> bytes:
+        now = trio.current_time()
+        if now >= self._kept_until:
+            self._kept, self._kept_until = self.text(), now + KEPT_S
+        return self._kept
+
     async def why_not_ready(self) -> str | None:
         with trio.move_on_after(READY_TIMEOUT_S):
             return await self._why_not_ready()
@@ -46,7 +61,7 @@ class Monitor:
     async def answer(self, path: str) -> tuple[int, str, bytes] | None:
         """(status, content type, body) of one of the paths; None for others."""
         if path == "/metrics":
-            return 200, self._content_type, self._exposition.text()
+            return 200, self._content_type, self._recent_text()
         if path == "/healthz":
             # Whoever gets an answer knows that the event loop runs.
             return 200, _TEXT, b"ok\n"

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
+from trio.testing import MockClock
 
 from cachefs.cli.metrics_reference import PROCESSES
 from cachefs.metrics import BOUNDS_S, Metric, Monitor, Times, counter, errors_of, gauge, histogram
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, object]]:
+    return "trio", {"clock": MockClock(autojump_threshold=0)}
 
 
 async def samples(monitor: Monitor) -> Samples:
@@ -58,6 +65,33 @@ async def test_what_there_is_nothing_to_tell_of_is_left_out() -> None:
     monitor = Monitor("test")
     monitor.watch([gauge("cachefs_nothing", "Nothing.", lambda parts: None)], None)
     assert not [name for name, _ in await samples(monitor) if name == "cachefs_nothing"]
+
+
+async def test_a_text_is_made_ten_times_a_second_at_most() -> None:
+    made = 0
+
+    def read(parts: object) -> float:
+        nonlocal made
+        made += 1
+        return made
+
+    monitor = Monitor("test")
+    monitor.watch([gauge("cachefs_made", "Made.", read)], None)
+    for _ in range(100):
+        await samples(monitor)
+    assert made == 1
+    await trio.sleep(0.2)
+    assert (await samples(monitor))["cachefs_made", ()] == 2
+
+
+async def test_ready_that_is_not_found_out_in_time_is_not_ready() -> None:
+    async def hangs() -> str | None:
+        await trio.sleep_forever()
+
+    monitor = Monitor("test")
+    monitor.ready_if(hangs)
+    status, _, body = await monitor.answer("/readyz") or (0, "", b"")
+    assert status == 503 and b"within 2 s" in body
 
 
 async def test_ready_is_what_the_service_says() -> None:
