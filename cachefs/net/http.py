@@ -12,6 +12,7 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from http import HTTPStatus
 
 import h11
 import trio
@@ -139,7 +140,7 @@ async def _send(
         ("Connection", "close"),
         *([("Allow", "GET, HEAD")] if status == 405 else []),
     ]
-    data = connection.send(h11.Response(status_code=status, headers=headers)) or b""
+    data = connection.send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)) or b""
     if not head_only:
         data += connection.send(h11.Data(body)) or b""
     await stream.send_all(data + (connection.send(h11.EndOfMessage()) or b""))

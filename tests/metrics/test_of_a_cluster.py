@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
 
 from cachefs.client import Client
@@ -36,8 +37,9 @@ async def cluster_of(tmp_path: Path, **worker: object) -> AsyncIterator[tuple[Te
         yield cluster, client
 
 
-def shown(monitor: Monitor) -> dict[str, float]:
-    """By name and labels, as they are written."""
+async def shown(monitor: Monitor) -> dict[str, float]:
+    """By name and labels, as they are written; a request is counted a moment after its answer has come."""
+    await trio.testing.wait_all_tasks_blocked()
     return {
         each.name + "".join(f" {key}={value}" for key, value in sorted(each.labels.items())): each.value
         for family in text_string_to_metric_families(monitor.text().decode())
@@ -57,7 +59,7 @@ async def test_bytes_by_source_are_the_bytes_that_were_read(tmp_path: Path) -> N
         attrs = [await client.metadata.resolve(f"/{name}") for name in (*FILES, "large")]
         for attr in attrs:
             assert await client.promote(attr.ino)
-        cold = shown(monitor)
+        cold = await shown(monitor)
         assert cold["cachefs_read_bytes_total source=under_store"] == size
         assert cold["cachefs_read_bytes_total source=local"] == 0
         assert (cold["cachefs_hits_total"], cold["cachefs_misses_total"]) == (0, len(attrs))
@@ -66,7 +68,7 @@ async def test_bytes_by_source_are_the_bytes_that_were_read(tmp_path: Path) -> N
             reader = client.open_content(attr)
             assert len(await reader.read(0, attr.size_bytes)) == attr.size_bytes
             reader.close()
-        warm = shown(monitor)
+        warm = await shown(monitor)
         assert warm["cachefs_read_bytes_total source=under_store"] == size
         assert warm["cachefs_read_bytes_total source=local"] == size
         assert (warm["cachefs_hits_total"], warm["cachefs_misses_total"]) == (len(attrs), len(attrs))
@@ -89,7 +91,7 @@ async def test_the_tier_is_shown_as_it_is(tmp_path: Path) -> None:
         reader = client.open_content(attr)
         assert bytes(await reader.read(0, attr.size_bytes)) == FILES["0"]
         reader.close()
-        found = shown(cluster.monitors["worker"])
+        found = await shown(cluster.monitors["worker"])
     of = " kind=ssd tier=0"
     assert found[f"cachefs_tier_capacity_bytes{of}"] == MiB == found[f"cachefs_tier_free_bytes{of}"]
     assert found[f"cachefs_tier_used_bytes{of}"] == found[f"cachefs_tier_blocks{of}"] == 0
@@ -99,17 +101,17 @@ async def test_the_tier_is_shown_as_it_is(tmp_path: Path) -> None:
 
 async def test_the_master_counts_what_it_is_asked(tmp_path: Path) -> None:
     async with cluster_of(tmp_path) as (cluster, client):
-        before = shown(cluster.monitors["master"])
+        before = await shown(cluster.monitors["master"])
         assert before["cachefs_workers_connected"] == before["cachefs_under_stores"] == before["cachefs_watchers"] == 1
         assert before["cachefs_under_stores_failing"] == before["cachefs_served_stale_total"] == 0
         for name in FILES:
             await client.metadata.lookup((await client.metadata.resolve("/")).ino, name)
-        after = shown(cluster.monitors["master"])
+        after = await shown(cluster.monitors["master"])
         assert after["cachefs_request_seconds_count operation=Lookup"] == len(FILES)
         assert after["cachefs_request_seconds_count operation=ResolvePath"] == len(FILES)
         assert after["cachefs_inodes_total"] > len(FILES)
         assert await client.metadata.lookup((await client.metadata.resolve("/")).ino, "not there") is None
-        assert (shown(cluster.monitors["master"]))["cachefs_request_errors_total operation=Lookup"] == 0
+        assert (await shown(cluster.monitors["master"]))["cachefs_request_errors_total operation=Lookup"] == 0
 
 
 async def test_a_worker_without_its_master_is_not_ready_and_alive(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ async def test_a_worker_without_its_master_is_not_ready_and_alive(tmp_path: Path
             while (await ready(worker))[0] == 200:
                 await trio.sleep(0.01)
         assert await ready(worker) == (503, "it is not registered with the master\n")
-        assert (shown(worker))["cachefs_registered"] == 0
+        assert (await shown(worker))["cachefs_registered"] == 0
         assert (await worker.answer("/healthz") or ())[::2] == (200, b"ok\n")
         await cluster.start_master()
         with trio.fail_after(10):

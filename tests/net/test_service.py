@@ -230,11 +230,10 @@ async def test_every_request_that_is_answered_is_observed(handlers: Handlers, ad
 
     handlers.service.observe = observe
     async with serving(handlers, address) as bound, open_peer(bound, Hello("client")) as peer:
-        with trio.move_on_after(5):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(peer.call, Wait())
-                await handlers.waiting.wait()
-                nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.call, Wait())
+            await handlers.waiting.wait()
+            nursery.cancel_scope.cancel()
         await handlers.cancelled.wait()
         for request in (Echo("x"), EchoAtOnce("x")):
             await peer.call(request)
