@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cachefs.cli.metrics_reference import metrics_reference
 from cachefs.cli.reference import reference
 
 TESTS = Path(__file__).parent
@@ -36,3 +37,8 @@ def test_every_promise_names_its_test() -> None:
 def test_the_reference_is_that_of_the_commands() -> None:
     written = (DOCS / "reference.md").read_text()
     assert written == reference(), "run: python -m cachefs.cli.reference > docs/reference.md"
+
+
+def test_the_table_of_metrics_is_that_of_their_declarations() -> None:
+    written = (DOCS / "metrics.md").read_text()
+    assert written == metrics_reference(), "run: python -m cachefs.cli.metrics_reference > docs/metrics.md"

@@ -14,6 +14,7 @@ PACKAGE = Path(cachefs.__file__).parent
 # What a package may import, directly; what it may import is reached through its own arrows too.
 ARROWS = {
     "model": set[str](),
+    "metrics": {"model"},
     "policy": {"model"},
     "wire": {"model"},
     "fusewire": {"model"},
@@ -21,12 +22,13 @@ ARROWS = {
     "store": {"model", "policy"},
     "meta": {"model", "policy"},
     "net": {"wire"},
-    "master": {"meta", "ufs", "net"},
-    "worker": {"store", "policy", "ufs", "net"},
-    "client": {"net", "store", "policy"},
-    "fuse": {"client", "fusewire"},
+    "master": {"meta", "ufs", "net", "metrics"},
+    "worker": {"store", "policy", "ufs", "net", "metrics"},
+    "client": {"net", "store", "policy", "metrics"},
+    "fuse": {"client", "fusewire", "metrics"},
     "testing": {
         "model",
+        "metrics",
         "policy",
         "wire",
         "fusewire",
@@ -47,6 +49,8 @@ ONLY_IMPORTER = {
     "sqlite3": {"meta"},
     "click": {"cli"},
     "rich": {"cli"},
+    "h11": {"net"},
+    "prometheus_client": {"metrics"},
 }
 
 

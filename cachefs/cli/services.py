@@ -11,6 +11,7 @@ import trio
 
 from cachefs.cli import params
 from cachefs.cli.lifecycle import Report, keep_tables_apart, leaves, run_service, set_up_logging
+from cachefs.cli.monitoring import Shown, http_option, monitored
 from cachefs.cli.mount_options import by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
@@ -50,6 +51,7 @@ log_level_option = click.option(
 @click.option("--block-size", type=params.SIZE, help="Unit of placement; for a new namespace. Default 8G.")
 @click.option("--cluster", default="cachefs", show_default=True, help="Name of the cluster that tiers belong to.")
 @params.insecure_option
+@http_option
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -63,6 +65,7 @@ def master(
     block_size: int | None,
     cluster: str,
     insecure: bool,
+    http: Address | None,
     log_level: str,
     as_json: bool,
     supervised_fd: int | None,
@@ -80,7 +83,7 @@ def master(
         block_size=block_size,
         page_size=page_size,
     )
-    run_service("master", partial(_run_and_report, run_master, config), supervised_fd, as_json=as_json)
+    run_service("master", partial(_run_and_report, "master", run_master, config, http), supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -111,6 +114,7 @@ def master(
     help="Small files fetched ahead of whoever opens those of a directory in order; 0 = none.",
 )
 @params.insecure_option
+@http_option
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -123,6 +127,7 @@ def worker(
     promote: str,
     files_ahead: int,
     insecure: bool,
+    http: Address | None,
     log_level: str,
     as_json: bool,
     supervised_fd: int | None,
@@ -139,7 +144,7 @@ def worker(
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
-    run_service("worker", partial(_run_and_report, run_worker, config), supervised_fd, as_json=as_json)
+    run_service("worker", partial(_run_and_report, "worker", run_worker, config, http), supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -154,6 +159,7 @@ def worker(
 )
 @mount_options
 @params.insecure_option
+@http_option
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -166,6 +172,7 @@ def mount(
     worker_socket: str | None,
     promote: str | None,
     insecure: bool,
+    http: Address | None,
     log_level: str,
     as_json: bool,
     supervised_fd: int | None,
@@ -178,6 +185,10 @@ def mount(
     config = mount_config(mountpoint, master_address, worker_socket, flags, promote=promote)
 
     async def service(report: Report) -> None:
+        async with monitored("mount", http) as shown:
+            await serve(report, shown)
+
+    async def serve(report: Report, shown: Shown) -> None:
         def ready(mounted: Mount, chosen: ChosenMode) -> None:
             report(
                 {
@@ -187,11 +198,12 @@ def mount(
                     "why": chosen.why,
                     **({"notes": "; ".join(chosen.notes)} if chosen.notes else {}),
                     "connection": mounted.connection,
+                    **shown.facts,
                 }
             )
 
         try:
-            await run_mount(config, ready)
+            await run_mount(config, ready, shown.monitor)
         except* ConfigError as group:
             error = leaves(group)[0]
             assert isinstance(error, ConfigError)
@@ -201,11 +213,11 @@ def mount(
     run_service("mount", service, supervised_fd, as_json=as_json)
 
 
-async def _run_and_report(run: Any, config: Any, report: Report) -> None:
+async def _run_and_report(role: str, run: Any, config: Any, http: Address | None, report: Report) -> None:
     """Run a service and report the addresses it listens on."""
-    async with trio.open_nursery() as nursery:
-        addresses: list[Address] = await nursery.start(run, config)
-        report({"listen": str(addresses[0])})
+    async with monitored(role, http) as shown, trio.open_nursery() as nursery:
+        addresses: list[Address] = await nursery.start(run, config, shown.monitor)
+        report({"listen": str(addresses[0]), **shown.facts})
 
 
 def _tcp(key: str, address: Address) -> Address:

@@ -26,7 +26,7 @@ from cachefs.cli.services import json_ready_option, log_level_option, supervised
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
 from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
-from cachefs.net import TcpAddress
+from cachefs.net import Address, TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.ufs import directory_of
@@ -220,6 +220,9 @@ async def _child(
 @click.option("--page-size", type=params.PAGE_SIZE, help="As of cachefs master.")
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
+@click.option("--master-http", type=params.ADDRESS, help="--http of cachefs master.")
+@click.option("--worker-http", type=params.ADDRESS, help="--http of cachefs worker.")
+@click.option("--mount-http", type=params.ADDRESS, help="--http of cachefs mount.")
 @mount_options
 @log_level_option
 @json_ready_option
@@ -237,6 +240,9 @@ def up(
     page_size: int | None,
     promote: str | None,
     files_ahead: int | None,
+    master_http: Address | None,
+    worker_http: Address | None,
+    mount_http: Address | None,
     log_level: str,
     as_json: bool,
     supervised_fd: int | None,
@@ -269,18 +275,24 @@ def up(
         master_flags=(
             *("--sync-interval", params.written_sync_interval(sync_interval)),
             *(("--page-size", str(page_size)) if page_size is not None else ()),
+            *_http(master_http),
         ),
         worker_flags=(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
+            *_http(worker_http),
         ),
-        mount_flags=as_arguments(flags),
+        mount_flags=(*as_arguments(flags), *_http(mount_http)),
         log_level=log_level,
     )
     if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)
         click.echo(f"cachefs: mounting {without_credentials(url)} on {config.mountpoint}, caching up to {places}")
     run_service("up", lambda report: run_up(config, report), supervised_fd, as_json=as_json)
+
+
+def _http(address: Address | None) -> tuple[str, ...]:
+    return ("--http", str(address)) if address is not None else ()
 
 
 def _check_machine(mountpoint: str, allow_nonempty: bool, needed: Sequence[tuple[str, str]]) -> None:

@@ -264,6 +264,10 @@ class Client:
         request = Locate(attr.key, block_index)
         return (await patiently(lambda: self._master.call(request), self._config.patience_s)).message.workers
 
+    async def ask_master(self) -> None:
+        """Returns when it has answered. Raises TransportError at once when it cannot be reached."""
+        await self._master.call(GetCluster())
+
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
         return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message

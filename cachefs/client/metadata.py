@@ -123,6 +123,9 @@ class Metadata:
         self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
         self._on_foreign = on_foreign
+        self.hits = 0
+        """Questions that were answered from memory, and `misses`: requests that the master got."""
+        self.misses = 0
         self._generation = 0
         """What was remembered under an earlier one is not believed without asking."""
         self._changes = 0
@@ -139,6 +142,7 @@ class Metadata:
         known = self._remembered.known(ino)
         if known is None or not self._is_fresh(known):
             raise trio.WouldBlock
+        self.hits += 1
         return known.attr
 
     async def attr(self, ino: Ino) -> Attr:
@@ -149,6 +153,7 @@ class Metadata:
         """As `current`, from memory."""
         attr = self._remembered.current(ino, self._now(), self._generation)
         if attr is not None:
+            self.hits += 1
             return attr
         known = self._remembered.known(ino)
         if known is None or not self._is_fresh(known):
@@ -187,10 +192,12 @@ class Metadata:
         if found is None or not self._is_fresh(found):
             raise trio.WouldBlock
         if found.ino == NO_INO:
+            self.hits += 1
             return None
         known = self._remembered.known(found.ino)
         if known is None or known.superseded or not self._is_fresh(known):
             raise trio.WouldBlock
+        self.hits += 1
         return known.attr
 
     async def lookup(self, parent: Ino, name: str) -> Attr | None:
@@ -365,6 +372,10 @@ class Metadata:
             for follower in followers:
                 follower.add_everything()
 
+    def __len__(self) -> int:
+        """Inodes remembered."""
+        return len(self._remembered)
+
     def names(self) -> list[tuple[Ino, str]]:
         """(directory, name) of all that is remembered."""
         return self._remembered.names()
@@ -375,6 +386,7 @@ class Metadata:
         async def ask() -> R:
             return (await (await self._master_peer()).call(request)).message
 
+        self.misses += 1
         try:
             return await patiently(ask, patience_s)
         except NamespaceChangedError:

@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 
 import trio
 
@@ -130,6 +131,10 @@ class KernelSession:
         """None until INIT has come."""
         self.requests: Counter[int] = Counter()
         """How often each `Opcode` was asked. Tests look here to see what the kernel no longer asks."""
+        self.observe: Callable[[int, float], None] | None = None
+        """Called with the opcode of each request that is done with, and the seconds from its coming to its answer."""
+        self._goes_on = False
+        """The request that is being looked at has to wait."""
         self._buffer_size = agreed.buffer_size if agreed is not None else _INIT_BUFFER
         self._no_open = agreed is not None and agreed.no_open
         self.known_names: KnownNames = list
@@ -233,6 +238,8 @@ class KernelSession:
             self._log.log(logging.ERROR, "dropped", "request dropped error=%s", error)
             return
         self.requests[opcode] += 1
+        self._goes_on = False
+        began = perf_counter()
         try:
             if self.agreed is None and opcode != Opcode.INIT:
                 raise RemoteProtocolError("request before INIT")
@@ -246,6 +253,8 @@ class KernelSession:
             raise error.reason from None
         except Exception as error:
             self._fail(unique, opcode, error)
+        if self.observe is not None and not self._goes_on:
+            self.observe(opcode, perf_counter() - began)
 
     def _table(self) -> dict[int, _Handler]:
         return {
@@ -301,7 +310,17 @@ class KernelSession:
 
     def _later(self, unique: int, opcode: int, work: Callable[[], Awaitable[None]]) -> None:
         assert self._waiting is not None
+        self._goes_on = True
+        if self.observe is not None:
+            work = partial(self._observed, opcode, work, perf_counter())
         self._waiting.add(unique, work, partial(self._fail, unique, opcode))
+
+    async def _observed(self, opcode: int, work: Callable[[], Awaitable[None]], began: float) -> None:
+        try:
+            await work()
+        finally:
+            if self.observe is not None:
+                self.observe(opcode, perf_counter() - began)
 
     # ---- the connection --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ import trio
 
 from cachefs.client import ChangedName, Client, ContentReader, DirReader, View
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
+from cachefs.fuse.counts import OperationCounts
 from cachefs.fuse.modes import ChosenMode, OpenMode
 from cachefs.fuse.node_reads import NodeReads
 from cachefs.fuse.protocol import (
@@ -135,6 +136,12 @@ class CacheOperations:
         self._open: dict[int, _Open] = {}
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, tuple[View, DirReader]] = {}
+        self.counts = OperationCounts()
+
+    @property
+    def open_files(self) -> int:
+        """Handles."""
+        return len(self._by_handle)
 
     def set_mode(self, chosen: ChosenMode, backings: BackingRegistry) -> None:
         """What was decided after INIT; before, files are opened in cached mode."""
@@ -150,11 +157,16 @@ class CacheOperations:
 
         def on_changed(view: View, changed: list[ChangedName]) -> None:
             if view is self._client.view:
+                self.counts.changed_names += len(changed)
                 for directory, name, was_directory in changed:
                     notices.notify_inval_entry(self._node(view, directory), name.encode(), expire_only=was_directory)
 
+        def on_everything() -> None:
+            self.counts.changed_everything += 1
+            notices.notify_everything()
+
         self._client.on_changed = on_changed
-        self._client.on_everything = notices.notify_everything
+        self._client.on_everything = on_everything
 
     def known_names(self) -> list[tuple[int, bytes]]:
         """(parent node, name) of all that may have been told."""
@@ -311,7 +323,12 @@ class CacheOperations:
         handle = next(self._handles)
         opened.handles.add(handle)
         self._by_handle[handle] = opened
-        self._client.count_open(opened.attr, passthrough=opened.backing_id is not None)
+        is_passthrough = opened.backing_id is not None
+        self._client.count_open(opened.attr, passthrough=is_passthrough)
+        if is_passthrough:
+            self.counts.passthrough_opens += 1
+        else:
+            self.counts.cached_opens += 1
         return OpenReply(handle, opened.backing_id, True)
 
     def _register_sealed(self, view: View, attr: Attr) -> int | None:
@@ -334,10 +351,18 @@ class CacheOperations:
 
     def read_nowait(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
         if self._node_reads is not None:
-            return self._node_reads.read_nowait(*self._place_nowait(fh), offset, size)
-        return self._read_open(fh)[1].read_nowait(offset, size)
+            data = self._node_reads.read_nowait(*self._place_nowait(fh), offset, size)
+        else:
+            data = self._read_open(fh)[1].read_nowait(offset, size)
+        self.counts.read_bytes += len(data)
+        return data
 
     async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
+        data = await self._read(fh, offset, size)
+        self.counts.read_bytes += len(data)
+        return data
+
+    async def _read(self, fh: int, offset: int, size: int) -> bytes | bytearray | memoryview:
         if self._node_reads is not None:
             return await self._node_reads.read(*await self._place(fh), offset, size)
         opened, reader = self._read_open(fh)

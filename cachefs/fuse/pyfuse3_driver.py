@@ -24,6 +24,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -64,6 +65,15 @@ class Pyfuse3Session:
         self._notifier: Notifier | None = None
         self._handlers = _Handlers(operations, self._options, self.requests, self._begin)
         self._task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+
+    @property
+    def observe(self) -> Callable[[int, float], None] | None:
+        """As of `KernelSession`."""
+        return self._handlers.observe
+
+    @observe.setter
+    def observe(self, observe: Callable[[int, float], None] | None) -> None:
+        self._handlers.observe = observe
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until the mount ends, which is a normal return. Started once the kernel and libfuse have agreed.
@@ -156,6 +166,7 @@ def _request(
     ) -> Callable[Concatenate[_Handlers, P], Coroutine[Any, Any, T]]:
         async def handle(self: _Handlers, /, *arguments: P.args, **named: P.kwargs) -> T:
             self.requests[opcode] += 1
+            began = perf_counter()
             with trio.CancelScope(shield=True) as scope:
                 self.scopes.add(scope)
                 try:
@@ -166,6 +177,8 @@ def _request(
                     raise pyfuse3.FUSEError(self.errors.errno_for(opcode, error)) from error
                 finally:
                     self.scopes.discard(scope)
+                    if self.observe is not None:
+                        self.observe(opcode, perf_counter() - began)
             raise pyfuse3.FUSEError(errno.EINTR)
 
         return handle
@@ -192,6 +205,7 @@ class _Handlers(pyfuse3.Operations):
         self.requests = requests
         self._begin = begin
         self.errors = ErrorAnswers()
+        self.observe: Callable[[int, float], None] | None = None
         self.scopes: set[trio.CancelScope] = set()
         """Of the requests in progress."""
         self._nodes: dict[int, tuple[int, int]] = {}

@@ -18,6 +18,7 @@ from cachefs.client import ClientConfig, open_client
 from cachefs.fuse.backing import BackingRegistry
 from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.kernel import KernelSession, SessionOptions
+from cachefs.fuse.metrics import MountParts, watch_mount
 from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenMode, choose_mode
 from cachefs.fuse.mounting import (
     Mount,
@@ -34,6 +35,7 @@ from cachefs.fuse.notify import KnownNames
 from cachefs.fuse.operations import CacheOperations, Notices, OperationsConfig
 from cachefs.fuse.protocol import Operations
 from cachefs.fusewire import PAGE_SIZE, InitOptions, Negotiated
+from cachefs.metrics import Monitor
 from cachefs.model import ConfigError, MiB
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Session(Notices, Protocol):
     """One of the drivers, serving one mount."""
 
     known_names: KnownNames
+    observe: Callable[[int, float], None] | None
 
     async def serve(self, *, task_status: trio.TaskStatus[Negotiated | None] = ...) -> None: ...
 
@@ -125,8 +128,11 @@ def why_no_pyfuse3() -> str | None:
     return None
 
 
-async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], None]) -> None:
-    """Mount, call `ready(mount, how files are opened)`, and serve until somebody unmounts.
+async def run_mount(
+    config: MountConfig, ready: Callable[[Mount, ChosenMode], None], monitor: Monitor | None = None
+) -> None:
+    """Mount, call `ready(mount, how files are opened)`, and serve until somebody unmounts. `monitor` is shown how it
+    does.
 
     Cancelling unmounts: at once if nobody uses the mount, or else by taking it out of the tree and ending the
     connection, so that whoever still reads through it gets an error and nothing stays behind.
@@ -151,6 +157,9 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], No
                     session = _session(config, fd, operations)
                     session.known_names = operations.known_names
                     operations.watch(session)
+                    parts = MountParts(operations, client)
+                    if monitor is not None:
+                        session.observe = parts.times.observe
                     negotiated = await nursery.start(_serve, session, nursery)
                     backings = BackingRegistry(fd)
                     chosen = choose_mode(
@@ -160,6 +169,8 @@ async def run_mount(config: MountConfig, ready: Callable[[Mount, ChosenMode], No
                     chosen = replace(chosen, notes=tuple(_notes(mounted, config.options)))
                     logger.info("files are opened in mode %s", chosen)
                     operations.set_mode(chosen, backings)
+                    if monitor is not None:
+                        watch_mount(monitor, parts)
                     ready(mounted, chosen)
                     await trio.sleep_forever()
                 finally:

@@ -12,11 +12,13 @@ import trio
 from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.cluster import Cluster
 from cachefs.master.config import MasterConfig
+from cachefs.master.metrics import MasterParts, watch_master
 from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
+from cachefs.metrics import Monitor
 from cachefs.model import Geometry, NamespaceChangedError, without_credentials
 from cachefs.net import Address, Hello, Service, Session, open_background, serve
 from cachefs.wire import messages as m
@@ -194,9 +196,11 @@ def _store_infos(namespace: Namespace) -> list[m.StoreInfo]:
 
 
 async def run_master(
-    config: MasterConfig, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
+    config: MasterConfig,
+    monitor: Monitor | None = None,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; reports the addresses it listens on.
+    """Serve until cancelled; reports the addresses it listens on. `monitor` is shown how it does.
 
     Raises ConfigError; CachefsError for a database that cannot be used; as `open_mounts` for under-stores.
     """
@@ -216,7 +220,12 @@ async def run_master(
                 pinning = Pinning(store, writer, namespace.pins, cluster.workers, geometry)
                 master = Master(store, writer, namespace, attaching, pinning, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
-                await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
+                service = master.service()
+                if monitor is not None:
+                    parts = MasterParts(store, writer, namespace, cluster.workers, leases=lambda: len(cluster.leases))
+                    service.observe = parts.requests.observe
+                    nursery.start_soon(watch_master, monitor, parts)
+                await serve(service, [config.listen], hello=hello, task_status=task_status)
 
 
 def _settle_geometry(store: MetaStore, config: MasterConfig) -> Geometry:

@@ -95,6 +95,11 @@ class Namespace:
         self.watchers = Watchers()
         self.pins = Pins(store)
 
+    @property
+    def listings(self) -> int:
+        """Directories that are being listed."""
+        return len(self._listings)
+
     def getattr(self, ino: Ino) -> AttrReply:
         """Raises NotFoundError for a number never given out."""
         inode = self._inode(ino)

@@ -58,6 +58,9 @@ class Watchers:
     def __init__(self) -> None:
         self._watching: set[Watcher] = set()
 
+    def __len__(self) -> int:
+        return len(self._watching)
+
     @contextmanager
     def watch(self) -> Iterator[Watcher]:
         """Hears of everything that is told from now on, until the block ends."""

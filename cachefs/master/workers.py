@@ -190,6 +190,11 @@ class Workers:
                 with trio.move_on_after(_ROOM_TOLD_EVERY_S):
                     await self._changed.wait()
 
+    @property
+    def connected(self) -> int:
+        """How many are alive."""
+        return sum(each.alive for each in self._by_name.values())
+
     def capacity_bytes(self) -> int:
         """Of all tiers of the workers that are alive."""
         return sum(each.capacity_bytes for each in self._by_name.values() if each.alive)

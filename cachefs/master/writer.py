@@ -30,6 +30,11 @@ class Writer:
         self._wanted = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
+    @property
+    def waiting(self) -> int:
+        """Writes that the transaction in progress does not have."""
+        return len(self._queue)
+
     async def run(self, function: Callable[[], T], then: Callable[[T], None] | None = None) -> T:
         """The result of `function`, committed. Cancelling does not undo what was asked: it may still be written.
 

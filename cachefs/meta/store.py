@@ -64,6 +64,10 @@ class MetaStore:
         row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return str(row[0]) if row else None
 
+    def numbers_given(self) -> int:
+        """How many inode numbers were ever given out."""
+        return inodes.last_number(self._reader, "ino")
+
     def holders(self, block: BlockId) -> list[str]:
         return replicas.holders(self._reader, block)
 

@@ -4,6 +4,7 @@ from cachefs.net.addresses import Address, TcpAddress, UnixAddress, parse_addres
 from cachefs.net.background import open_background
 from cachefs.net.channel import Answer, Body, FileSlice
 from cachefs.net.flights import Flights
+from cachefs.net.http import serving_http
 from cachefs.net.peer import Peer, Pool, open_peer, open_pool
 from cachefs.net.service import Listener, Service, Session, listening, serve, serve_on
 from cachefs.wire import Hello, Limits
@@ -30,4 +31,5 @@ __all__ = [
     "parse_address",
     "serve",
     "serve_on",
+    "serving_http",
 ]

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import trio
@@ -107,6 +108,8 @@ class Service:
     """Which requests are answered, and by what."""
 
     def __init__(self) -> None:
+        self.observe: Callable[[str, float, bool], None] | None = None
+        """Called with the name of each request that was answered, the seconds that took, and whether with no error."""
         self._handlers: dict[type[Any], Callable[[Any, Session], Awaitable[Any]]] = {}
         self._at_once: dict[type[Any], Callable[[Any, Session], Any]] = {}
         self._streams: dict[type[Any], Callable[[Any, Session], AsyncGenerator[Any, None]]] = {}
@@ -210,15 +213,18 @@ class _ServedConnection:
             return
         at_once = self._service.handler_at_once(request)
         if at_once is not None:
+            began = perf_counter()
             try:
                 await self._answer(frame.request_id, at_once(request, self._session))
+                self._observe(request, began)
             except Exception as error:
-                await self._failed(frame.request_id, request, error)
+                await self._failed(frame.request_id, request, error, began)
             return
         running = self._running[frame.request_id] = _Running()
         self._nursery.start_soon(self._carry_out, frame.request_id, request, running)
 
     async def _carry_out(self, request_id: int, request: Any, running: _Running) -> None:
+        began = perf_counter()
         try:
             with running.scope:
                 try:
@@ -230,6 +236,7 @@ class _ServedConnection:
                     handler = self._service.handler(request)
                     if handler is None:
                         await self._answer_stream(request_id, request, running.credit)
+                        self._observe(request, began)
                         return
                     answer = await handler(request, self._session)
                 except TransportError:
@@ -238,19 +245,25 @@ class _ServedConnection:
                     raise
             if not running.scope.cancelled_caught:
                 await self._answer(request_id, answer)
+                self._observe(request, began)
         except Exception as error:
-            await self._failed(request_id, request, error)
+            await self._failed(request_id, request, error, began)
         finally:
             with suppress(RuntimeError):  # cancelled before its turn came
                 self._turns.release_on_behalf_of(running)
             self._running.pop(request_id, None)
 
-    async def _failed(self, request_id: int, request: Any, error: Exception) -> None:
+    def _observe(self, request: Any, began: float, ok: bool = True) -> None:
+        if self._service.observe is not None:
+            self._service.observe(type(request).__name__, perf_counter() - began, ok)
+
+    async def _failed(self, request_id: int, request: Any, error: Exception, began: float) -> None:
         if not isinstance(error, CachefsError):
             name = type(request).__name__
             kind = ("request failed", name, type(error).__name__)
             self._log.log(logging.ERROR, kind, "request failed request=%s error=%r", name, error, exc_info=error)
         await self._send_error(request_id, error)
+        self._observe(request, began, ok=False)
 
     async def _answer(self, request_id: int, answer: Any) -> None:
         if not isinstance(answer, Answer):

@@ -214,6 +214,11 @@ class Store:
         now = time.monotonic()
         return [tier for tier in self.tiers if self._left_alone_until.get(tier, 0.0) <= now]
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether any tier takes something."""
+        return bool(self._usable())
+
     def leave_alone(self, tier: Tier, error: OSError) -> None:
         """Its disk failed: nothing new goes there for a while."""
         logger.warning("tier fails, left alone for %.0f s path=%s error=%s", _LEFT_ALONE_S, tier.config.path, error)

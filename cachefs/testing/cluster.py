@@ -11,6 +11,7 @@ import trio
 
 from cachefs.client import Client, ClientConfig, open_client
 from cachefs.master import MasterConfig, run_master
+from cachefs.metrics import Monitor
 from cachefs.model import KiB, MiB
 from cachefs.net import Address, TcpAddress, UnixAddress, open_background, open_peer
 from cachefs.store import TierConfig
@@ -34,6 +35,8 @@ class TestCluster:
         self.worker_config = worker
         self.worker_address: Address = worker.listen
         """Its TCP address, once it runs."""
+        self.monitors: dict[str, Monitor] = {}
+        """Of the parts, by role, as they were last started."""
         self._nursery = nursery
         self._scopes: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
@@ -57,9 +60,10 @@ class TestCluster:
 
     async def _run(self, role: str, run: object, config: object, task_status: trio.TaskStatus[object]) -> None:
         scope, ended = self._scopes[role] = (trio.CancelScope(), trio.Event())
+        monitor = self.monitors[role] = Monitor(role)
         try:
             with scope:
-                await run(config, task_status=task_status)  # type: ignore[operator]
+                await run(config, monitor, task_status=task_status)  # type: ignore[operator]
         finally:
             ended.set()
 

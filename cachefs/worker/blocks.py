@@ -93,6 +93,8 @@ class Blocks:
         if not request.background:
             self._prefetch.asked((reader, request.reader), source)
         block = BlockId(attr.key, 0)
+        if not request.background:
+            self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
         for attempt in range(_ATTEMPTS):
             if await self.is_sealed(block):
                 return PromoteReply(True)
@@ -146,6 +148,7 @@ class Blocks:
         if request.offset < 0 or request.length <= 0 or request.offset + request.length > length:
             raise BlockCorruptError(f"range {request.offset}+{request.length} lies outside of a block of {length}")
         pages = self._geometry.pages_covering(request.offset, request.length)
+        self._counters.asked(request.length, is_here=self._has(BlockId(key, request.block_index), pages))
         if key:
             block = BlockId(key, request.block_index)
             if request.unreadable:
@@ -191,6 +194,10 @@ class Blocks:
             sent()
             raise
         return Answer(FetchReply(0, []), data, on_sent=sent)
+
+    def _has(self, block: BlockId, pages: range) -> bool:
+        job = self._jobs.get(block)
+        return self._store.is_sealed(block) or (job is not None and all(map(job.partial.has, pages)))
 
     def opened(self, blocks: list[BlockId], reader: int) -> bool:
         """A mount tells what it has opened sealed, some while ago. Returns whether files are fetched ahead of it."""

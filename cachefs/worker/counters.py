@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from cachefs.metrics import Times
 
 
 @dataclass
@@ -22,3 +24,20 @@ class Counters:
     served_reads: int = 0
     leases: int = 0
     drops: int = 0
+    hits: int = 0
+    """Requests of readers for what was here already, and `misses`: for what was not, or not all of it."""
+    misses: int = 0
+    local_bytes: int = 0
+    """Asked for by hits."""
+    under_store_times: Times[str] = field(default_factory=Times)
+    """By kind of read: a "range" of an object, or a small "file" as a whole."""
+    peer_times: Times[str] = field(default_factory=Times)
+    """By how: a block that is "held", or one that is still fetched ("origin", "home")."""
+
+    def asked(self, length: int, *, is_here: bool) -> None:
+        """A reader wants so many bytes."""
+        if is_here:
+            self.hits += 1
+            self.local_bytes += length
+        else:
+            self.misses += 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 
 import trio
 
@@ -100,6 +101,11 @@ class Filler:
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
         self._on_sealed = on_sealed
+
+    @property
+    def slots(self) -> dict[str, trio.CapacityLimiter]:
+        """What is fetched at once, by who waits for it."""
+        return {"demand": self.demand, "background": self.background, "load": self.load}
 
     async def fetch(self, job: Job, pages: Iterable[int], *, loading: bool = False) -> None:
         """Return when all these pages are present. `loading`: in the slots of those that nobody waits to read.
@@ -212,23 +218,29 @@ class Filler:
         self, routes: Sequence[Route], promote: Promote, at_once: int, claim: Claim, on_kept: Callable[[int], None]
     ) -> list[Exception | None]:
         token = trio.lowlevel.current_trio_token()
+        began: dict[int, float] = {}
 
-        def kept(number: int, length: int, sealed: bool) -> None:
-            self._origin.count(length)
+        def claimed(number: int) -> bool:
+            began[number] = perf_counter()
+            return claim(number)
+
+        def kept(number: int, length: int, seconds: float, sealed: bool) -> None:
+            self._origin.count("file", length, seconds)
             if sealed:
                 self._counters.pages_fetched += 1
                 self._count_sealed(routes[number].block, length)
                 on_kept(number)
 
         def keep(number: int, data: Data) -> None:
+            seconds = perf_counter() - began[number]
             sealed = False
             try:
                 self._keep(routes[number].block, data, None, promote)
                 sealed = True
             finally:
-                token.run_sync_soon(kept, number, len(data), sealed)
+                token.run_sync_soon(kept, number, len(data), seconds, sealed)
 
-        outcomes = await self._origin.read_files([route.source for route in routes], keep, at_once, claim)
+        outcomes = await self._origin.read_files([route.source for route in routes], keep, at_once, claimed)
         self._counters.corrupt += sum(isinstance(error, BlockCorruptError) for error in outcomes)
         return outcomes
 

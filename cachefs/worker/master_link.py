@@ -70,11 +70,6 @@ class MasterLink:
         """Set once there is something to report; until then the worker is only known to be alive."""
         self._began = trio.Event()
 
-    @property
-    def is_up(self) -> bool:
-        """It is registered now."""
-        return self._peer is not None and not self._peer.closed.is_set()
-
     def begin(self, reporting: Reporting) -> None:
         """From now on report."""
         self.reporting = reporting
@@ -86,6 +81,10 @@ class MasterLink:
         if peer is None:
             raise TransportError(f"{self._address}: the master is away")
         return await peer.call(request)
+
+    @property
+    def is_registered(self) -> bool:
+        return self._peer is not None and not self._peer.closed.is_set()
 
     async def call(self, request: Request[R]) -> Answer[R]:
         """Raises what the master raises; TransportError when it stays away.

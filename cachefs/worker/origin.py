@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
 
 from cachefs.model import BlockId, CachefsError, ContentChangedError, NotFoundError
 from cachefs.store import Store
@@ -24,11 +25,12 @@ class Origin:
 
     async def read(self, source: Source, offset: int, length: int) -> Data:
         """One range of a content. Raises ContentChangedError, UnderStoreError and its kinds."""
+        began = perf_counter()
         try:
             data = await self._sources.read(source, offset, length)
         except (ContentChangedError, NotFoundError) as error:
             raise await self._changed(source, error) from error
-        self.count(length)
+        self.count("range", length, perf_counter() - began)
         return data
 
     async def read_files(
@@ -41,7 +43,9 @@ class Origin:
                 outcomes[number] = await self._changed(wanted[number], error)
         return outcomes
 
-    def count(self, length: int) -> None:
+    def count(self, kind: str, length: int, seconds: float) -> None:
+        """A read is done: of a "range" of an object, or a small "file" as a whole."""
+        self._counters.under_store_times.observe(kind, seconds)
         self._counters.under_store_reads += 1
         self._counters.under_store_bytes += length
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import NamedTuple
 
 import trio
@@ -62,6 +63,7 @@ class Peers:
         Raises TransportError and DeadlineError when there is no answer (it is not asked again for a while), and what
         `ReadBlock` does. Cancelling tells the other side.
         """
+        began = perf_counter()
         request = ReadBlock(block.key, block.block_index, offset, length, effort, ino)
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
@@ -78,6 +80,7 @@ class Peers:
         assert not isinstance(data, tuple)
         if len(data) != length:
             raise BlockCorruptError(f"worker {name}: {len(data)} bytes of {block.filename} instead of {length}")
+        self._counters.peer_times.observe(effort, perf_counter() - began)
         self._counters.peer_reads += 1
         self._counters.peer_bytes += length
         return PeerBytes(data, answer.message.checksum)

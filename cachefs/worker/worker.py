@@ -6,11 +6,11 @@ import logging
 import platform
 import secrets
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import asdict
 from functools import partial
 
 import trio
 
+from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
 from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
 from cachefs.store import Store, Tier, open_store, running_boot_id
@@ -26,6 +26,7 @@ from cachefs.worker.giving import Giving
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
 from cachefs.worker.members import Members
+from cachefs.worker.metrics import WorkerParts, watch_worker
 from cachefs.worker.origin import Origin
 from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
@@ -57,12 +58,15 @@ class Worker:
         self._blocks = blocks
         self._giving = giving
         self._counters = counters
+        self.times: Times[str] | None = None
+        """Of requests; None: nobody wants to know."""
         self._started = trio.current_time()
         self._passthrough_opens = 0
         self._cached_opens = 0
 
     def service(self) -> Service:
         service = Service()
+        service.observe = self.times.observe if self.times is not None else None
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
         service.on_at_once(m.Opened, self.opened)
@@ -77,6 +81,7 @@ class Worker:
         service = Service()
         service.on(c.ReadBlock, self._giving.read_block)
         service.on(c.DoubtBlock, self._giving.doubt_block)
+        service.observe = self.times.observe if self.times is not None else None
         service.on(m.GetWorkerStatus, self.get_status)
         return service
 
@@ -113,7 +118,9 @@ class Worker:
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
         tiers = [_tier_info(tier) for tier in self._store.tiers]
         uptime_s = trio.current_time() - self._started
-        counters = m.FetchCounters(**asdict(self._counters))
+        counters = m.FetchCounters(
+            **{name: getattr(self._counters, name) for name in m.FetchCounters.__struct_fields__}
+        )
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
         return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
 
@@ -162,9 +169,12 @@ class _Reporting:
 
 
 async def run_worker(
-    config: WorkerConfig, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
+    config: WorkerConfig,
+    monitor: Monitor | None = None,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
+    """Serve until cancelled; reports the addresses it listens on, when it is registered with the master. `monitor` is
+    shown how it does.
 
     Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
     open here was made for the first one, and when another worker has this one's name. TierError when the tier cannot be
@@ -258,6 +268,18 @@ async def run_worker(
                     background.start_soon(Care(store, counters, config).run)
                     giving = Giving(store, blocks, sources, counters, background)
                     worker = Worker(config, sources, store, blocks, giving, counters)
+                    if monitor is not None:
+                        worker.times = Times()
+                        parts = WorkerParts(
+                            counters,
+                            store,
+                            filler,
+                            link,
+                            worker.times,
+                            lambda: len(places.fetching()),
+                            lambda: len(members.others),
+                        )
+                        watch_worker(monitor, parts)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
                     background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))

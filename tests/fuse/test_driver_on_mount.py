@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -317,6 +318,28 @@ async def test_killed_while_an_open_waits(source: Path, mounted: OpenMount, numb
             assert await reader.wait() == -number
         files.go.set()
         assert await it.read("cat", "file") == b"data"
+
+
+async def test_every_request_is_timed_until_it_is_answered(source: Path, mounted: OpenMount, driver: Driver) -> None:
+    (source / "file").write_bytes(b"data")
+    async with mounted() as it:
+        files = Directory(source)
+        files.holds_opens = True
+        await it.serve_by(driver, files)
+        observed: list[tuple[int, float]] = []
+        it.session.observe = lambda opcode, seconds: observed.append((opcode, seconds))
+        reader = await it.start("cat", it.mountpoint / "file")
+        await until(lambda: files.waiting == 1)
+        began = time.perf_counter()
+        assert Opcode.OPEN not in dict(observed)
+        files.go.set()
+        with trio.fail_after(LIMIT_S):
+            assert await reader.wait() == 0
+        assert dict(observed)[Opcode.OPEN] > 0
+        assert all(seconds >= 0 for _, seconds in observed)
+        assert sum(seconds for opcode, seconds in observed if opcode == Opcode.READ) <= time.perf_counter() - began
+        for opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.READ):
+            assert [each for each, _ in observed].count(opcode) == it.session.requests[opcode] > 0
 
 
 async def test_killed_while_a_direct_read_waits(source: Path, mounted: OpenMount) -> None:

@@ -221,6 +221,33 @@ async def test_a_bug_in_a_handler_is_its_own_request_s(
         assert (await peer.call(Echo("still there"))).message == "still there"
 
 
+async def test_every_request_that_is_answered_is_observed(handlers: Handlers, address: Address) -> None:
+    observed: list[tuple[str, bool]] = []
+
+    def observe(name: str, seconds: float, ok: bool) -> None:
+        assert seconds > 0
+        observed.append((name, ok))
+
+    handlers.service.observe = observe
+    async with serving(handlers, address) as bound, open_peer(bound, Hello("client")) as peer:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.call, Wait())
+            await handlers.waiting.wait()
+            nursery.cancel_scope.cancel()
+        await handlers.cancelled.wait()
+        for request in (Echo("x"), EchoAtOnce("x")):
+            await peer.call(request)
+        for request in (Fail("known"), FailAtOnce("known")):
+            with pytest.raises(NotFoundError):
+                await peer.call(request)
+        async with peer.stream(Count(3)) as items:
+            assert [item async for item in items] == [0, 1, 2]
+        await trio.testing.wait_all_tasks_blocked()
+    assert sorted(observed) == [
+        *(("Count", True), ("Echo", True), ("EchoAtOnce", True), ("Fail", False), ("FailAtOnce", False)),
+    ]
+
+
 async def test_an_unknown_request_is_an_error_of_its_own(handlers: Handlers, address: Address) -> None:
     class Unknown(Request[str], frozen=True):
         pass

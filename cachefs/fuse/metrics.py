@@ -1,0 +1,103 @@
+"""What a mount shows to monitoring: the numbers others keep, read when somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cachefs.client import Client
+from cachefs.fuse.operations import CacheOperations
+from cachefs.fusewire import Opcode
+from cachefs.metrics import Metric, Monitor, Times, by_label, counter, gauge, histogram
+from cachefs.model import TransportError
+
+
+class OperationTimes(Times[int]):
+    """By opcode, shown by its name."""
+
+    def named(self) -> Times[str]:
+        shown: Times[str] = Times()
+        for opcode, cell in self.cells.items():
+            try:
+                into = shown.cells[Opcode(opcode).name.lower()]
+            except ValueError:
+                into = shown.cells["other"]
+            into[:] = map(sum, zip(into, cell, strict=True))
+        return shown
+
+
+@dataclass(frozen=True)
+class MountParts:
+    """Where the numbers are."""
+
+    operations: CacheOperations
+    client: Client
+    times: OperationTimes = field(default_factory=OperationTimes)
+
+
+MOUNT_METRICS: Sequence[Metric[MountParts]] = (
+    histogram(
+        "cachefs_fuse_operation_seconds",
+        "Requests of the kernel, from their coming until they are answered.",
+        lambda parts: parts.times.named(),
+        "operation",
+    ),
+    counter(
+        "cachefs_opens_total",
+        "Files opened: by passthrough, which the kernel reads by itself, or in cached mode, in which READs come to us. "
+        "In the mode no-open nobody tells.",
+        lambda parts: by_label(
+            {
+                "passthrough": parts.operations.counts.passthrough_opens,
+                "cached": parts.operations.counts.cached_opens,
+            }
+        ),
+        "mode",
+    ),
+    gauge("cachefs_open_files", "Handles that are open now.", lambda parts: parts.operations.open_files),
+    counter(
+        "cachefs_mount_read_bytes_total",
+        "Bytes in answers to READs: what the kernel neither read by itself (passthrough) nor had in its page cache.",
+        lambda parts: parts.operations.counts.read_bytes,
+    ),
+    gauge(
+        "cachefs_metadata_entries",
+        "Files and directories whose attributes are remembered.",
+        lambda parts: len(parts.client.metadata),
+    ),
+    counter(
+        "cachefs_metadata_hits_total",
+        "Names and attributes answered from memory.",
+        lambda parts: parts.client.metadata.hits,
+    ),
+    counter(
+        "cachefs_metadata_misses_total",
+        "Names and attributes the master was asked for.",
+        lambda parts: parts.client.metadata.misses,
+    ),
+    counter(
+        "cachefs_kernel_notices_total",
+        "What the kernel was told to forget: names that changed, or everything.",
+        lambda parts: by_label(
+            {
+                "name": parts.operations.counts.changed_names,
+                "everything": parts.operations.counts.changed_everything,
+            }
+        ),
+        "what",
+    ),
+)
+
+
+def watch_mount(monitor: Monitor, parts: MountParts) -> None:
+    """Show it from now on, that it is mounted."""
+
+    async def why_not_ready() -> str | None:
+        try:
+            await parts.client.ask_master()
+        except TransportError as error:
+            return f"the master does not answer: {error}"
+        return None
+
+    monitor.watch(MOUNT_METRICS, parts)
+    monitor.ready_if(why_not_ready)

@@ -1,0 +1,109 @@
+"""What a master shows to monitoring: the numbers others keep, read when somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from cachefs.master.namespace import Namespace
+from cachefs.master.workers import Workers
+from cachefs.master.writer import Writer
+from cachefs.meta import MetaStore
+from cachefs.metrics import Metric, Monitor, Times, by_label, counter, errors_of, gauge, histogram
+
+COUNTED_EVERY_S = 60.0
+"""Counting what workers hold looks at all of it, and writes wait meanwhile: a fifth of a second for a million."""
+
+
+@dataclass
+class MasterParts:
+    """Where the numbers are."""
+
+    store: MetaStore
+    writer: Writer
+    namespace: Namespace
+    workers: Workers
+    requests: Times[str] = field(default_factory=Times)
+    leases: Callable[[], int] | None = None
+    """How many origin leases are granted."""
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Worker -> (blocks, bytes), as counted last."""
+
+
+MASTER_METRICS: Sequence[Metric[MasterParts]] = (
+    histogram(
+        "cachefs_request_seconds",
+        "Requests of mounts, tools and workers, until their answer is sent.",
+        lambda parts: parts.requests,
+        "operation",
+    ),
+    counter(
+        "cachefs_request_errors_total",
+        "Of those, the ones answered with an error.",
+        lambda parts: errors_of(parts.requests),
+        "operation",
+    ),
+    gauge("cachefs_workers_connected", "Workers that are connected now.", lambda parts: parts.workers.connected),
+    gauge(
+        "cachefs_worker_blocks",
+        "Blocks a worker said it holds, counted once a minute.",
+        lambda parts: by_label({worker: blocks for worker, (blocks, _) in parts.held.items()}),
+        "worker",
+    ),
+    gauge(
+        "cachefs_worker_block_bytes",
+        "What these blocks take.",
+        lambda parts: by_label({worker: size for worker, (_, size) in parts.held.items()}),
+        "worker",
+    ),
+    counter(
+        "cachefs_inodes_total",
+        "Inode numbers given out since the namespace was made: files and directories, earlier versions included.",
+        lambda parts: parts.store.numbers_given(),
+    ),
+    gauge("cachefs_listings_running", "Directories that are being listed.", lambda parts: parts.namespace.listings),
+    gauge("cachefs_writes_waiting", "Writes that wait for the next transaction.", lambda parts: parts.writer.waiting),
+    gauge("cachefs_watchers", "Mounts that are told what changes.", lambda parts: len(parts.namespace.watchers)),
+    gauge("cachefs_under_stores", "Under-stores that are attached.", lambda parts: len(parts.namespace.mounted())),
+    gauge(
+        "cachefs_under_stores_failing",
+        "Of those, the ones at which the last look failed.",
+        lambda parts: sum(each.failing for each in parts.namespace.mounted()),
+    ),
+    counter(
+        "cachefs_served_stale_total",
+        "Looks at an under-store that failed, so that what was known before was served.",
+        lambda parts: sum(each.serving_stale for each in parts.namespace.mounted()),
+    ),
+    counter(
+        "cachefs_hidden_keys_total",
+        "Keys met that cannot be names of files.",
+        lambda parts: sum(each.ufs.hidden_keys for each in parts.namespace.mounted()),
+    ),
+    gauge(
+        "cachefs_leases_granted",
+        "Blocks that one worker fetches for all.",
+        lambda parts: parts.leases and parts.leases(),
+    ),
+)
+
+
+async def watch_master(monitor: Monitor, parts: MasterParts) -> None:
+    """Show it from now on. Runs until cancelled."""
+
+    async def why_not_ready() -> str | None:
+        try:
+            parts.store.fact("geometry")
+            # Behind all writes that wait: a disk that hangs is found out by the time it takes.
+            await parts.writer.run(lambda: None)
+        except Exception as error:
+            return f"the database fails: {error}"
+        return None
+
+    monitor.watch(MASTER_METRICS, parts)
+    monitor.ready_if(why_not_ready)
+    while True:
+        parts.held = await parts.writer.run(parts.store.replica_totals)
+        await trio.sleep(COUNTED_EVERY_S)
