@@ -101,7 +101,7 @@ class Client:
             await self._is_current(view)
 
         metadata = Metadata(
-            Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery),
+            Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery, self._config.security),
             namespace_id=cluster.namespace_id,
             sync_interval_s=cluster.sync_interval_s,
             metadata_cache_entries=self._config.metadata_cache_entries,
@@ -341,7 +341,7 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
     Raises TransportError when the master, or a worker that was named, cannot be reached.
     """
     async with open_background() as nursery:
-        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery)
+        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
         socket = None
         if config.with_worker:

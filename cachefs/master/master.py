@@ -9,6 +9,7 @@ from contextlib import aclosing
 import msgspec
 import trio
 
+from cachefs.master.access import ACCESS
 from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.config import MasterConfig
 from cachefs.master.mounted import Holder, MountedStore
@@ -47,7 +48,7 @@ class Master:
         self._started = trio.current_time()
 
     def service(self) -> Service:
-        service = Service()
+        service = Service(ACCESS)
         service.on(m.GetCluster, self.get_cluster)
         service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
@@ -229,7 +230,13 @@ async def run_master(
                 pinning = Pinning(store, writer, namespace.pins, workers, geometry)
                 master = Master(store, writer, namespace, attaching, pinning, cluster, workers)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
-                await serve(master.service(), [config.listen], hello=hello, task_status=task_status)
+                await serve(
+                    master.service(),
+                    [config.listen],
+                    hello=hello,
+                    security=config.security,
+                    task_status=task_status,
+                )
 
 
 def _settle_geometry(store: MetaStore, config: MasterConfig) -> Geometry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cachefs.model import MiB
-from cachefs.net import Address
+from cachefs.net import Address, Security
 from cachefs.policy import Promote, ReadaheadConfig
 from cachefs.store import TierConfig
 
@@ -21,6 +21,8 @@ class WorkerConfig:
     """Path of the unix socket for mounts on this node."""
     tiers: tuple[TierConfig, ...]
     """The fastest first."""
+    security: Security | None = None
+    """For TCP, presenting the role of a worker. None: as if there were no others."""
     promote: Promote = Promote.IF_SPACE
     readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
     demand_slots: int = 16

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import trio
 
-from cachefs.model import BlockId, TransportError
-from cachefs.net import Address, Answer, Hello, Peer, open_background, open_peer
+from cachefs.model import BlockId, HandshakeError, TransportError
+from cachefs.net import Address, Answer, Hello, Peer, Security, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.messages import HeldBlock, Registered, RegisterWorker, ReportBlocks
 
@@ -26,10 +26,17 @@ _REPORT_BLOCKS = 10_000
 class MasterLink:
     """Keeps a registered connection. `serve` does the work; requests wait for it, up to `patience_s` seconds."""
 
-    def __init__(self, address: Address, registration: RegisterWorker, patience_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        registration: RegisterWorker,
+        patience_s: float = 30.0,
+        security: Security | None = None,
+    ) -> None:
         self._address = address
         self._registration = registration
         self._patience_s = patience_s
+        self._security = security
         self._peer: Peer | None = None
         self._up = trio.Event()
         self._added: dict[BlockId, int] = {}
@@ -74,6 +81,8 @@ class MasterLink:
     ) -> None:
         """Connect, register, report, and again after every loss, until cancelled.
 
+        Raises HandshakeError when the first connection fails because of tokens; later ones are waited out.
+
         Reports the first registration. `on_registered` is called with each one before requests go out; `follow` runs
         with each connection, for as long as that lasts.
         """
@@ -82,7 +91,7 @@ class MasterLink:
         first = True
         while True:
             try:
-                async with open_peer(self._address, hello) as peer:
+                async with open_peer(self._address, hello, security=self._security) as peer:
                     registered = (await peer.call(self._registration)).message
                     if first:
                         task_status.started(registered)
@@ -96,6 +105,8 @@ class MasterLink:
                         following.start_soon(follow, peer)
                         await self._report(peer, held())
             except TransportError as error:
+                if first and isinstance(error, HandshakeError):
+                    raise
                 logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
             finally:
                 self._peer = None

@@ -14,6 +14,7 @@ from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedEr
 from cachefs.net import Address, Answer, Hello, Service, Session, UnixAddress, listening, serve_on
 from cachefs.store import Store, Tier, open_store, running_boot_id
 from cachefs.wire import messages as m
+from cachefs.worker.access import ACCESS
 from cachefs.worker.blocks import Blocks
 from cachefs.worker.care import Care
 from cachefs.worker.config import WorkerConfig
@@ -57,7 +58,7 @@ class Worker:
 
     def public_service(self) -> Service:
         """What is answered over TCP: no bytes and no descriptors."""
-        service = Service()
+        service = Service(ACCESS)
         service.on(m.GetWorkerStatus, self.get_status)
         return service
 
@@ -120,7 +121,8 @@ async def run_worker(
     """Serve until cancelled; reports the addresses it listens on, when it is registered with the master.
 
     Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
-    open here was made for the first one. TierError when the tier cannot be used.
+    open here was made for the first one. HandshakeError when the master, at the start, does not accept the worker's
+    token, or cannot prove that it has it. TierError when the tier cannot be used.
     """
     counters = Counters()
     held: Callable[[], list[tuple[BlockId, int]]] = list
@@ -133,7 +135,7 @@ async def run_worker(
             host_boot_id=running_boot_id(),
             capacity_bytes=sum(tier.capacity_bytes for tier in config.tiers),
         )
-        link = MasterLink(config.master, registration)
+        link = MasterLink(config.master, registration, security=config.security)
         sources = Sources(link, nursery)
         pins = Pins()
         known: m.ClusterInfo | None = None
@@ -193,7 +195,10 @@ async def run_worker(
                     worker = Worker(config, sources, store, blocks, counters)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
-                    background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))
+                    public_service = worker.public_service()
+                    background.start_soon(
+                        partial(serve_on, public_service, [public], hello=hello, security=config.security)
+                    )
                     task_status.started([public.address, local.address])
             finally:
                 # When nothing runs any more: partials are left on disk as they are.
