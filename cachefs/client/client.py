@@ -22,7 +22,7 @@ from cachefs.model import (
     NamespaceChangedError,
     TransportError,
 )
-from cachefs.net import Hello, Pool, UnixAddress, open_background
+from cachefs.net import Hello, Pool, Security, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import (
     AddStore,
@@ -93,6 +93,11 @@ class Client:
         self._watching = trio.CancelScope()
         self.view = self._look_at(cluster, 0)
         """The namespace as it is now; those before are kept by whoever has something open in them."""
+
+    @property
+    def security(self) -> Security | None:
+        """What it proves to those it meets over TCP."""
+        return self._config.security
 
     def _look_at(self, cluster: ClusterInfo, epoch: int) -> View:
         hello = Hello(role="client", namespace_id=cluster.namespace_id)

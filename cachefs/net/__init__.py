@@ -11,13 +11,12 @@ from cachefs.net.service import (
     EVERYONE,
     WORKERS,
     Allowed,
-    Listener,
     Service,
     Session,
-    listening,
     serve,
     serve_on,
 )
+from cachefs.net.sockets import Listener, listening
 from cachefs.net.tokens import copy_tokens, load_tokens, new_tokens
 from cachefs.wire import Hello, Limits, Role, Tokens
 

@@ -184,7 +184,7 @@ class Connection:
             if self.handshake is not None:
                 self.handshake.received(self.peer_hello, bytes(self._header) + body)
             elif self._asking and self.peer_hello.nonce:
-                raise AuthenticationError("the other side demands a token")
+                raise AuthenticationError("the other side demands a token, see --tokens")
         elif kind is Kind.ERROR:
             # What it says is not shown: whoever says it has proved nothing.
             raise AuthenticationError("the other side does not accept our token")
