@@ -109,6 +109,8 @@ class Handshake:
         self._theirs = frame
         if not hello.nonce:
             raise AuthenticationError("the other side has no tokens")
+        if len(hello.nonce) != NONCE_BYTES:
+            raise AuthenticationError(f"a nonce of {len(hello.nonce)} bytes")
         if self._asking:
             return
         role = next((each for each in self._tokens.roles if each == hello.token), None)
