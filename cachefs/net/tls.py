@@ -22,6 +22,8 @@ _JOINED_BYTES = 16 * KiB
 """A payload up to this is sent in one record with its head."""
 
 _ROUNDS_WITHOUT_BYTES = 8
+_NOT_TLS_ALERT = bytes.fromhex("15 0303 0002 02 46")
+"""Fatal, protocol_version. A plain asker knows by it what it has met."""
 
 
 class TlsChannel(Channel):
@@ -32,10 +34,11 @@ class TlsChannel(Channel):
     ) -> None:
         """`server_hostname`: whom the other side must be, on the side that connected."""
         super().__init__(sock, connection)
+        self._is_server = server_hostname is None
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_hostname is None, server_hostname=server_hostname
+            self._incoming, self._outgoing, server_side=self._is_server, server_hostname=server_hostname
         )
 
     async def handshake(self) -> None:
@@ -47,7 +50,9 @@ class TlsChannel(Channel):
                 await self._flush_handshake()
                 await self._wait_for_more()
             except ssl.SSLError as error:
-                # The other side is told why.
+                # The other side is told why; OpenSSL tells nothing to who does not begin with TLS at all.
+                if self._is_server and not self._outgoing.pending:
+                    self._outgoing.write(_NOT_TLS_ALERT)
                 await self._flush_handshake()
                 raise TransportError(explained(error)) from error
             else:
