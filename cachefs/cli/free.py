@@ -85,7 +85,7 @@ def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, 
                 await send()
         failed.extend(walk.totals.failed)
 
-    run_with_client(master_address, run, with_worker=True)
+    run_with_client(master_address, run, with_worker=True, admin=True)
     if as_json:
         facts = {"blocks": blocks, "bytes": freed_bytes, "in_use": in_use, "pinned": pinned, "dry_run": dry_run}
         print(json.dumps({**facts, "failed": [{"path": path, "reason": reason} for path, reason in failed]}))

@@ -15,7 +15,7 @@ from cachefs.cli.connect import FIRST_CONTACT_S, master_option, run_with_client
 from cachefs.cli.tables import print_tables, table_of
 from cachefs.client import Client
 from cachefs.model import Attr, Entry, TransportError, format_size
-from cachefs.net import Address, Hello, UnixAddress, open_peer, parse_address
+from cachefs.net import Address, Hello, Security, UnixAddress, open_peer, parse_address
 from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, WorkerStatus
 
 
@@ -107,7 +107,7 @@ def report(master_address: Address | None, as_json: bool) -> None:
     async def run(client: Client) -> None:
         status = await client.master_status()
         pins = [each.path for each in (await client.pins(sizes=False)).pins]
-        workers = [(info, await _worker_status(info)) for info in status.workers]
+        workers = [(info, await _worker_status(info, client.security)) for info in status.workers]
         if as_json:
             print(json.dumps({**_report_json(status, workers), "pins": pins}))
         else:
@@ -118,17 +118,18 @@ def report(master_address: Address | None, as_json: bool) -> None:
     run_with_client(master_address, run)
 
 
-async def _worker_status(info: WorkerInfo) -> WorkerStatus | None:
+async def _worker_status(info: WorkerInfo, security: Security | None) -> WorkerStatus | None:
     """None: it does not answer."""
     if not info.connected:
         return None
+    hello = Hello(role="client")
     addresses: list[Address] = [UnixAddress(info.socket)]
     address = parse_address(info.address)
     if getattr(address, "port", 0):
         addresses.append(address)
     for each in addresses:
         try:
-            async with open_peer(each, Hello(role="client"), timeout_s=FIRST_CONTACT_S) as peer:
+            async with open_peer(each, hello, timeout_s=FIRST_CONTACT_S, security=security) as peer:
                 return (await peer.call(GetWorkerStatus())).message
         except TransportError:
             continue

@@ -25,6 +25,7 @@ COMMANDS = {
     "pin": "cachefs.cli.pin",
     "unpin": "cachefs.cli.pin",
     "ufs": "cachefs.cli.ufs",
+    "token": "cachefs.cli.token",
     "verify": "cachefs.cli.verify",
     "doctor": "cachefs.cli.doctor",
     "config": "cachefs.cli.config",

@@ -32,4 +32,4 @@ def refresh(path: str, recursive: bool, master_address: Address | None, as_json:
         else:
             print(f"{path}: {reply.directories} directories listed, {reply.changed} names changed")
 
-    run_with_client(master_address, run)
+    run_with_client(master_address, run, admin=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,7 +12,7 @@ import click
 
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
 from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size, write_size
-from cachefs.net import Address, TcpAddress, parse_address
+from cachefs.net import Address, parse_address
 from cachefs.store import TierConfig, parse_tier
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -146,34 +144,6 @@ def collect_ufs_options(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
     ctx = click.get_current_context(silent=True)
     from_file = ctx.meta.get(UFS_OPTIONS_VARIABLE, {}) if ctx is not None else {}
     return {**from_file, **options, **dict(given)}
-
-
-def insecure_option(function: F) -> F:
-    return click.option(
-        "--insecure",
-        is_flag=True,
-        help="Talk without a token. Needed until tokens exist, and accepted on loopback only.",
-    )(function)
-
-
-def check_insecure(insecure: bool, **addresses: Address) -> None:
-    """Raises ConfigError without --insecure, and for an address off loopback with it."""
-    if not insecure:
-        raise ConfigError("--insecure", "not given", "--insecure: there are no tokens yet, so say that there is none")
-    for name, address in addresses.items():
-        if isinstance(address, TcpAddress) and not is_loopback(address.host):
-            raise ConfigError(
-                f"--{name}", f"{address.host}:{address.port}", "a loopback address, as long as --insecure is given"
-            )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether every address a host name stands for is a loopback one; no for one that cannot be resolved."""
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in found)
 
 
 def json_option(function: F) -> F:

@@ -83,7 +83,7 @@ def pin(
         failed.extend(walk.totals.failed)
 
     began = time.monotonic()
-    run_with_client(master_address, run, with_worker=not no_load)
+    run_with_client(master_address, run, with_worker=not no_load, admin=True)
     failed += result.failed
     if replies:
         _tell(wanted, replies[0], result, failed, time.monotonic() - began, no_load, dry_run, as_json)
@@ -170,4 +170,4 @@ def unpin(paths: tuple[str, ...], dry_run: bool, master_address: Address | None,
             print(f"{shown_paths(wanted)}: {'would be ' if dry_run else ''}not pinned any more")
             _warn(reply.unconfirmed)
 
-    run_with_client(master_address, run)
+    run_with_client(master_address, run, admin=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,12 @@ from cachefs.cli import params
 from cachefs.cli.lifecycle import Report, keep_tables_apart, leaves, run_service, set_up_logging
 from cachefs.cli.monitoring import Shown, http_option, monitored
 from cachefs.cli.mount_options import by_flag, mount_config, mount_options, with_profile
+from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
 from cachefs.fuse import ChosenMode, Mount, run_mount
 from cachefs.master import MasterConfig, run_master
 from cachefs.model import ConfigError
-from cachefs.net import Address, TcpAddress
+from cachefs.net import Address, Role, TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.worker import WorkerConfig, default_name, run_worker
@@ -50,8 +52,8 @@ log_level_option = click.option(
 )
 @click.option("--block-size", type=params.SIZE, help="Unit of placement; for a new namespace. Default 8G.")
 @click.option("--cluster", default="cachefs", show_default=True, help="Name of the cluster that tiers belong to.")
-@params.insecure_option
 @http_option
+@security_options
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -64,7 +66,6 @@ def master(
     page_size: int | None,
     block_size: int | None,
     cluster: str,
-    insecure: bool,
     http: Address | None,
     log_level: str,
     as_json: bool,
@@ -72,7 +73,7 @@ def master(
 ) -> None:
     """Keep the namespace: names, attributes, and which worker holds what."""
     set_up_logging("master", log_level)
-    params.check_insecure(insecure, listen=listen)
+    security = security_of(None, Role.WORKER, listen=listen)
     config = MasterConfig(
         data_dir=data_dir,
         listen=_tcp("--listen", listen),
@@ -80,6 +81,7 @@ def master(
         ufs_options=params.collect_ufs_options(ufs_options),
         cluster_id=cluster,
         sync_interval_s=sync_interval,
+        security=security,
         block_size=block_size,
         page_size=page_size,
     )
@@ -113,8 +115,8 @@ def master(
     show_default=True,
     help="Small files fetched ahead of whoever opens those of a directory in order; 0 = none.",
 )
-@params.insecure_option
 @http_option
+@security_options
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -126,7 +128,6 @@ def worker(
     tiers: tuple[TierConfig, ...],
     promote: str,
     files_ahead: int,
-    insecure: bool,
     http: Address | None,
     log_level: str,
     as_json: bool,
@@ -134,13 +135,14 @@ def worker(
 ) -> None:
     """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict."""
     set_up_logging("worker", log_level)
-    params.check_insecure(insecure, listen=listen, master=master_address)
+    security = security_of(Role.WORKER, Role.WORKER, listen=listen, master=master_address)
     config = WorkerConfig(
         name=name,
         master=master_address,
         listen=_tcp("--listen", listen),
         socket=os.path.abspath(socket),
         tiers=tiers,
+        security=security,
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
@@ -158,8 +160,8 @@ def worker(
     help="Whether the worker keeps what is read through this mount.",
 )
 @mount_options
-@params.insecure_option
 @http_option
+@security_options
 @log_level_option
 @json_ready_option
 @supervised_option
@@ -171,7 +173,6 @@ def mount(
     master_address: Address,
     worker_socket: str | None,
     promote: str | None,
-    insecure: bool,
     http: Address | None,
     log_level: str,
     as_json: bool,
@@ -180,9 +181,10 @@ def mount(
 ) -> None:
     """Mount the namespace, read only, and serve it until it is unmounted."""
     set_up_logging("mount", log_level)
-    params.check_insecure(insecure, master=master_address)
+    security = security_of(Role.CLIENT, Role.CLIENT, serves=False, master=master_address)
     flags = with_profile(ctx, mount_flags)
     config = mount_config(mountpoint, master_address, worker_socket, flags, promote=promote)
+    config = replace(config, client=replace(config.client, security=security))
 
     async def service(report: Report) -> None:
         async with monitored("mount", http) as shown:

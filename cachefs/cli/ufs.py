@@ -46,7 +46,7 @@ def add(
         info = await client.add_store(path, url, options)
         print(json.dumps(msgspec.to_builtins(info)) if as_json else f"{info.url} is attached at {info.path}")
 
-    run_with_client(master_address, run)
+    run_with_client(master_address, run, admin=True)
 
 
 @ufs.command("list")
@@ -90,12 +90,12 @@ def remove(path: str, dry_run: bool, yes: bool, master_address: Address | None, 
     async def detach(client: Client) -> None:
         await client.remove_store(path)
 
-    run_with_client(master_address, look)
+    run_with_client(master_address, look, admin=True)
     (info,) = found
     if not dry_run:
         if not yes:
             _ask(info)
-        run_with_client(master_address, detach)
+        run_with_client(master_address, detach, admin=True)
     if as_json:
         print(json.dumps({**msgspec.to_builtins(info), "dry_run": dry_run}))
     else:

@@ -22,7 +22,7 @@ from cachefs.model import (
     NamespaceChangedError,
     TransportError,
 )
-from cachefs.net import Hello, Pool, UnixAddress, open_background
+from cachefs.net import Hello, Pool, Security, UnixAddress, open_background
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.cluster import Locate
 from cachefs.wire.messages import (
@@ -94,6 +94,11 @@ class Client:
         self.view = self._look_at(cluster, 0)
         """The namespace as it is now; those before are kept by whoever has something open in them."""
 
+    @property
+    def security(self) -> Security | None:
+        """What it proves to those it meets over TCP."""
+        return self._config.security
+
     def _look_at(self, cluster: ClusterInfo, epoch: int) -> View:
         hello = Hello(role="client", namespace_id=cluster.namespace_id)
 
@@ -101,7 +106,7 @@ class Client:
             await self._is_current(view)
 
         metadata = Metadata(
-            Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery),
+            Pool(self._config.master, hello, _CONNECT_TIMEOUT_S, self._nursery, self._config.security),
             namespace_id=cluster.namespace_id,
             sync_interval_s=cluster.sync_interval_s,
             metadata_cache_entries=self._config.metadata_cache_entries,
@@ -345,7 +350,7 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
     Raises TransportError when the master, or a worker that was named, cannot be reached.
     """
     async with open_background() as nursery:
-        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery)
+        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
         socket = None
         if config.with_worker:

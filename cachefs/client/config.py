@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cachefs.model import ConfigError, format_duration
-from cachefs.net import Address
+from cachefs.net import Address, Security
 from cachefs.wire.messages import PromoteMode
 
 MAX_TIMEOUT_S = 365 * 24 * 3600.0
@@ -31,6 +31,8 @@ class ClientConfig:
     master: Address
     worker_socket: str | None = None
     """None: the socket of the worker that the master knows on this node."""
+    security: Security | None = None
+    """For TCP, presenting a role."""
     with_worker: bool = True
     """False: names and attributes only."""
     metadata_cache_entries: int = 1_000_000

@@ -14,6 +14,7 @@ ERRNO: dict[type[model.CachefsError], int] = {
     model.RemoteProtocolError: errno.EIO,
     model.AuthenticationError: errno.EACCES,
     model.TransportError: errno.EIO,
+    model.HandshakeError: errno.EIO,
     model.DeadlineError: errno.ETIMEDOUT,
     model.NamespaceError: errno.EINVAL,
     model.NotFoundError: errno.ENOENT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cachefs.model import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, ConfigError, Geometry, check_page_size
-from cachefs.net import Address
+from cachefs.net import Address, Security
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class MasterConfig:
     """Tiers belong to a cluster, and are refused by workers of another one; it outlives the loss of the database."""
     sync_interval_s: float = 60.0
     """How long names and attributes are believed: short enough to see new data, long enough for an epoch's look-ups."""
+    security: Security | None = None
+    """None: whoever connects may ask everything."""
     block_size: int | None = None
     page_size: int | None = None
     """None: what the database has, or else the defaults. They cannot be changed afterwards."""

@@ -9,6 +9,7 @@ from contextlib import aclosing
 import msgspec
 import trio
 
+from cachefs.master.access import ACCESS
 from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.cluster import Cluster
 from cachefs.master.config import MasterConfig
@@ -49,7 +50,7 @@ class Master:
         self._started = trio.current_time()
 
     def service(self) -> Service:
-        service = Service()
+        service = Service(ACCESS)
         service.on(m.GetCluster, self.get_cluster)
         service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
@@ -225,7 +226,7 @@ async def run_master(
                     parts = MasterParts(store, writer, namespace, cluster.workers, leases=lambda: len(cluster.leases))
                     service.observe = parts.requests.observe
                     nursery.start_soon(watch_master, monitor, parts)
-                await serve(service, [config.listen], hello=hello, task_status=task_status)
+                await serve(service, [config.listen], hello=hello, security=config.security, task_status=task_status)
 
 
 def _settle_geometry(store: MetaStore, config: MasterConfig) -> Geometry:

@@ -37,6 +37,10 @@ class TransportError(CachefsError):
     """No connection, or it was lost before the answer: the request may or may not have been carried out."""
 
 
+class HandshakeError(AuthenticationError, TransportError):
+    """There is no connection, because one side does not accept what the other one proves, or does not prove."""
+
+
 class DeadlineError(CachefsError):
     """The answer did not come within the time allowed."""
 

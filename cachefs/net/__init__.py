@@ -6,11 +6,27 @@ from cachefs.net.channel import Answer, Body, FileSlice
 from cachefs.net.flights import Flights
 from cachefs.net.http import serving_http
 from cachefs.net.peer import Peer, Pool, open_peer, open_pool
-from cachefs.net.service import Listener, Service, Session, listening, serve, serve_on
-from cachefs.wire import Hello, Limits
+from cachefs.net.security import Security, TlsFiles, make_security
+from cachefs.net.service import (
+    ADMINS,
+    EVERYONE,
+    WORKERS,
+    Allowed,
+    Service,
+    Session,
+    serve,
+    serve_on,
+)
+from cachefs.net.sockets import Listener, listening
+from cachefs.net.tokens import copy_tokens, load_tokens, new_tokens
+from cachefs.wire import Hello, Limits, Role, Tokens
 
 __all__ = [
+    "ADMINS",
+    "EVERYONE",
+    "WORKERS",
     "Address",
+    "Allowed",
     "Answer",
     "Body",
     "FileSlice",
@@ -20,11 +36,19 @@ __all__ = [
     "Listener",
     "Peer",
     "Pool",
+    "Role",
+    "Security",
     "Service",
     "Session",
     "TcpAddress",
+    "TlsFiles",
+    "Tokens",
     "UnixAddress",
+    "copy_tokens",
     "listening",
+    "load_tokens",
+    "make_security",
+    "new_tokens",
     "open_background",
     "open_peer",
     "open_pool",

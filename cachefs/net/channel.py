@@ -19,6 +19,7 @@ R = TypeVar("R")
 _FD_SIZE = array.array("i").itemsize
 _ROUNDS_WITHOUT_CHECKPOINT = 32
 _SENDFILE_CHUNK = 1 << 20
+_FINISH_S, _FINISH_ROUNDS, _FINISH_BYTES = 1.0, 16, 64 * 1024
 STALL_TIMEOUT_S = 60.0
 """A side that reads nothing of what is being sent to it for so long is given up."""
 
@@ -177,6 +178,21 @@ class Channel:
             self.close()
             raise StalledError(f"the other side has read nothing for {STALL_TIMEOUT_S:g} s")
 
+    async def finish(self) -> None:
+        """Nothing more is sent; what is under way is read and dropped, for up to a second.
+
+        Closed with bytes unread, the kernel would throw away what the other side has not read yet: why it is refused.
+        """
+        with trio.move_on_after(_FINISH_S):
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+                for _ in range(_FINISH_ROUNDS):
+                    await trio.lowlevel.wait_readable(self._sock)
+                    if not self._sock.recv(_FINISH_BYTES):
+                        return
+            except (OSError, trio.ClosedResourceError):
+                pass
+
     # ---- end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -196,6 +212,13 @@ class Channel:
         raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, gid = array.array("i", raw)
         return pid, uid, gid
+
+    def peer_host(self) -> str:
+        """For logs; empty on unix sockets."""
+        try:
+            return "" if self._unix else str(self._sock.getpeername()[0])
+        except OSError:
+            return "unknown"
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ import trio
 from cachefs.model import ConfigError, LogLimiter
 from cachefs.net.addresses import TcpAddress
 from cachefs.net.background import open_background
-from cachefs.net.service import listening
+from cachefs.net.sockets import listening
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
-from cachefs.model import CachefsError, RemoteProtocolError, TransportError
+from cachefs.model import AuthenticationError, CachefsError, HandshakeError, RemoteProtocolError, TransportError
 from cachefs.net.addresses import Address, TcpAddress
 from cachefs.net.background import open_background
 from cachefs.net.channel import Answer, Channel, close_all
+from cachefs.net.security import Security
+from cachefs.net.tls import TlsChannel
 from cachefs.wire import (
     STREAM_WINDOW,
     Connection,
@@ -253,26 +255,60 @@ def set_tcp_options(sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
+def _channel_over(sock: socket.socket, address: Address, limits: Limits | None, security: Security | None) -> Channel:
+    if security is None or not isinstance(address, TcpAddress):
+        return Channel(sock, Connection(asking=True, limits=limits))
+    connection = Connection(asking=True, limits=limits, handshake=security.asking())
+    if security.client_tls is None:
+        return Channel(sock, connection)
+    return TlsChannel(sock, connection, security.client_tls, address.host)
+
+
+async def _greet(channel: Channel, hello: Hello) -> None:
+    """Until both sides know who the other is. Raises AuthenticationError, RemoteProtocolError, TransportError."""
+    connection = channel.connection
+    if isinstance(channel, TlsChannel):
+        await channel.handshake()
+        assert connection.handshake is not None
+        connection.handshake.binding = channel.peer_certificate_sha256()
+    await channel.send(connection.hello(hello))
+    frame = await channel.receive()
+    if frame is not None and connection.handshake is not None:
+        await channel.send(connection.auth())
+        frame = await channel.receive()
+    if frame is None:
+        why = "; it speaks TLS, see --tls-ca" if connection.met_tls else ""
+        raise TransportError(f"the other side closed the connection at once{why}")
+
+
 async def run_peer(
     address: Address,
     hello: Hello,
     limits: Limits | None = None,
     timeout_s: float = 10.0,
+    security: Security | None = None,
     *,
     task_status: trio.TaskStatus[Peer],
 ) -> None:
-    """Connect, report the `Peer`, and serve it until the connection ends. Raises TransportError before it is up."""
+    """Connect, report the `Peer`, and serve it until the connection ends.
+
+    Raises TransportError before it is up, of the kind HandshakeError when one side does not accept the other.
+    """
     channel = None
     try:
         with trio.move_on_after(timeout_s) as scope:
-            channel = Channel(await connect(address), Connection(asking=True, limits=limits))
-            await channel.send(channel.connection.hello(hello))
+            sock = await connect(address)
             try:
-                frame = await channel.receive()
-            except RemoteProtocolError as error:
+                channel = _channel_over(sock, address, limits, security)
+            except BaseException:
+                sock.close()
+                raise
+            try:
+                await _greet(channel, hello)
+            except AuthenticationError as error:
+                raise HandshakeError(f"{address}: {error}") from error
+            except (RemoteProtocolError, TransportError) as error:
                 raise TransportError(f"{address}: {error}") from error
-            if frame is None or channel.connection.peer_hello is None:
-                raise TransportError(f"{address}: the other side closed the connection at once")
         if scope.cancelled_caught or channel is None or channel.connection.peer_hello is None:
             raise TransportError(f"{address}: no answer within {timeout_s:g} s")
         async with trio.open_nursery() as nursery:
@@ -287,15 +323,24 @@ async def run_peer(
 
 @asynccontextmanager
 async def open_peer(
-    address: Address, hello: Hello, limits: Limits | None = None, timeout_s: float = 10.0
+    address: Address,
+    hello: Hello,
+    limits: Limits | None = None,
+    timeout_s: float = 10.0,
+    security: Security | None = None,
 ) -> AsyncGenerator[Peer, None]:
     """A connection for as long as the block lasts. Raises TransportError when there is none within the timeout."""
     async with open_background() as nursery:
-        yield await start_peer(nursery, address, hello, limits, timeout_s)
+        yield await start_peer(nursery, address, hello, limits, timeout_s, security)
 
 
 async def start_peer(
-    nursery: trio.Nursery, address: Address, hello: Hello, limits: Limits | None = None, timeout_s: float = 10.0
+    nursery: trio.Nursery,
+    address: Address,
+    hello: Hello,
+    limits: Limits | None = None,
+    timeout_s: float = 10.0,
+    security: Security | None = None,
 ) -> Peer:
     """A `Peer` that lives in the nursery, and whose end is no error there. Raises TransportError."""
 
@@ -305,7 +350,7 @@ async def start_peer(
                 task_status.started(outcome.Value(value))
 
         try:
-            await run_peer(address, hello, limits, timeout_s, task_status=Started())  # type: ignore[arg-type]
+            await run_peer(address, hello, limits, timeout_s, security, task_status=Started())  # type: ignore[arg-type]
         except TransportError as error:
             task_status.started(outcome.Error(error))
 
@@ -320,9 +365,17 @@ class Pool:
     the TransportError at once.
     """
 
-    def __init__(self, address: Address, hello: Hello, connect_timeout_s: float, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        address: Address,
+        hello: Hello,
+        connect_timeout_s: float,
+        nursery: trio.Nursery,
+        security: Security | None = None,
+    ) -> None:
         self.address = address
         self._hello = hello
+        self._security = security
         self._connect_timeout_s = connect_timeout_s
         self._nursery = nursery
         self._peer: Peer | None = None
@@ -352,7 +405,11 @@ class Pool:
                 raise self._last_error
             try:
                 self._peer = await start_peer(
-                    self._nursery, self.address, self._hello, timeout_s=self._connect_timeout_s
+                    self._nursery,
+                    self.address,
+                    self._hello,
+                    timeout_s=self._connect_timeout_s,
+                    security=self._security,
                 )
             except TransportError as error:
                 self._last_error = error
@@ -364,7 +421,9 @@ class Pool:
 
 
 @asynccontextmanager
-async def open_pool(address: Address, hello: Hello, connect_timeout_s: float = 5.0) -> AsyncGenerator[Pool, None]:
+async def open_pool(
+    address: Address, hello: Hello, connect_timeout_s: float = 5.0, security: Security | None = None
+) -> AsyncGenerator[Pool, None]:
     """A pool for as long as the block lasts; connects when it is first used."""
     async with open_background() as nursery:
-        yield Pool(address, hello, connect_timeout_s, nursery)
+        yield Pool(address, hello, connect_timeout_s, nursery, security)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
 from cachefs.model import (
+    AuthenticationError,
     CachefsError,
     CapacityError,
-    ConfigError,
     LogLimiter,
     MiB,
     RemoteProtocolError,
     TransportError,
 )
-from cachefs.net.addresses import Address, TcpAddress, UnixAddress
+from cachefs.net.addresses import Address
 from cachefs.net.channel import Answer, Body, Channel, FileSlice, StalledError, close_all
 from cachefs.net.peer import set_tcp_options
+from cachefs.net.security import Security
+from cachefs.net.sockets import Listener, listening
+from cachefs.net.tls import TlsChannel
 from cachefs.wire import (
     STREAM_WINDOW,
     Connection,
@@ -36,6 +38,7 @@ from cachefs.wire import (
     Limits,
     Request,
     RequestDecoder,
+    Role,
     StreamRequest,
     decode_credit,
     to_wire,
@@ -57,8 +60,15 @@ MAX_UNGREETED = 512
 HELLO_TIMEOUT_S = 10.0
 _DESCRIPTOR_COST = MiB
 """What an open file in an unsent answer counts for."""
-_BACKLOG = 256
 _session_ids = itertools.count(1)
+
+
+EVERYONE = frozenset(Role)
+WORKERS = frozenset({Role.WORKER})
+ADMINS = frozenset({Role.ADMIN})
+UNLISTED = WORKERS | ADMINS
+Allowed = Mapping[type[Any], frozenset[Role]]
+"""Request class -> the roles that may make it."""
 
 
 class _Unsent:
@@ -86,12 +96,14 @@ class _Unsent:
 class Session:
     """One connection, as handlers see it."""
 
-    def __init__(self, hello: Hello, credentials: tuple[int, int, int] | None) -> None:
+    def __init__(self, hello: Hello, credentials: tuple[int, int, int] | None = None, role: Role | None = None) -> None:
         self.id = next(_session_ids)
         """Unique in this process."""
         self.hello = hello
         self.credentials = credentials
         """(pid, uid, gid) on unix sockets."""
+        self.role = role
+        """What the other side has proved to be; None, which may do everything: on unix sockets, and without tokens."""
         self.closed = trio.Event()
         self._payloads = _Unsent()
 
@@ -105,9 +117,11 @@ class Session:
 
 
 class Service:
-    """Which requests are answered, and by what."""
+    """Which requests are answered, to whom, and by what."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: Allowed | None = None) -> None:
+        """`allowed`: who may ask what; only workers and admins may ask what is not in it."""
+        self._allowed = allowed or {}
         self.observe: Callable[[str, float, bool], None] | None = None
         """Called with the name of each request that was answered, the seconds that took, and whether with no error."""
         self._handlers: dict[type[Any], Callable[[Any, Session], Awaitable[Any]]] = {}
@@ -126,6 +140,16 @@ class Service:
     def on_stream(self, request_class: type[S], handler: Callable[[S, Session], AsyncGenerator[Any, None]]) -> None:
         """`handler` is an async generator of the items."""
         self._streams[request_class] = handler
+
+    def check(self, request: Any, session: Session) -> None:
+        """Raises AuthenticationError for a request that this session may not make."""
+        if session.role is None:
+            return
+        request_class = type(request)
+        allowed = self._allowed.get(request_class, UNLISTED)
+        if session.role not in allowed:
+            roles = " or ".join(sorted(allowed))
+            raise AuthenticationError(f"{request_class.__name__} needs the token of {roles}, not of {session.role}")
 
     def decode(self, frame: Frame) -> Any:
         if self._decoder is None:
@@ -208,6 +232,7 @@ class _ServedConnection:
             if len(self._running) >= MAX_IN_PROGRESS:
                 raise CapacityError(f"more than {MAX_IN_PROGRESS} requests at once on one connection")
             request = self._service.decode(frame)
+            self._service.check(request, self._session)
         except CachefsError as error:
             await self._send_error(frame.request_id, error)
             return
@@ -310,16 +335,17 @@ class _ServedConnection:
 class _Listening:
     """What the connections of one `serve` share."""
 
-    def __init__(self, service: Service, hello: Hello, limits: Limits | None) -> None:
+    def __init__(self, service: Service, hello: Hello, limits: Limits | None, security: Security | None) -> None:
         self._service = service
         self._hello = hello
         self._limits = limits
+        self._security = security
         self._ungreeted: dict[Channel, None] = {}
         self.log = LogLimiter(logger)
 
     async def serve_connection(self, sock: socket.socket) -> None:
         """Until it ends, which is never an error of ours."""
-        channel = Channel(sock, Connection(asking=False, limits=self._limits))
+        channel = self._channel_over(sock)
         session: Session | None = None
         try:
             if sock.family != socket.AF_UNIX:
@@ -340,6 +366,14 @@ class _Listening:
             if session is not None:
                 session.closed.set()
 
+    def _channel_over(self, sock: socket.socket) -> Channel:
+        if self._security is None or sock.family == socket.AF_UNIX:
+            return Channel(sock, Connection(asking=False, limits=self._limits))
+        connection = Connection(asking=False, limits=self._limits, handshake=self._security.answering())
+        if self._security.server_tls is None:
+            return Channel(sock, connection)
+        return TlsChannel(sock, connection, self._security.server_tls)
+
     async def _greet(self, channel: Channel) -> Session | None:
         """None when the other side may not connect, or does not say who it is in time."""
         credentials = channel.peer_credentials()
@@ -355,15 +389,46 @@ class _Listening:
         self._ungreeted[channel] = None
         try:
             with trio.move_on_after(HELLO_TIMEOUT_S):
-                await channel.send(channel.connection.hello(self._hello))
-                if await channel.receive() is None:
+                if not await self._exchange(channel):
                     return None
         finally:
             self._ungreeted.pop(channel, None)
-        if channel.connection.peer_hello is None:
+        connection = channel.connection
+        if connection.peer_hello is None or not connection.is_open:
             self.log.log(logging.INFO, "silent", "connection closed reason=no-hello")
             return None
-        return Session(channel.connection.peer_hello, credentials)
+        return Session(connection.peer_hello, credentials, connection.role)
+
+    async def _exchange(self, channel: Channel) -> bool:
+        """Until both sides know who the other is. False when this one does not accept the other, or it leaves."""
+        connection = channel.connection
+        if isinstance(channel, TlsChannel):
+            try:
+                await channel.handshake()
+            except TransportError as error:
+                where = channel.peer_host()
+                self.log.log(logging.WARNING, "no tls", "connection refused from=%s error=%s", where, error)
+                await channel.finish()
+                return False
+        try:
+            await channel.send(connection.hello(self._hello))
+            if await channel.receive() is None:
+                return False
+            if connection.handshake is None:
+                return True
+            if await channel.receive() is None:
+                return False
+            await channel.send(connection.auth())
+            return True
+        except AuthenticationError as error:
+            where, hello = channel.peer_host(), connection.peer_hello
+            role = hello.token or hello.role if hello is not None else "unknown"
+            message = "connection refused from=%s role=%s error=%s"
+            self.log.log(logging.WARNING, "unauthenticated", message, where, role, error)
+            # Why is for our log only: who asks has proved nothing.
+            await channel.send(connection.refusal(AuthenticationError("not accepted")))
+            await channel.finish()
+            return False
 
     async def _serve_session(self, channel: Channel, session: Session) -> None:
         error: CachefsError | None = None
@@ -386,41 +451,19 @@ async def _close_at_end(channel: Channel) -> None:
         channel.close()
 
 
-class Listener(NamedTuple):
-    """A socket that is bound: whoever connects waits until it is served."""
-
-    address: Address
-    """Port 0 replaced by the port it got."""
-    sock: socket.socket
-
-
-@asynccontextmanager
-async def listening(addresses: Sequence[Address]) -> AsyncGenerator[list[Listener], None]:
-    """Listens on all these until the end of the block.
-
-    A unix socket's file is its owner's alone (0600); one that nobody listens on any more is replaced, and it is removed
-    at the end.
-
-    Raises ConfigError for an address that cannot be bound.
-    """
-    with ExitStack() as stack:
-        listeners = []
-        for address in addresses:
-            sock = await (_listen_tcp(address) if isinstance(address, TcpAddress) else _listen_unix(address))
-            stack.callback(sock.close)
-            if isinstance(address, TcpAddress):
-                listeners.append(Listener(TcpAddress(address.host, sock.getsockname()[1]), sock))
-            else:
-                listeners.append(Listener(address, sock))
-                stack.callback(_unlink_own, address.path, os.stat(address.path).st_ino)
-        yield listeners
-
-
 async def serve_on(
-    service: Service, listeners: Sequence[Listener], *, hello: Hello, limits: Limits | None = None
+    service: Service,
+    listeners: Sequence[Listener],
+    *,
+    hello: Hello,
+    limits: Limits | None = None,
+    security: Security | None = None,
 ) -> None:
-    """Answer whoever connects until cancelled; every connection is closed then."""
-    shared = _Listening(service, hello, limits)
+    """Answer whoever connects until cancelled; every connection is closed then.
+
+    With `security`, to those over TCP who prove what it demands; over unix sockets to processes of this user or root.
+    """
+    shared = _Listening(service, hello, limits, security)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(_accept, listener.sock, shared, nursery)
@@ -432,12 +475,13 @@ async def serve(
     *,
     hello: Hello,
     limits: Limits | None = None,
+    security: Security | None = None,
     task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """`listening` and `serve_on`; reports the addresses it is bound to. Raises as `listening`."""
     async with listening(addresses) as listeners:
         task_status.started([listener.address for listener in listeners])
-        await serve_on(service, listeners, hello=hello, limits=limits)
+        await serve_on(service, listeners, hello=hello, limits=limits, security=security)
 
 
 async def _accept(listener: socket.socket, listening: _Listening, nursery: trio.Nursery) -> None:
@@ -456,62 +500,3 @@ async def _accept(listener: socket.socket, listening: _Listening, nursery: trio.
         nursery.start_soon(listening.serve_connection, sock)
         # However many come, they do not keep everybody else from running.
         await trio.lowlevel.checkpoint()
-
-
-async def _listen_tcp(address: TcpAddress) -> socket.socket:
-    try:
-        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        family, _, protocol, _, name = found[0]
-        sock = socket.socket(family, socket.SOCK_STREAM, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setblocking(False)
-            sock.bind(name)
-            sock.listen(_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-    except OSError as error:
-        raise ConfigError("--listen", str(address), f"an address of this machine that is free ({error})") from error
-    return sock
-
-
-async def _listen_unix(address: UnixAddress) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        try:
-            sock.bind(address.path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or _is_alive(address.path):
-                raise
-            os.unlink(address.path)
-            sock.bind(address.path)
-        # Between bind and listen nobody can connect, so there is no moment at which others could.
-        os.chmod(address.path, 0o600)
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            "--socket", address.path, f"a path for a socket that nobody listens on ({error.strerror or error})"
-        ) from error
-    return sock
-
-
-def _is_alive(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return True
-
-
-def _unlink_own(path: str, ino: int) -> None:
-    # A successor may have put its own socket there already.
-    with suppress(FileNotFoundError):
-        if os.stat(path).st_ino == ino:
-            os.unlink(path)

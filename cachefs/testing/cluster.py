@@ -13,7 +13,7 @@ from cachefs.client import Client, ClientConfig, open_client
 from cachefs.master import MasterConfig, run_master
 from cachefs.metrics import Monitor
 from cachefs.model import KiB, MiB
-from cachefs.net import Address, TcpAddress, UnixAddress, open_background, open_peer
+from cachefs.net import Address, Role, Security, TcpAddress, UnixAddress, open_background, open_peer
 from cachefs.store import TierConfig
 from cachefs.wire import Hello
 from cachefs.wire.messages import GetWorkerStatus, WorkerStatus
@@ -69,7 +69,13 @@ class TestCluster:
 
     @asynccontextmanager
     async def client(self, **changes: object) -> AsyncIterator[Client]:
-        config = ClientConfig(self.master_address, self.worker_config.socket, patience_s=10.0)
+        security = self.master_config.security
+        config = ClientConfig(
+            self.master_address,
+            self.worker_config.socket,
+            security=security and security.presenting(Role.CLIENT),
+            patience_s=10.0,
+        )
         async with open_client(replace(config, **changes)) as client:  # type: ignore[arg-type]
             yield client
 
@@ -86,13 +92,18 @@ async def running_cluster(
     ufs_options: Mapping[str, str] | None = None,
     master: Mapping[str, object] | None = None,
     worker: Mapping[str, object] | None = None,
+    security: Security | None = None,
 ) -> AsyncIterator[TestCluster]:
-    """Serves `url` at the root, in pages of 64 KiB and blocks of 1 MiB; `master` and `worker` change their settings."""
+    """Serves `url` at the root, in pages of 64 KiB and blocks of 1 MiB; `master` and `worker` change their settings.
+
+    `security`: of all of them, each in its own role.
+    """
     master_config = MasterConfig(
         data_dir=str(directory / "master"),
         listen=LOOPBACK,
         mounts=(("/", url),),
         ufs_options=dict(ufs_options or {}),
+        security=security,
         page_size=PAGE,
         block_size=BLOCK,
     )
@@ -101,6 +112,7 @@ async def running_cluster(
         master=LOOPBACK,
         listen=LOOPBACK,
         socket=str(directory / "worker.sock"),
+        security=security and security.presenting(Role.WORKER),
         tiers=(TierConfig("ssd", str(directory / "tier"), 64 * MiB),),
     )
     async with AsyncExitStack() as stack:

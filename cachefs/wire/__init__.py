@@ -1,5 +1,6 @@
 """The protocol between our processes, without I/O: frames, typed requests, errors, and `messages`."""
 
+from cachefs.wire.auth import Handshake, Role, Tokens
 from cachefs.wire.connection import Buffer, Connection, Frame, decode_credit, decode_error
 from cachefs.wire.errorcodes import ErrorMeta, from_wire, to_wire
 from cachefs.wire.frames import STREAM_WINDOW, Kind, Limits
@@ -20,13 +21,16 @@ __all__ = [
     "Connection",
     "ErrorMeta",
     "Frame",
+    "Handshake",
     "Hello",
     "Kind",
     "Limits",
     "ReplyDecoders",
     "Request",
     "RequestDecoder",
+    "Role",
     "StreamRequest",
+    "Tokens",
     "decode_credit",
     "decode_error",
     "from_wire",

@@ -5,6 +5,7 @@ buffer, and `buffer_updated` says how many arrived. A body is allocated only aft
 the answering side, where anybody may connect, only as it arrives.
 
 States, per direction:   fresh --HELLO--> open --(malformed frame)--> broken
+with a `Handshake`:      fresh --HELLO--> greeted --AUTH--> open; whatever else comes while greeted is malformed
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from cachefs.model import LocalProtocolError, RemoteProtocolError
-from cachefs.wire.errorcodes import ErrorMeta
+from cachefs.model import AuthenticationError, LocalProtocolError, RemoteProtocolError
+from cachefs.wire.auth import PROOF_BYTES, Handshake, Role
+from cachefs.wire.errorcodes import ErrorMeta, to_wire
 from cachefs.wire.frames import DECODE_ERRORS, HEADER, MAGIC, VERSION, Kind, Limits
 from cachefs.wire.hello import Hello
 
@@ -35,6 +37,8 @@ class Frame(NamedTuple):
 
 
 _NO_META = {Kind.CANCEL}
+_TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
+"""First bytes of an alert and of a handshake."""
 _MAX_CREDIT = 1024
 _FIRST_BYTES = 64 * 1024
 """Of a body that an unknown side announces; the rest of the room is made as it fills."""
@@ -45,13 +49,16 @@ _FROM_ANSWERER = {Kind.REPLY, Kind.ITEM, Kind.ERROR}
 class Connection:
     """`asking`: we send requests and the other side answers; else the other way round."""
 
-    def __init__(self, *, asking: bool, limits: Limits | None = None) -> None:
+    def __init__(self, *, asking: bool, limits: Limits | None = None, handshake: Handshake | None = None) -> None:
+        """`handshake`: both sides must prove themselves; without one, neither."""
         self.limits = limits or Limits()
+        self.handshake = handshake
         self._asking = asking
         self._accepted_kinds = _FROM_ANSWERER if asking else _FROM_ASKER
         self._sent_kinds = _FROM_ASKER if asking else _FROM_ANSWERER
         self.peer_hello: Hello | None = None
         self._hello_sent = False
+        self._auth_sent = False
         self._header = bytearray(HEADER.size)
         self._body: bytearray | None = None
         self._body_length = 0
@@ -59,6 +66,23 @@ class Connection:
         self._fields: tuple[Kind, int, int, int] = (Kind.HELLO, 0, 0, 0)  # kind, descriptors, request id, meta length
         self._descriptors: deque[int] = deque()
         self._broken = False
+
+    @property
+    def is_open(self) -> bool:
+        """The other side has said who it is, and proved it where it must."""
+        return self.peer_hello is not None and (self.handshake is None or self.handshake.proved)
+
+    @property
+    def role(self) -> Role | None:
+        """What the asker has proved to be; None where no proof is needed."""
+        return self.handshake.role if self.handshake is not None and self.handshake.proved else None
+
+    @property
+    def met_tls(self) -> bool:
+        """What has come of a first frame is the begin of a TLS record."""
+        return (
+            self.peer_hello is None and self._filled >= 2 and self._header[1] == 3 and 0x14 <= self._header[0] <= 0x17
+        )
 
     # ---- receiving -------------------------------------------------------------------------------------------------
 
@@ -70,8 +94,9 @@ class Connection:
     def buffer_updated(self, count: int, descriptors: Sequence[int] = ()) -> list[Frame]:
         """`count` bytes were put into the last `get_buffer`, and these descriptors came with them.
 
-        Returns the frame they complete, if they do. Raises RemoteProtocolError when the other side broke a rule; the
-        connection is of no use then, and `drain_descriptors` has what must be closed.
+        Returns the frame they complete, if they do. Raises RemoteProtocolError when the other side broke a rule, and
+        AuthenticationError when it does not prove what it must, or refuses our proof; the connection is of no use then,
+        and `drain_descriptors` has what must be closed.
         """
         if self._broken:
             raise LocalProtocolError("bytes given to a connection after its end")
@@ -91,7 +116,7 @@ class Connection:
                     self._body += bytes(min(self._filled, self._body_length - self._filled))
                 return []
             return self._complete()
-        except RemoteProtocolError:
+        except (RemoteProtocolError, AuthenticationError):
             self._broken = True
             raise
 
@@ -108,11 +133,16 @@ class Connection:
             raise RemoteProtocolError(f"frame of unknown kind {kind_number}") from None
         if self.peer_hello is None and kind is not Kind.HELLO:
             raise RemoteProtocolError(f"{kind.name} before HELLO")
-        if self.peer_hello is not None and kind not in self._accepted_kinds:
+        if self.peer_hello is not None and not self.is_open and kind is not Kind.AUTH:
+            if kind is not Kind.ERROR or not self._asking:
+                raise RemoteProtocolError(f"{kind.name} before AUTH")
+        elif self.is_open and kind not in self._accepted_kinds:
             raise RemoteProtocolError(f"{kind.name} is not for this side to receive")
-        if (request_id == 0) != (kind is Kind.HELLO):
+        if (request_id == 0) == self.is_open:
             raise RemoteProtocolError(f"{kind.name} with request id {request_id}")
         most_meta, most_payload, most_descriptors = self._most(kind)
+        if not self.is_open:
+            most_meta = min(most_meta, self.limits.hello_bytes)
         if meta_length > most_meta or payload_length > most_payload:
             raise RemoteProtocolError(f"{kind.name} of {meta_length} + {payload_length} bytes is over the limit")
         if descriptors > most_descriptors:
@@ -126,6 +156,8 @@ class Connection:
             return self.limits.meta_bytes, self.limits.payload_bytes, self.limits.descriptors
         if kind is Kind.HELLO:
             return self.limits.hello_bytes, 0, 0
+        if kind is Kind.AUTH:
+            return self.limits.auth_bytes, 0, 0
         return 0 if kind in _NO_META else self.limits.meta_bytes, 0, 0
 
     def _complete(self) -> list[Frame]:
@@ -135,15 +167,36 @@ class Connection:
         if len(self._descriptors) != count:
             raise RemoteProtocolError(f"{kind.name} announced {count} descriptors, {len(self._descriptors)} came")
         body = memoryview(self._body)
+        if not self.is_open:
+            self._greeted(kind, body)
+        descriptors = tuple(self._descriptors)
+        self._descriptors.clear()
+        self._body, self._filled = None, 0
+        return [Frame(kind, request_id, body[:meta_length], body[meta_length:], descriptors)]
+
+    def _greeted(self, kind: Kind, body: memoryview) -> None:
+        """One of the frames before anything else was whole."""
         if kind is Kind.HELLO:
             try:
                 self.peer_hello = msgspec.msgpack.decode(body, type=Hello)
             except DECODE_ERRORS as error:
                 raise RemoteProtocolError(f"HELLO refused: {error}") from error
-        descriptors = tuple(self._descriptors)
-        self._descriptors.clear()
-        self._body, self._filled = None, 0
-        return [Frame(kind, request_id, body[:meta_length], body[meta_length:], descriptors)]
+            if self.handshake is not None:
+                self.handshake.received(self.peer_hello, bytes(self._header) + body)
+            elif self._asking and self.peer_hello.nonce:
+                raise AuthenticationError("the other side demands a token, see --tokens")
+        elif kind is Kind.ERROR:
+            # What it says is not shown: whoever says it has proved nothing.
+            raise AuthenticationError("the other side does not accept our token")
+        else:
+            assert self.handshake is not None
+            try:
+                proof = msgspec.msgpack.decode(body, type=bytes)
+            except DECODE_ERRORS as error:
+                raise RemoteProtocolError(f"AUTH refused: {error}") from error
+            if len(proof) != PROOF_BYTES:
+                raise RemoteProtocolError(f"AUTH with a proof of {len(proof)} bytes")
+            self.handshake.check(proof)
 
     def drain_descriptors(self) -> list[int]:
         """Descriptors that belong to no complete frame: to be closed when the connection ends."""
@@ -157,10 +210,29 @@ class Connection:
         if self._hello_sent:
             raise LocalProtocolError("HELLO is sent once")
         self._hello_sent = True
-        meta = msgspec.msgpack.encode(hello)
+        meta = msgspec.msgpack.encode(hello if self.handshake is None else self.handshake.greeting(hello))
         if len(meta) > self.limits.hello_bytes:
             raise LocalProtocolError(f"HELLO of {len(meta)} bytes is over the limit")
-        return HEADER.pack(MAGIC, VERSION, Kind.HELLO, 0, 0, len(meta), 0) + meta
+        frame = _unnumbered(Kind.HELLO, meta)
+        if self.handshake is not None:
+            self.handshake.sent(frame)
+        return frame
+
+    def auth(self) -> bytes:
+        """After both HELLOs, and for the answering side after the asker's AUTH."""
+        if self.handshake is None or self._auth_sent:
+            raise LocalProtocolError("AUTH is sent once, where there are tokens")
+        if not self._asking and not self.handshake.proved:
+            raise LocalProtocolError("the asker proves itself first")
+        proof = self.handshake.proof()
+        self._auth_sent = True
+        return _unnumbered(Kind.AUTH, msgspec.msgpack.encode(proof))
+
+    def refusal(self, error: AuthenticationError) -> bytes:
+        """From the answering side, in the place of AUTH: the last frame it sends."""
+        if self._asking or not self._hello_sent or self._auth_sent:
+            raise LocalProtocolError("a refusal comes in the place of the answering side's AUTH")
+        return _unnumbered(Kind.ERROR, msgspec.msgpack.encode(to_wire(error)))
 
     def head(
         self, kind: Kind, request_id: int, meta: object = None, payload_length: int = 0, descriptors: int = 0
@@ -171,6 +243,8 @@ class Connection:
         """
         if not self._hello_sent:
             raise LocalProtocolError("HELLO comes first")
+        if self.handshake is not None and not (self._auth_sent and self.handshake.proved):
+            raise LocalProtocolError("AUTH comes first")
         if kind not in self._sent_kinds:
             raise LocalProtocolError(f"{kind.name} is not for this side to send")
         encoded = msgspec.msgpack.encode(meta) if kind not in _NO_META else b""
@@ -180,6 +254,10 @@ class Connection:
         if descriptors > most_descriptors:
             raise LocalProtocolError(f"{kind.name} with {descriptors} descriptors is over the limit")
         return HEADER.pack(MAGIC, VERSION, kind, descriptors, request_id, len(encoded), payload_length) + encoded
+
+
+def _unnumbered(kind: Kind, meta: bytes) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, kind, 0, 0, len(meta), 0) + meta
 
 
 def decode_error(meta: Buffer) -> ErrorMeta:

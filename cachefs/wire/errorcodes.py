@@ -14,6 +14,7 @@ CODES: dict[str, type[errors.CachefsError]] = {
     "protocol-remote": errors.RemoteProtocolError,
     "authentication": errors.AuthenticationError,
     "transport": errors.TransportError,
+    "handshake": errors.HandshakeError,
     "deadline": errors.DeadlineError,
     "namespace": errors.NamespaceError,
     "not-found": errors.NotFoundError,
@@ -38,6 +39,7 @@ _NAMES = {error_class: code for code, error_class in CODES.items()}
 # or blame this side for it.
 _AS_RECEIVED: dict[str, type[errors.CachefsError]] = {
     "transport": errors.UnavailableError,
+    "handshake": errors.UnavailableError,
     "protocol-local": errors.RemoteProtocolError,
     "protocol-remote": errors.LocalProtocolError,
 }

@@ -6,9 +6,14 @@
 | 2 | 1 | version of the protocol, 1 |
 | 3 | 1 | kind |
 | 4 | 4 | number of descriptors that came with the first byte of the frame |
-| 8 | 8 | request id: chosen by the asker, above 0; 0 in HELLO |
+| 8 | 8 | request id: chosen by the asker, above 0; 0 in HELLO, AUTH, and the ERROR that refuses them |
 | 16 | 4 | length of meta |
 | 20 | 4 | length of payload |
+
+What follows what, from the asker ( > ) and from the answerer ( < ):
+
+    without tokens:   > HELLO   < HELLO                       and then requests and answers
+    with tokens:      > HELLO   < HELLO   > AUTH   < AUTH     and then requests and answers; < ERROR refuses instead
 """
 
 from __future__ import annotations
@@ -40,6 +45,8 @@ class Kind(enum.IntEnum):
     """From the asker: the answer is not wanted any more. It may come nevertheless."""
     CREDIT = 7
     """From the asker: so many more ITEMs may be sent."""
+    AUTH = 8
+    """Second frame in each direction where there are tokens: the proof that ours is the right one, see `auth`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Limits:
     payload_bytes: int = 16 * MiB
     """Of a REPLY. Nothing else has a payload: no request needs one, and whoever answers must not be filled up."""
     hello_bytes: int = 4096
+    auth_bytes: int = 64
     descriptors: int = 8
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cachefs.model import MiB
-from cachefs.net import Address
+from cachefs.net import Address, Security
 from cachefs.policy import Promote, ReadaheadConfig
 from cachefs.store import TierConfig
 
@@ -26,6 +26,8 @@ class WorkerConfig:
     """Where it is, such as {"rack": "r7", "zone": "a"}: nearer workers are read from first."""
     advertise: str = ""
     """HOST:PORT at which other workers reach it; empty: `listen`."""
+    security: Security | None = None
+    """For TCP, presenting the role of a worker. None: as if there were no others."""
     promote: Promote = Promote.IF_SPACE
     readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
     demand_slots: int = 16

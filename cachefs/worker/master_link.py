@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.model import AuthenticationError, BlockId, ConfigError, StaleError, TransportError
-from cachefs.net import Address, Answer, Hello, Peer, open_background, open_peer
+from cachefs.model import AuthenticationError, BlockId, ConfigError, HandshakeError, StaleError, TransportError
+from cachefs.net import Address, Answer, Hello, Peer, Security, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.cluster import (
     REPORTED_AT_ONCE,
@@ -58,10 +58,17 @@ class Reporting(Protocol):
 class MasterLink:
     """Keeps a registered connection. `serve` does the work; requests wait for it, up to `patience_s` seconds."""
 
-    def __init__(self, address: Address, registration: RegisterWorker, patience_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        registration: RegisterWorker,
+        patience_s: float = 30.0,
+        security: Security | None = None,
+    ) -> None:
         self._address = address
         self._registration = registration
         self._patience_s = patience_s
+        self._security = security
         self._peer: Peer | None = None
         self._up = trio.Event()
         self._added: dict[BlockId, int] = {}
@@ -124,6 +131,8 @@ class MasterLink:
     ) -> None:
         """Connect, register, report, and again after every loss, until cancelled.
 
+        Raises HandshakeError when the first connection fails because of tokens; later ones are waited out.
+
         Reports the first registration. `on_registered` is called with each one before requests go out; `follow` runs
         with each connection, for as long as that lasts. Raises ConfigError when another worker has this one's name.
         """
@@ -133,7 +142,7 @@ class MasterLink:
         give_up = trio.current_time() + _NAME_TAKEN_S
         while True:
             try:
-                async with open_peer(self._address, hello) as peer:
+                async with open_peer(self._address, hello, security=self._security) as peer:
                     registered = (await peer.call(self._registration)).message
                     if first:
                         task_status.started(registered)
@@ -151,10 +160,12 @@ class MasterLink:
                     raise
                 logger.warning("not registered yet error=%s", error)
                 pause_s = 1.0
+            except TransportError as error:
+                if first and isinstance(error, HandshakeError):
+                    raise
+                logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
             except (StaleError, AuthenticationError) as error:
                 logger.warning("registering again error=%s", error)
-            except TransportError as error:
-                logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
             finally:
                 self._peer = None
                 self._up = trio.Event()

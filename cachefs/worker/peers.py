@@ -43,11 +43,19 @@ class PeerBytes(NamedTuple):
 class Peers:
     """Connections to other workers, made when they are first needed. They end with `nursery`."""
 
-    def __init__(self, members: Members, hello: Callable[[], Hello], counters: Counters, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        members: Members,
+        hello: Callable[[], Hello],
+        counters: Counters,
+        nursery: trio.Nursery,
+        security: Security | None = None,
+    ) -> None:
         self._members = members
         self._hello = hello
         self._counters = counters
         self._nursery = nursery
+        self._security = security
         self._pools: dict[str, tuple[str, Hello, Pool]] = {}
         self._avoided_until: dict[str, float] = {}
 
@@ -109,6 +117,6 @@ class Peers:
         known = self._pools.get(name)
         if known is not None and known[0] == member.address and known[1] == hello:
             return known[2]
-        pool = Pool(parse_address(member.address), hello, CONNECT_TIMEOUT_S, self._nursery)
+        pool = Pool(parse_address(member.address), hello, CONNECT_TIMEOUT_S, self._nursery, security=self._security)
         self._pools[name] = member.address, hello, pool
         return pool

@@ -16,6 +16,7 @@ from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddr
 from cachefs.store import Store, Tier, open_store, running_boot_id
 from cachefs.wire import cluster as c
 from cachefs.wire import messages as m
+from cachefs.worker.access import ACCESS
 from cachefs.worker.admission import Admission
 from cachefs.worker.blocks import Blocks
 from cachefs.worker.care import Care
@@ -78,7 +79,7 @@ class Worker:
 
     def public_service(self) -> Service:
         """What is answered over TCP, to other workers and to tools."""
-        service = Service()
+        service = Service(ACCESS)
         service.on(c.ReadBlock, self._giving.read_block)
         service.on(c.DoubtBlock, self._giving.doubt_block)
         service.observe = self.times.observe if self.times is not None else None
@@ -177,7 +178,8 @@ async def run_worker(
     shown how it does.
 
     Raises ConfigError, also when the master comes back as that of another cluster or with another geometry: what is
-    open here was made for the first one, and when another worker has this one's name. TierError when the tier cannot be
+    open here was made for the first one, and when another worker has this one's name. HandshakeError when the master,
+    at the start, does not accept the worker's token, or cannot prove that it has it. TierError when the tier cannot be
     used.
     """
     counters = Counters()
@@ -192,7 +194,7 @@ async def run_worker(
             instance=secrets.token_hex(8),
             labels=dict(config.labels),
         )
-        link = MasterLink(config.master, registration)
+        link = MasterLink(config.master, registration, security=config.security)
         sources = Sources(link, nursery)
         pins = Pins()
         members = Members(config.name, config.labels)
@@ -246,7 +248,7 @@ async def run_worker(
             try:
                 async with trio.open_nursery() as background:
                     places = Places(link, members, counters)
-                    peers = Peers(members, peer_hello, counters, background)
+                    peers = Peers(members, peer_hello, counters, background, config.security)
                     origin = Origin(store, sources, counters, on_changed)
                     slots = trio.CapacityLimiter(config.peer_slots)
                     supply = Supply(geometry, members, places, peers, origin, slots)
@@ -282,7 +284,10 @@ async def run_worker(
                         watch_worker(monitor, parts)
                     hello = Hello(role="worker", name=config.name, namespace_id=cluster.namespace_id)
                     background.start_soon(partial(serve_on, worker.service(), [local], hello=hello))
-                    background.start_soon(partial(serve_on, worker.public_service(), [public], hello=hello))
+                    public_service = worker.public_service()
+                    background.start_soon(
+                        partial(serve_on, public_service, [public], hello=hello, security=config.security)
+                    )
                     link.begin(_Reporting(store, places))
                     task_status.started([public.address, local.address])
             finally:

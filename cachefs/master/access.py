@@ -1,0 +1,39 @@
+"""Who may ask the master what. What is not listed is for workers and admins."""
+
+from __future__ import annotations
+
+from cachefs.net import ADMINS, EVERYONE, WORKERS, Allowed
+from cachefs.wire import cluster as c
+from cachefs.wire import messages as m
+
+ACCESS: Allowed = {
+    # Reading, and what it brings about.
+    m.GetCluster: EVERYONE,
+    m.GetAttr: EVERYONE,
+    m.ResolvePath: EVERYONE,
+    m.Lookup: EVERYONE,
+    m.ListDir: EVERYONE,
+    m.Watch: EVERYONE,
+    m.LoadMetadata: EVERYONE,
+    m.GetMasterStatus: EVERYONE,
+    m.ListPins: EVERYONE,
+    c.Locate: EVERYONE,
+    # Credentials of under-stores, and what the others believe about who holds what.
+    c.RegisterWorker: WORKERS,
+    m.GetStores: WORKERS,
+    m.Resolve: WORKERS,
+    m.ResolveNext: WORKERS,
+    m.ReportChanged: WORKERS,
+    c.ReportBlocks: WORKERS,
+    c.WatchMembers: WORKERS,
+    c.AskBlocks: WORKERS,
+    c.AskDrops: WORKERS,
+    m.WatchPins: WORKERS,
+    m.PinsApplied: WORKERS,
+    # Changes for everybody.
+    m.Refresh: ADMINS,
+    m.AddStore: ADMINS,
+    m.RemoveStore: ADMINS,
+    m.Pin: ADMINS,
+    m.Unpin: ADMINS,
+}

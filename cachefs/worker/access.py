@@ -1,0 +1,13 @@
+"""Who may ask a worker what over TCP. What is not listed is for workers and admins."""
+
+from __future__ import annotations
+
+from cachefs.net import EVERYONE, WORKERS, Allowed
+from cachefs.wire import cluster as c
+from cachefs.wire import messages as m
+
+ACCESS: Allowed = {
+    m.GetWorkerStatus: EVERYONE,
+    c.ReadBlock: WORKERS,
+    c.DoubtBlock: WORKERS,
+}
