@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One more than there are processors, up to eight: tests wait a lot.
+AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+PYTEST := $(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist worksteal
 STAMP := $(VENV)/.installed
 PYFUSE3 := $(VENV)/.pyfuse3
 
@@ -12,11 +15,11 @@ demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
 test: lint $(PYFUSE3)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What takes minutes as well.
 test-all: lint $(PYFUSE3)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,14 +1,20 @@
-"""Rules for every test: trio only, and no WARNING that the test did not ask for."""
+"""Rules for every test: trio only, mounts of its own, and no WARNING that the test did not ask for."""
 
 from __future__ import annotations
 
+import compileall
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+import cachefs
+from cachefs.cli.instances import runtime_root
 from cachefs.fuse import Driver, why_no_pyfuse3
+from cachefs.testing.own_mounts import leave_the_mounts_of_others
 
 # The same examples in every run, so that a change is judged by itself, and no deadline: machines are slow at times.
 # New examples: pytest --hypothesis-profile=explore.
@@ -17,6 +23,18 @@ settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("steady")
 
 pytest_plugins = ["cachefs.testing.fixtures"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process that runs tests sees the mounts and the running `cachefs up` of its own tests only: several do at
+    once, and tests look at all there are. What a killed run leaves mounted goes with it.
+    """
+    if os.geteuid() == 0:
+        leave_the_mounts_of_others(runtime_root(), "/dev/fuse")
+    if not hasattr(config, "workerinput"):
+        # Also where PYTHONDONTWRITEBYTECODE is set: hundreds of processes would compile all of it again, each of them
+        # half of the time that it takes to start.
+        compileall.compile_dir(str(Path(cachefs.__file__).parent), quiet=1)
 
 
 @pytest.fixture

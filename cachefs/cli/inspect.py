@@ -164,6 +164,7 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
                 (
                     info.name,
                     f"{tier.kind}:{tier.path}",
+                    tier.state,
                     format_size(tier.used_bytes + tier.reserved_bytes),
                     format_size(tier.pinned_bytes),
                     format_size(tier.capacity_bytes),
@@ -179,7 +180,7 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
             f" {details.opens.passthrough} by passthrough, {details.opens.cached} in cached mode"
         )
     of_workers = (
-        *("worker", "tier", "used", "pinned", "capacity", "blocks", "evicted"),
+        *("worker", "tier", "disk", "used", "pinned", "capacity", "blocks", "evicted"),
         *("from under-store", "not admitted", "corrupt"),
     )
     print_tables(table_of(columns, mounts, "mounts"), table_of(of_workers, rows, "workers"))

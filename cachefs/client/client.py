@@ -336,8 +336,9 @@ class Client:
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
                     told = Opened([(block.key, block.block_index) for block in batch], counts)
-                    follows = (await self.worker.call(told)).message.follows
-                    self._many = _OPENED_MANY if follows else _OPENED_BATCH
+                    reply = (await self.worker.call(told)).message
+                    self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH
+                    self._sealed.avoid(reply.down)
                 except TransportError:
                     # Hints, not worth keeping for a worker that is away.
                     self._opened.clear()

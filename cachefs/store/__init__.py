@@ -1,6 +1,7 @@
 """Blocks on local media: partial and sealed files, their checksums, capacity and eviction. Knows no network."""
 
 from cachefs.store.config import TierConfig, parse_tier
+from cachefs.store.health import HealthConfig, TierState
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
@@ -10,12 +11,14 @@ from cachefs.store.sums import page_checksum
 from cachefs.store.tier import Tier, TierStatus
 
 __all__ = [
+    "HealthConfig",
     "Partial",
     "PinnedKeys",
     "SealedReader",
     "Store",
     "Tier",
     "TierConfig",
+    "TierState",
     "TierStatus",
     "a_file_of_tier",
     "open_store",

@@ -317,10 +317,10 @@ def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
 def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
     """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError, OSError."""
     geometry = expected.geometry
-    buffer = _scratch(min(expected.page_size, max(1, expected.length)))
+    buffer = scratch(min(expected.page_size, max(1, expected.length)))
     for page, checksum in enumerate(expected.checksums):
         offset, span = geometry.page_span(expected.length, page)
-        with _read_into(fd, buffer, offset, span) as found:
+        with read_into(fd, buffer, offset, span) as found:
             good = checksum is not None and page_checksum(found) == checksum
         if not good:
             raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
@@ -329,7 +329,7 @@ def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
 _local = threading.local()
 
 
-def _scratch(size: int) -> memoryview:
+def scratch(size: int) -> memoryview:
     """Memory of the calling thread, of whole pages of the machine and aligned to them, for descriptors of
     `open_uncached`. Kept for the next time: pages that the kernel has to clear first cost more than reading into them.
     """
@@ -350,7 +350,7 @@ def write_all(fd: int, data: Buffer, offset: int) -> None:
         written += os.pwrite(fd, view[written:], offset + written)
 
 
-def _read_into(fd: int, buffer: memoryview, offset: int, span: int) -> memoryview:
+def read_into(fd: int, buffer: memoryview, offset: int, span: int) -> memoryview:
     """`span` bytes of the file, or what there is of them. Reads whole units of the medium, up to the buffer's end."""
     filled = 0
     while filled < span:

@@ -25,6 +25,8 @@ class SealedReader:
     def __init__(self, tier_paths: Sequence[str]) -> None:
         self._boot_id = running_boot_id()
         self.tiers = tuple(tier_paths)
+        self._allowed = self.tiers
+        self._avoided: frozenset[str] = frozenset()
         self._unproven = list(tier_paths)
         """Not seen to carry the running boot's id yet."""
         self._sealed: list[str] = []
@@ -45,7 +47,17 @@ class SealedReader:
 
     def restrict(self, tier_paths: Sequence[str]) -> None:
         """From now on look only into these."""
-        self._unproven = list(tier_paths)
+        self._allowed = tuple(tier_paths)
+        self._begin_anew()
+
+    def avoid(self, tier_paths: Sequence[str]) -> None:
+        """Not into these for now, the worker says: their disks fail. Replaces what was said before."""
+        if self._avoided != (avoided := frozenset(tier_paths)):
+            self._avoided = avoided
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._unproven = [path for path in self._allowed if path not in self._avoided]
         self._sealed = []
 
     def _open(self, path: str, length: int) -> int | None:

@@ -5,11 +5,13 @@ evicting (what is idle counts as free), else, where evicting is allowed, into th
 filling up by moving what would be evicted to a tier below, in the background, so that no reader waits for it. Nothing
 moves up: what is hot on a disk is in the kernel's page cache anyway.
 
-A tier whose disk fails is left alone for a while; what was to go there goes elsewhere, or is not kept.
+A tier whose disk fails takes nothing new until it is healthy again; what was to go there goes elsewhere, or is not
+kept. When it is down, none of what it holds is here; when it is back, that is verified as after a reboot. See `health`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -19,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, ConfigError, Geometry
 from cachefs.policy import Promote, admits
 from cachefs.store.config import TierConfig
+from cachefs.store.health import Health, HealthConfig, TierState
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.sums import Sums
@@ -26,7 +29,6 @@ from cachefs.store.tier import Tier, open_tier
 
 logger = logging.getLogger(__name__)
 
-_LEFT_ALONE_S = 30.0
 _LOW_SHARE = 0.10
 _HIGH_SHARE = 0.15
 """Upper tiers are emptied to this free share once they are below the low one: a burst finds room, little is moved."""
@@ -36,20 +38,34 @@ _MOVED_AT_ONCE = 16
 class Store:
     """Made by `open_store`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
 
-    def __init__(self, tiers: Sequence[Tier], pinned: PinnedKeys) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        pinned: PinnedKeys,
+        health: HealthConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.tiers = tiers
+        self._clock = clock
         self._pinned = pinned
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
         """Of open partials."""
-        self._left_alone_until: dict[Tier, float] = {}
+        self._judging = threading.Lock()
+        self._health = {tier: Health(health) for tier in tiers}
+        self._usable = self._served = tuple(tiers)
+        """Those that take new blocks, and those whose blocks are here."""
         self.on_evicted: Callable[[BlockId], None] = lambda block: None
         """Called, from whatever thread, with each sealed block that no tier has any more; must not call back."""
+        self.on_restored: Callable[[BlockId, int], None] = lambda block, size: None
+        """Called, from whatever thread, with each suspect block that is found to be good, and the bytes it takes."""
         for tier in tiers:
-            tier.on_evicted = self._evicted
+            tier.on_evicted = functools.partial(self._evicted, tier)
+            tier.on_failed = functools.partial(self._disk_failed, tier)
 
-    def _evicted(self, block: BlockId) -> None:
-        if not self.is_sealed(block):
+    def _evicted(self, tier: Tier, block: BlockId) -> None:
+        # What a tier held that is down, everybody has been told of.
+        if tier in self._served and not self.is_sealed(block):
             self.on_evicted(block)
 
     # ---- what is here ----------------------------------------------------------------------------------------------
@@ -59,19 +75,19 @@ class Store:
         return [tier.config.path for tier in self.tiers]
 
     def is_sealed(self, block: BlockId) -> bool:
-        return any(tier.is_sealed(block) for tier in self.tiers)
+        return any(tier.is_sealed(block) for tier in self._served)
 
     def blocks(self) -> list[tuple[BlockId, int]]:
         """The sealed blocks and the bytes they take."""
-        return list({block: size for tier in reversed(self.tiers) for block, size in tier.blocks()}.items())
+        return list({block: size for tier in reversed(self._served) for block, size in tier.blocks()}.items())
 
     def held_bytes(self, block: BlockId) -> int:
         """What a sealed block takes; 0 if it is not sealed here."""
-        return next((tier.held_bytes(block) for tier in self.tiers if tier.is_sealed(block)), 0)
+        return next((tier.held_bytes(block) for tier in self._served if tier.is_sealed(block)), 0)
 
     def checksums(self, block: BlockId) -> Sums:
         """Of the pages of a sealed block. Reads a small file. Raises BlockCorruptError, BlockMissingError."""
-        for tier in self.tiers:
+        for tier in self._served:
             if tier.is_sealed(block):
                 return tier.checksums(block)
         raise BlockMissingError(f"{block.filename}: not here")
@@ -112,7 +128,7 @@ class Store:
         """Whether some tier would take a block of that length; as the first copy in the cluster it may take the room of
         what others hold as well, once that was given up.
         """
-        return any(self._tier_admits(tier, length, mode, first_copy=first_copy) for tier in self._usable())
+        return any(self._tier_admits(tier, length, mode, first_copy=first_copy) for tier in self._usable)
 
     def _tier_admits(self, tier: Tier, length: int, mode: Promote, *, first_copy: bool = False) -> bool:
         free = tier.room_bytes()
@@ -129,7 +145,7 @@ class Store:
 
     def to_give_up(self, length: int) -> list[BlockId]:
         """Blocks that other nodes hold as well, of about the room that a new one of `length` bytes lacks."""
-        for tier in self._usable():
+        for tier in self._usable:
             lacking = tier.need(length) - tier.room_bytes()
             if lacking > 0:
                 lacking -= tier.idle_bytes()
@@ -138,15 +154,15 @@ class Store:
             if self._tier_admits(tier, length, Promote.IF_SPACE, first_copy=True):
                 return tier.to_give_up(lacking)
         # Not even with all of them: as much as there is, before others are evicted.
-        return self._usable()[-1].to_give_up(length) if self._usable() else []
+        return self._usable[-1].to_give_up(length) if self._usable else []
 
     def room_bytes(self) -> int:
         """What could be taken in without giving up the last copy of anything in use."""
-        return sum(tier.room_bytes() + tier.idle_bytes() + tier.shared_bytes() for tier in self._usable())
+        return sum(tier.room_bytes() + tier.idle_bytes() + tier.shared_bytes() for tier in self._usable)
 
     def capacity_bytes(self) -> int:
         """Of the tiers that can be used."""
-        return sum(tier.config.capacity_bytes for tier in self._usable())
+        return sum(tier.config.capacity_bytes for tier in self._usable)
 
     def share(self, blocks: Sequence[BlockId], shared: bool) -> None:
         """Other nodes hold these as well, or do not any more."""
@@ -167,18 +183,18 @@ class Store:
         with self._opening:
             if self.is_sealed(block):
                 return None
-            for tier in self._usable():
+            for tier in self._usable:
                 if tier.holds(block):
                     partial = self._open_in(tier, block, length, evict=mode is Promote.ALWAYS)
                     if partial is not None:
                         return partial
-            for tier in self._usable():
+            for tier in self._usable:
                 if self._tier_admits(tier, length, min_mode(mode)):
                     partial = self._open_in(tier, block, length, evict=False)
                     if partial is not None:
                         return partial
             if mode is Promote.ALWAYS:
-                for tier in reversed(self._usable()):
+                for tier in reversed(self._usable):
                     if self._tier_admits(tier, length, mode):
                         partial = self._open_in(tier, block, length, evict=True)
                         if partial is not None:
@@ -192,7 +208,7 @@ class Store:
         except CapacityError:
             return None
         except OSError as error:
-            self.leave_alone(tier, error)
+            self._disk_failed(tier, error, False)
             return None
         if partial is not None:
             self._homes[partial] = tier
@@ -206,29 +222,68 @@ class Store:
 
     def seal(self, partial: Partial) -> None:
         """As `Tier.seal`. Blocks on the disk. Raises BlockCorruptError, CapacityError, OSError."""
-        self._homes[partial].seal(partial)
+        tier = self._homes[partial]
+        if tier not in self._served:
+            raise CapacityError(f"{partial.block.filename}: its tier is down")
+        tier.seal(partial)
 
     # ---- failing disks ---------------------------------------------------------------------------------------------
 
-    def _usable(self) -> list[Tier]:
-        now = time.monotonic()
-        return [tier for tier in self.tiers if self._left_alone_until.get(tier, 0.0) <= now]
+    def state(self, tier: Tier) -> TierState:
+        return self._health[tier].state
 
     @property
     def is_usable(self) -> bool:
         """Whether any tier takes something."""
-        return bool(self._usable())
+        return bool(self._usable)
 
-    def leave_alone(self, tier: Tier, error: OSError) -> None:
-        """Its disk failed: nothing new goes there for a while."""
-        logger.warning("tier fails, left alone for %.0f s path=%s error=%s", _LEFT_ALONE_S, tier.config.path, error)
-        self._left_alone_until[tier] = time.monotonic() + _LEFT_ALONE_S
+    @property
+    def down(self) -> list[str]:
+        """Paths of the tiers whose blocks count as lost: nobody is to open them there."""
+        return [tier.config.path for tier in self.tiers if tier not in self._served]
 
     def failed(self, partial: Partial, error: OSError) -> None:
         """Writing a partial failed for another reason than a full disk."""
         tier = self._homes.get(partial)
-        if tier is not None and tier in self._usable():
-            self.leave_alone(tier, error)
+        if tier is not None:
+            self._disk_failed(tier, error, False)
+
+    def _disk_failed(self, tier: Tier, error: OSError, reading: bool) -> None:
+        health = self._health[tier]
+        self._judge(tier, health.read_failed if reading else health.write_failed, error)
+
+    def to_probe(self) -> list[Tier]:
+        """Whose disks should be tried now, by `Tier.try_disk`."""
+        now = self._clock()
+        return [tier for tier in self.tiers if self._health[tier].probe_due(now)]
+
+    def probed(self, tier: Tier, good: bool | None, reason: object = "") -> None:
+        """What trying its disk has shown; None: nothing, it is full. Blocks on the disk."""
+        self._judge(tier, functools.partial(self._health[tier].probed, good), reason)
+
+    def _judge(self, tier: Tier, happened: Callable[[float], None], reason: object) -> None:
+        health = self._health[tier]
+        with self._judging:
+            before, was_served = health.state, health.is_served
+            happened(self._clock())
+            if health.is_served and not was_served:
+                try:
+                    tier.distrust()
+                except OSError as error:
+                    health.cannot_remove(self._clock())
+                    reason = error
+            after = health.state
+            self._usable = tuple(each for each in self.tiers if self._health[each].takes_new)
+            self._served = tuple(each for each in self.tiers if self._health[each].is_served)
+        if after is not before:
+            level = logging.INFO if after in (TierState.HEALTHY, TierState.PROBING) else logging.WARNING
+            logger.log(
+                level, "tier is %s, was %s path=%s reason=%s", after.value, before.value, tier.config.path, reason
+            )
+        if was_served and tier not in self._served:
+            for block, _ in tier.blocks():
+                if not self.is_sealed(block):
+                    self.on_evicted(block)
 
     # ---- going -----------------------------------------------------------------------------------------------------
 
@@ -242,14 +297,20 @@ class Store:
 
     def drop(self, block: BlockId) -> None:
         """Give up a sealed block, read by somebody or not: open descriptors keep working, nobody gets new ones."""
-        for tier in self.tiers:
+        for tier in self._served:
+            self._drop_in(tier, block)
+
+    def _drop_in(self, tier: Tier, block: BlockId) -> None:
+        try:
             tier.drop(block)
+        except OSError as error:
+            self._judge(tier, self._health[tier].cannot_remove, error)
 
     def evict(self, block: BlockId) -> bool:
         """Drop a sealed block that nobody reads; False if somebody does, it is pinned, or it is not sealed here."""
         if self.is_pinned(block):
             return False
-        return any(tier.evict(block) for tier in self.tiers if tier.is_sealed(block))
+        return any(tier.evict(block) for tier in self._served if tier.is_sealed(block))
 
     def move_down(self, mode: Promote) -> int:
         """Make room in upper tiers that are filling up; returns how many blocks were moved. Blocks on the disks."""
@@ -257,7 +318,7 @@ class Store:
 
     def _empty_a_little(self, number: int, mode: Promote) -> int:
         upper, moved = self.tiers[number], 0
-        if upper.room_share() >= _LOW_SHARE:
+        if upper not in self._served or upper.room_share() >= _LOW_SHARE:
             return 0
         while True:
             before = moved
@@ -270,7 +331,7 @@ class Store:
 
     def _move(self, block: BlockId, upper: Tier, number: int, mode: Promote) -> bool:
         for lower in self.tiers[number + 1 :]:
-            if lower not in self._usable():
+            if lower not in self._usable:
                 continue
             try:
                 upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
@@ -278,12 +339,12 @@ class Store:
                 return False
             except BlockCorruptError as error:
                 logger.warning("block dropped, it is damaged block=%s error=%s", block.filename, error)
-                upper.drop(block)
+                self._drop_in(upper, block)
                 return True
             except CapacityError:
                 continue
             except OSError as error:
-                self.leave_alone(lower, error)
+                self._disk_failed(lower, error, False)
                 continue
             if upper.evict(block):
                 return True
@@ -296,25 +357,35 @@ class Store:
 
     def is_suspect(self, block: BlockId) -> bool:
         """It was sealed in an earlier boot; `restore` tells what it is worth."""
-        return any(tier.is_suspect(block) for tier in self.tiers)
+        return any(tier.is_suspect(block) for tier in self._served)
 
     def suspects(self) -> list[BlockId]:
-        return [block for tier in self.tiers for block in tier.suspects()]
+        return [block for tier in self._served for block in tier.suspects()]
 
     def restore(self, block: BlockId) -> bool:
         """Verify a suspect block and put it back, or drop it; whether it is sealed now. Blocks on the disk."""
-        for tier in self.tiers:
+        for tier in self._served:
             if tier.is_suspect(block):
-                tier.restore(block)
+                try:
+                    if tier.restore(block):
+                        self.on_restored(block, tier.held_bytes(block))
+                except OSError as error:
+                    self._judge(tier, self._health[tier].cannot_remove, error)
         return self.is_sealed(block)
 
     def check(self, block: BlockId) -> bool:
         """As `Tier.check`, of every copy. Blocks on the disk."""
-        return all(tier.check(block) for tier in self.tiers if tier.is_sealed(block))
+        return all(tier.check(block) for tier in self._served if tier.is_sealed(block))
 
     def sync_sealed(self) -> list[BlockId]:
         """As `Tier.sync_sealed`, of every tier."""
-        return [block for tier in self.tiers for block in tier.sync_sealed()]
+        lost = []
+        for tier in self._served:
+            try:
+                lost += tier.sync_sealed()
+            except OSError as error:
+                self._judge(tier, self._health[tier].cannot_remove, error)
+        return lost
 
 
 def min_mode(mode: Promote) -> Promote:
@@ -324,7 +395,12 @@ def min_mode(mode: Promote) -> Promote:
 
 @contextmanager
 def open_store(
-    configs: Sequence[TierConfig], geometry: Geometry, cluster_id: str, pinned: PinnedKeys | None = None
+    configs: Sequence[TierConfig],
+    geometry: Geometry,
+    cluster_id: str,
+    pinned: PinnedKeys | None = None,
+    health: HealthConfig | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Store]:
     """Open or create all tiers, alone, until the end of the block, the fastest one first. Of `pinned` nothing is
     evicted; who changes it calls `Store.apply_pins`.
@@ -338,7 +414,7 @@ def open_store(
     with ExitStack() as stack:
         pinned = pinned if pinned is not None else PinnedKeys()
         tiers = [stack.enter_context(open_tier(config, geometry, cluster_id, pinned)) for config in configs]
-        store = Store(tiers, pinned)
+        store = Store(tiers, pinned, health, clock)
         for number, tier in enumerate(tiers):
             # Cut off between the copy and the eviction: one copy is enough.
             for block, _ in tier.blocks():

@@ -45,6 +45,7 @@ from cachefs.store.layout import (
 )
 from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
 from cachefs.store.pinned import PinnedKeys
+from cachefs.store.probe import is_of_the_medium, try_disk
 from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class Tier:
         self._evictions = 0
         self.on_evicted: Callable[[BlockId], None] = lambda block: None
         """Called, from whatever thread, with each sealed block that goes; must not call back into the tier."""
+        self.on_failed: Callable[[OSError, bool], None] = lambda error, reading: None
+        """Called, from whatever thread, when the disk fails to read (True) or to write (False) a sealed block."""
 
     # ---- what is here ----------------------------------------------------------------------------------------------
 
@@ -550,6 +553,9 @@ class Tier:
                 verify_pages(block, fd, expected)
         except (BlockCorruptError, OSError) as error:
             logger.info("block is damaged block=%s error=%s", block.filename, error)
+            for each in (error, error.__cause__):
+                if isinstance(each, OSError) and is_of_the_medium(each):
+                    self.on_failed(each, True)
             return False
         return True
 
@@ -628,9 +634,33 @@ class Tier:
                 continue
             except OSError as error:
                 logger.warning("block dropped, the disk failed to write it block=%s error=%s", block.filename, error)
+                self.on_failed(error, False)
                 self.drop(block)
                 lost.append(block)
         return lost
+
+    def distrust(self) -> None:
+        """Take what is sealed for suspect, as after a reboot: `restore` tells what it is worth. Blocks on the disk.
+
+        Raises OSError, having done part of it.
+        """
+        waiting = [block for block, _ in self.blocks()]
+        for start in range(0, len(waiting), _SORTED_AT_ONCE):
+            with self._lock:
+                for block in waiting[start : start + _SORTED_AT_ONCE]:
+                    size = self._sealed.get(block)
+                    if size is None:
+                        continue
+                    # Data first: from that moment it is a miss.
+                    for name in (data_name(block), sums_name(block)):
+                        os.rename(name, name, src_dir_fd=self._layout.sealed_fd, dst_dir_fd=self._layout.suspect_fd)
+                    self._discount_sealed(block)
+                    self._suspect[block] = size
+                    self._space.used += size
+
+    def try_disk(self) -> None:
+        """As `probe.try_disk`."""
+        try_disk(self._layout.tier_fd)
 
     # ---- start and end ---------------------------------------------------------------------------------------------
 

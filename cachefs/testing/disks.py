@@ -12,6 +12,9 @@ from pathlib import Path
 
 from cachefs.model import MiB
 
+_LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+_LOOP_INFO64_BYTES, _SIZE_LIMIT_AT = 232, 32
+"""struct loop_info64 and its lo_sizelimit; linux/loop.h."""
 _FIBMAP = 1
 """Where on its disk a block of a file is; from the kernel's linux/fs.h. Root only."""
 
@@ -66,6 +69,24 @@ def unreadable(directory: Path, file: Path) -> Iterator[None]:
         yield
     finally:
         os.truncate(image, size)
+
+
+@contextmanager
+def broken(mountpoint: Path) -> Iterator[None]:
+    """The `small_disk` there fails with EIO whatever it is asked for beyond its first 64 KiB. What it has, it keeps."""
+    command = ["findmnt", "-n", "-o", "SOURCE", str(mountpoint)]
+    device = os.open(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), os.O_RDONLY)
+    try:
+        before = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+        limited = bytearray(before)
+        struct.pack_into("=Q", limited, _SIZE_LIMIT_AT, 64 * 1024)
+        fcntl.ioctl(device, _LOOP_SET_STATUS64, bytes(limited))
+        try:
+            yield
+        finally:
+            fcntl.ioctl(device, _LOOP_SET_STATUS64, before)
+    finally:
+        os.close(device)
 
 
 @contextmanager

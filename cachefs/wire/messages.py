@@ -383,6 +383,8 @@ class TierInfo(msgspec.Struct, frozen=True):
     evictions: int
     pinned_bytes: int = 0
     """Of `used_bytes`: never evicted."""
+    state: str = "healthy"
+    """Of its disk: healthy; limited, nothing new goes there; down or probing, its blocks count as lost."""
 
 
 class FetchCounters(msgspec.Struct, frozen=True):
@@ -536,6 +538,8 @@ class Verify(StreamRequest[VerifyProgress], frozen=True):
 class OpenedReply(msgspec.Struct, frozen=True, array_like=True):
     follows: bool
     """Files are being fetched ahead of this reader: what it opens next should be told soon."""
+    down: list[str] = []
+    """Paths of tiers whose disks fail: sealed files are not to be opened there, until a reply without them."""
 
 
 class Opened(Request[OpenedReply], frozen=True):

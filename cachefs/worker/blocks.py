@@ -159,6 +159,7 @@ class Blocks:
                 if request.unreadable or block in self._doubted:
                     break
                 if await self.is_sealed(block):
+                    self._sealed_files.avoid(self._store.down)
                     fd = self._sealed_files.open(block, length)
                     if fd is not None:
                         self._store.visited(block)

@@ -96,6 +96,7 @@ class Giving:
         start, span = sums.geometry.page_span(sums.length, page)
         if not start <= request.offset or request.offset + request.length > start + span:
             raise BlockCorruptError(f"{block.filename}: no bytes at {request.offset}+{request.length}, within one page")
+        self._sealed_files.avoid(self._store.down)
         fd = self._sealed_files.open(block, sums.length)
         if fd is None:
             return None

@@ -17,7 +17,7 @@ from cachefs.model import (
     Ino,
     TransportError,
 )
-from cachefs.net import Hello, Pool, parse_address
+from cachefs.net import Hello, Pool, Security, parse_address
 from cachefs.wire.cluster import DoubtBlock, Effort, ReadBlock
 from cachefs.worker.counters import Counters
 from cachefs.worker.members import Members

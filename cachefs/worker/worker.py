@@ -13,7 +13,7 @@ import trio
 from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
 from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
-from cachefs.store import Store, Tier, open_store, running_boot_id
+from cachefs.store import Store, Tier, TierState, open_store, running_boot_id
 from cachefs.wire import cluster as c
 from cachefs.wire import messages as m
 from cachefs.worker.access import ACCESS
@@ -104,7 +104,7 @@ class Worker:
         follows = self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
-        return m.OpenedReply(follows)
+        return m.OpenedReply(follows, self._store.down)
 
     async def block_status(self, request: m.GetBlockStatus, session: Session) -> m.BlockStatus:
         return self._blocks.status(BlockId(request.key, request.block_index))
@@ -117,7 +117,7 @@ class Worker:
             yield progress
 
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
-        tiers = [_tier_info(tier) for tier in self._store.tiers]
+        tiers = [_tier_info(tier, self._store.state(tier)) for tier in self._store.tiers]
         uptime_s = trio.current_time() - self._started
         counters = m.FetchCounters(
             **{name: getattr(self._counters, name) for name in m.FetchCounters.__struct_fields__}
@@ -126,7 +126,7 @@ class Worker:
         return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
 
 
-def _tier_info(tier: Tier) -> m.TierInfo:
+def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
     status = tier.status()
     return m.TierInfo(
         kind=tier.config.kind,
@@ -138,6 +138,7 @@ def _tier_info(tier: Tier) -> m.TierInfo:
         partials=status.partials,
         evictions=status.evictions,
         pinned_bytes=status.pinned_bytes,
+        state=state.value,
     )
 
 
@@ -243,7 +244,10 @@ async def run_worker(
             def peer_hello() -> Hello:
                 return Hello(role="worker", name=config.name, namespace_id=sources.namespace_id)
 
-            store.on_evicted = on_evicted
+            def on_restored(block: BlockId, size: int) -> None:
+                token.run_sync_soon(link.sealed, block, size)
+
+            store.on_evicted, store.on_restored = on_evicted, on_restored
             blocks: Blocks | None = None
             try:
                 async with trio.open_nursery() as background:

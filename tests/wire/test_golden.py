@@ -291,10 +291,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x83\xa1q\xaaDoubtBlock\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x01",
     ),
     (
-        m.TierInfo("ssd", "/t", 1, 2, 3, 4, 5, 6),
-        b"\x89\xa4kind\xa3ssd\xa4path\xa2/t\xaecapacity_bytes\x01\xaaused_"
+        m.TierInfo("ssd", "/t", 1, 2, 3, 4, 5, 6, 0, "down"),
+        b"\x8a\xa4kind\xa3ssd\xa4path\xa2/t\xaecapacity_bytes\x01\xaaused_"
         b"bytes\x02\xaereserved_bytes\x03\xa6blocks\x04\xa8partials\x05"
-        b"\xa9evictions\x06\xacpinned_bytes\x00",
+        b"\xa9evictions\x06\xacpinned_bytes\x00\xa5state\xa4down",
     ),
     (
         m.FetchCounters(1, 2, 3, 4, 5, 6, 7, 8),
@@ -337,8 +337,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\xce\x00\x01\x00\x00\xa4held\xfb\xaaunreadable\xc2\xa7promote\xc0",
     ),
     (
-        m.OpenedReply(True),
-        b"\x91\xc3",
+        m.OpenedReply(True, ["/t"]),
+        b"\x92\xc3\x91\xa2/t",
     ),
     (
         m.Free([(KEY, 3)]),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from cachefs.model import BlockId, MiB
 from cachefs.net import TcpAddress
-from cachefs.store import TierConfig, open_store
+from cachefs.store import HealthConfig, TierConfig, TierState, open_store
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path
+from cachefs.testing.disks import broken, small_disk
 from cachefs.worker import care
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
@@ -55,3 +58,33 @@ async def test_the_scrub_finds_damage_once_nothing_is_fetched_or_after_a_while(
             nursery.cancel_scope.cancel()
         assert sorted(found for found, _ in store.blocks()) == [block(0), block(2)]
         assert counters.corrupt == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a disk of its own")
+@pytest.mark.expect_warnings("a disk that fails is told")
+async def test_a_disk_that_breaks_is_tried_until_it_is_well_and_what_it_holds_comes_back(tmp_path: Path) -> None:
+    nowhere = TcpAddress("127.0.0.1", 0)
+    gone, back = list[BlockId](), list[BlockId]()
+    with small_disk(tmp_path, 64 * MiB) as disk:
+        tier = TierConfig("ssd", str(disk / "tier"), 32 * MiB)
+        config = WorkerConfig(name="w", master=nowhere, listen=nowhere, socket=str(tmp_path / "socket"), tiers=(tier,))
+        health = HealthConfig(probe_every_s=0.01, longest_pause_s=0.02)
+        with open_store((tier,), GEOMETRY, CLUSTER, health=health) as store:
+            store.on_evicted = gone.append
+            store.on_restored = lambda block, size: back.append(block)
+            blocks = [block(number) for number in range(6)]
+            for number, each in enumerate(blocks):
+                seal(store, each, content(number, 2 * PAGE))
+            store.sync_sealed()
+            async with trio.open_nursery() as nursery:
+                with broken(disk):
+                    store.check(block(0))
+                    nursery.start_soon(care.Care(store, Counters(), config).run)
+                    while store.state(store.tiers[0]) is not TierState.DOWN:
+                        await trio.sleep(1)
+                    assert sorted(gone) == blocks and store.blocks() == []
+                # The scrub verifies what it holds; some it may have dropped before, as it could not read them.
+                while store.down or store.suspects():
+                    await trio.sleep(1)
+                assert sorted(back) == sorted(found for found, _ in store.blocks()) and len(back) >= 2
+                nursery.cancel_scope.cancel()

@@ -1,0 +1,55 @@
+"""Tries a disk: a small file is written, reaches the medium, is read back from there, and goes again."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from cachefs.model import BlockCorruptError
+from cachefs.store.diskfull import capacity_errors
+from cachefs.store.layout import unlink_if_exists
+from cachefs.store.partial import open_uncached, read_into, scratch, write_all
+
+_NAME = "staging/probe"
+_BYTES = 64 * 1024
+
+_OF_THE_MEDIUM = frozenset(
+    (
+        errno.EIO,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ENODATA,
+        errno.EBADMSG,
+        errno.EUCLEAN,
+        errno.EREMOTEIO,
+        errno.ETIMEDOUT,
+        errno.ESHUTDOWN,
+    )
+)
+
+
+def is_of_the_medium(error: BaseException | None) -> bool:
+    """Whether a read failed because of what is below the file system."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MEDIUM
+
+
+def try_disk(tier_fd: int) -> None:
+    """Blocks on the disk, for however long that hangs. Raises OSError; BlockCorruptError when other bytes come back
+    than were written; CapacityError when it is full.
+    """
+    written = os.urandom(_BYTES)
+    unlink_if_exists(_NAME, tier_fd)
+    try:
+        with capacity_errors():
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(_NAME, flags, 0o600, dir_fd=tier_fd)
+            try:
+                write_all(fd, written, 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        with open_uncached(_NAME, tier_fd) as fd, read_into(fd, scratch(_BYTES), 0, _BYTES) as found:
+            if found != written:
+                raise BlockCorruptError("other bytes came back from the disk than were written")
+    finally:
+        unlink_if_exists(_NAME, tier_fd)
