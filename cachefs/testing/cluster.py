@@ -37,6 +37,8 @@ class TestCluster:
         """Its TCP address, once it runs."""
         self.monitors: dict[str, Monitor] = {}
         """Of the parts, by role, as they were last started."""
+        self.workers: dict[str, WorkerConfig] = {}
+        """Those that `add_worker` started."""
         self._nursery = nursery
         self._scopes: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
@@ -52,6 +54,25 @@ class TestCluster:
 
     async def start_worker(self) -> None:
         self.worker_address, _ = await self._nursery.start(self._run, "worker", run_worker, self.worker_config)
+
+    async def add_worker(self, name: str, **changes: object) -> WorkerConfig:
+        """One more, with a tier as large as that of the first in a directory of its own. `stop(name)` ends it."""
+        (tier,) = self.worker_config.tiers
+        config = replace(
+            self.worker_config,
+            name=name,
+            listen=LOOPBACK,
+            socket=str(self.directory / f"{name}.sock"),
+            tiers=(replace(tier, path=str(self.directory / f"{name}.tier")),),
+        )
+        config = replace(config, **changes)  # type: ignore[arg-type]
+        public, _ = await self._nursery.start(self._run, name, run_worker, config)
+        config = self.workers[name] = replace(config, listen=public)
+        return config
+
+    async def start_again(self, name: str) -> None:
+        """A worker that `add_worker` started and `stop` ended, at the address it had."""
+        await self._nursery.start(self._run, name, run_worker, self.workers[name])
 
     async def stop(self, role: str) -> None:
         scope, ended = self._scopes.pop(role)
@@ -79,8 +100,9 @@ class TestCluster:
         async with open_client(replace(config, **changes)) as client:  # type: ignore[arg-type]
             yield client
 
-    async def worker_status(self) -> WorkerStatus:
-        async with open_peer(UnixAddress(self.worker_config.socket), Hello("client")) as peer:
+    async def worker_status(self, name: str = "worker") -> WorkerStatus:
+        config = self.workers.get(name, self.worker_config)
+        async with open_peer(UnixAddress(config.socket), Hello("client")) as peer:
             return (await peer.call(GetWorkerStatus())).message
 
 
