@@ -34,7 +34,7 @@ class HealthConfig:
     bad_probes: int = 3
     """In a row, and it is down."""
     failed_reads: int = 3
-    """Within `reads_within_s`, and it is down. One bad sector costs one block, not the tier."""
+    """Within `reads_within_s`, and it is down; the second makes it limited. One bad sector costs one block only."""
     reads_within_s: float = 60.0
     relapse_within_s: float = 600.0
     most_good_probes: int = 24
@@ -75,8 +75,12 @@ class Health:
 
     def read_failed(self, now: float) -> None:
         """A read of the medium, not a comparison of what was read."""
-        self.write_failed(now)
+        alone = not self._failed_reads or now - self._failed_reads[-1] > self._config.reads_within_s
         self._failed_reads.append(now)
+        if alone and self.state is TierState.HEALTHY:
+            # One bad sector costs the block that has it.
+            return
+        self.write_failed(now)
         few = len(self._failed_reads) < self._config.failed_reads
         if self.is_served and not few and now - self._failed_reads[0] <= self._config.reads_within_s:
             self._enter(TierState.DOWN, now)

@@ -90,7 +90,7 @@ class Blocks:
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
             return PromoteReply(False)
-        if not request.background:
+        if not request.background and mode is not Promote.NEVER:
             self._prefetch.asked((reader, request.reader), source)
         block = BlockId(attr.key, 0)
         if not request.background:
@@ -153,7 +153,7 @@ class Blocks:
             block = BlockId(key, request.block_index)
             if request.unreadable:
                 self._doubt(block, request.held)
-            elif request.offset == 0:
+            elif request.offset == 0 and self._mode(request, source) is not Promote.NEVER:
                 self._prefetch.asked((reader, 0), source)
             for _ in range(_ATTEMPTS):
                 if request.unreadable or block in self._doubted:

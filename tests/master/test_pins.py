@@ -108,8 +108,8 @@ async def test_amounts_count_each_file_once_and_what_it_takes(tmp_path: Path, ke
         # Nothing has to be held of what is empty.
         assert (amount.cached_files, amount.cached_bytes) == (1, 0)
         blocks = [(BlockId(keys["c/4"], index), 1) for index in (0, 2)]
-        store.report("w1", blocks, [], whole=True)
-        store.report("w2", [*blocks, (BlockId(keys["a/1"], 0), 1)], [], whole=True)
+        store.report("w1", 1, blocks, [], ())
+        store.report("w2", 2, [*blocks, (BlockId(keys["a/1"], 0), 1)], [], ())
         amount = await pins.measure(["/"], GEOMETRY)
         assert (amount.files, amount.cached_files, amount.cached_bytes) == (5, 2, 1 + (2 << 20))
         assert (await pins.measure(["/a/1"], GEOMETRY)).cached_bytes == 1

@@ -269,6 +269,11 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
             "DROP TABLE pins",
             "DROP TABLE removed_mounts",
             *(f"ALTER TABLE mounts DROP COLUMN {column}" for column in ("by_hand", "url", "options")),
+            "DROP TABLE workers",
+            "DROP INDEX replicas_of_worker",
+            "ALTER TABLE replicas DROP COLUMN epoch",
+            "CREATE INDEX replicas_of_worker ON replicas (worker)",
+            "DELETE FROM counters WHERE name = 'epoch'",
             "PRAGMA user_version = 1",
         ):
             db.execute(statement)
@@ -277,6 +282,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     with open_meta_store(str(tmp_path)) as store:
         assert store.attach([("/data", ORIGIN)]) == [mount]
         assert store.added_mounts() == [] and store.removed_mounts() == set()
+        assert store.register_worker("w", "", {}, 1).epoch == 1
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
@@ -293,13 +299,36 @@ def test_wrong_mounts_are_refused_and_change_nothing(tmp_path: Path, mounts: lis
 
 def test_replicas(store: MetaStore) -> None:
     one, two = (BlockId(ContentKey(bytes([n]) * 16), 0) for n in (1, 2))
-    store.report("w1", [(one, 5), (two, 6)], [], whole=True)
-    store.report("w2", [(one, 5)], [], whole=True)
+    both = {"w1", "w2"}
+    assert store.report("w1", 1, [(one, 5), (two, 6)], [], both) == []
+    assert sorted(store.report("w2", 2, [(one, 5)], [], both)) == [("w1", one, True), ("w2", one, True)]
     assert store.holders(one) == ["w1", "w2"] and store.replica_totals() == {"w1": (2, 11), "w2": (1, 5)}
-    store.report("w1", [(one, 5)], [two], whole=False)
+    store.report("w1", 1, [], [two], both)
     assert store.holders(two) == [] and store.replica_totals()["w1"] == (1, 5)
-    store.report("w1", [], [], whole=True)
+    # Whoever is granted a drop is no holder from then on: the other one has the last copy.
+    assert store.grant_drops("w1", [one, two], {"w1"}) == ([], [])
+    assert store.grant_drops("w1", [one, two], both) == ([one], [("w2", one, False)])
+    assert store.grant_drops("w2", [one], both) == ([], []) and store.holders(one) == ["w2"]
+
+
+def test_a_full_report_forgets_what_it_does_not_mention(store: MetaStore) -> None:
+    one, two, three = (BlockId(ContentKey(bytes([n]) * 16), 0) for n in (1, 2, 3))
+    alive = {"w1", "w2"}
+    epoch = store.register_worker("w1", "h:1", {"rack": "r"}, 10).epoch
+    store.report("w1", epoch, [(one, 5), (two, 6)], [], alive)
+    store.report("w2", 0, [(one, 5), (two, 6), (three, 7)], [], alive)
+    again = store.register_worker("w1", "h:2", {}, 10)
+    assert again.epoch > epoch and [each.address for each in store.workers()] == ["h:2"]
+    store.report("w1", again.epoch, [(two, 6), (three, 7)], [], ())
+    stand = store.end_full_report("w1", again.epoch, alive)
+    assert sorted(stand) == sorted(
+        [("w2", one, False), *((name, block, True) for name in alive for block in (two, three))]
+    )
     assert store.holders(one) == ["w2"]
+    # One that counts no more: the other one holds all of that alone.
+    assert sorted(store.standings("w1", {"w2"})) == [("w2", two, False), ("w2", three, False)]
+    found = store.blocks_of("w2", None, 2)
+    assert found == [(one, 5), (two, 6)] and store.blocks_of("w2", two, 2) == [(three, 7)]
 
 
 NAMES = st.sampled_from(["a", "b", "c", "ü", "d.txt"])

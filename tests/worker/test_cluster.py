@@ -1,0 +1,188 @@
+"""Several workers over real sockets: each byte leaves the under-store once, and no reader goes without his bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefs.client import Client
+from cachefs.model import Attr, ConfigError, MiB
+from cachefs.policy import Promote
+from cachefs.store import TierConfig
+from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+
+pytestmark = pytest.mark.anyio
+
+AT_ONCE = {"settle": "0"}
+SMALL = {f"small{number:02}": random.Random(number).randbytes(PAGE // 2 + number) for number in range(24)}
+LARGE = {f"large{number}": random.Random(100 + number).randbytes(9 * PAGE + number) for number in range(4)}
+FILES = SMALL | LARGE
+TOTAL = sum(map(len, FILES.values()))
+
+
+class Scene:
+    """A cluster, and a client on each of its workers."""
+
+    def __init__(self, cluster: TestCluster, data: Path) -> None:
+        self.cluster = cluster
+        self.data = data
+        self.clients: dict[str, Client] = {}
+
+    async def under_store_bytes(self) -> int:
+        return sum([(await self.cluster.worker_status(name)).counters.under_store_bytes for name in self.clients])
+
+    async def until_known(self, copies: int) -> None:
+        """The master knows of so many copies of blocks."""
+        client = self.clients["worker"]
+        with trio.fail_after(20):
+            while sum(each.blocks for each in (await client.master_status()).workers) != copies:
+                await trio.sleep(0.02)
+
+
+@asynccontextmanager
+async def scene(
+    tmp_path: Path, names: Iterable[str], capacity: int = 64 * MiB, files: dict[str, bytes] = FILES, **worker: object
+) -> AsyncIterator[Scene]:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, content in files.items():
+        (data / name).write_bytes(content)
+    worker = {"tiers": (TierConfig("ssd", str(tmp_path / "tier"), capacity),), "scrub_bytes_per_s": 0, **worker}
+    async with (
+        running_cluster(tmp_path, data.as_uri(), ufs_options=AT_ONCE, worker=worker) as cluster,
+        AsyncExitStack() as stack,
+    ):
+        found = Scene(cluster, data)
+        found.clients["worker"] = await stack.enter_async_context(cluster.client())
+        for name in names:
+            config = await cluster.add_worker(name)
+            found.clients[name] = await stack.enter_async_context(cluster.client(worker_socket=config.socket))
+        yield found
+
+
+async def read(client: Client, attr: Attr) -> bytes:
+    """As a mount reads: small ones whole, the others as they come."""
+    if attr.size_bytes <= PAGE:
+        await client.promote(attr.ino)
+    reader = client.open_content(attr)
+    try:
+        return b"".join([bytes(await reader.read(at, 50_000)) for at in range(0, attr.size_bytes, 50_000)])
+    finally:
+        reader.close()
+
+
+async def read_all(client: Client, files: dict[str, bytes], seed: int = 0) -> None:
+    """Every byte, in an order of its own."""
+    for name in random.Random(seed).sample(sorted(files), len(files)):
+        assert await read(client, await client.metadata.resolve(f"/{name}")) == files[name], name
+
+
+def damage(fd: int) -> None:
+    """As its disk might."""
+    with open(f"/proc/self/fd/{fd}", "r+b") as file:
+        file.write(b"wrong")
+    os.close(fd)
+
+
+async def test_workers_that_start_cold_at_once_read_the_under_store_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, ["second", "third"]) as found:
+        async with trio.open_nursery() as nursery:
+            for seed, client in enumerate(found.clients.values()):
+                nursery.start_soon(read_all, client, FILES, seed)
+        assert await found.under_store_bytes() == TOTAL
+        # Local-first: with room for it, each has all of it then, and reads it without anybody.
+        await found.until_known(3 * len(FILES))
+        for name in found.clients:
+            status = await found.cluster.worker_status(name)
+            assert status.counters.under_store_bytes + status.counters.peer_bytes == TOTAL
+            assert status.tiers[0].blocks == len(FILES)
+
+
+async def test_what_one_has_is_not_read_again_when_the_under_store_is_gone(tmp_path: Path) -> None:
+    async with scene(tmp_path, ["second"]) as found:
+        await read_all(found.clients["worker"], FILES)
+        await found.until_known(len(FILES))
+        attrs = {name: await found.clients["second"].metadata.resolve(f"/{name}") for name in FILES}
+        for name in FILES:
+            (found.data / name).unlink()
+        for name, attr in attrs.items():
+            assert await read(found.clients["second"], attr) == FILES[name]
+        assert (await found.cluster.worker_status("second")).counters.under_store_bytes == 0
+
+
+async def test_what_is_not_kept_is_read_from_who_has_it(tmp_path: Path) -> None:
+    async with scene(tmp_path, ["second"]) as found:
+        await read_all(found.clients["worker"], FILES)
+        await found.until_known(len(FILES))
+        async with found.cluster.client(
+            worker_socket=found.cluster.workers["second"].socket, promote=Promote.NEVER
+        ) as client:
+            await read_all(client, FILES)
+            # A few bytes somewhere, not the page they are in.
+            before = (await found.cluster.worker_status()).counters.served_bytes
+            reader = client.open_content(await client.metadata.resolve("/large0"))
+            for at in (5 * PAGE + 7, 100, 8 * PAGE):
+                assert bytes(await reader.read(at, 10)) == FILES["large0"][at : at + 10]
+            reader.close()
+        second = await found.cluster.worker_status("second")
+        assert second.counters.under_store_bytes == 0 and second.tiers[0].blocks == 0
+        assert (await found.cluster.worker_status()).counters.served_bytes - before <= 30
+
+
+async def test_caches_that_together_are_large_enough_hold_all_of_it(tmp_path: Path) -> None:
+    files = {f"f{number:03}": random.Random(number).randbytes(PAGE) for number in range(100)}
+    held = 17 * 4096
+    async with scene(tmp_path, ["b", "c", "d"], 30 * held + 8192, files) as found:
+        for seed in range(3):
+            before = await found.under_store_bytes()
+            async with trio.open_nursery() as nursery:
+                for number, client in enumerate(found.clients.values()):
+                    nursery.start_soon(read_all, client, files, 10 * seed + number)
+            fetched = (await found.under_store_bytes() - before) / (len(files) * PAGE)
+            print("epoch", seed, fetched)
+            assert fetched <= (1.05 if seed == 0 else 0.02)
+
+
+async def test_a_worker_that_goes_away_costs_no_reader_his_bytes(tmp_path: Path) -> None:
+    async with scene(tmp_path, ["second"]) as found:
+        await read_all(found.clients["second"], FILES)
+        await found.until_known(len(FILES))
+        await found.cluster.stop("second")
+        del found.clients["second"]
+        await read_all(found.clients["worker"], FILES)
+        assert await found.under_store_bytes() == TOTAL
+
+
+@pytest.mark.expect_warnings("damaged bytes are worth one")
+async def test_a_damaged_copy_is_dropped_where_it_is_and_read_elsewhere(tmp_path: Path) -> None:
+    async with scene(tmp_path, ["second"]) as found:
+        first, second = found.clients["worker"], found.clients["second"]
+        await read_all(first, FILES)
+        await found.until_known(len(FILES))
+        for name in ("small00", "large0"):
+            attr = await first.metadata.resolve(f"/{name}")
+            fd = first.open_sealed(attr)
+            assert fd is not None
+            damage(fd)
+        await read_all(second, FILES)
+        with trio.fail_after(10):
+            while (await found.cluster.worker_status()).tiers[0].blocks != len(FILES) - 2:
+                await trio.sleep(0.02)
+
+
+async def test_a_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachefs.worker.master_link._NAME_TAKEN_S", 0.0)
+    async with scene(tmp_path, []) as found:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await found.cluster.add_worker("worker", socket=str(tmp_path / "other"))
+        leaf: BaseException = raised.value
+        while isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        assert isinstance(leaf, ConfigError) and leaf.key == "--name"
+        await read_all(found.clients["worker"], SMALL)
