@@ -49,13 +49,20 @@ class Admission:
         ]
         asked = [(*wanted[number], wanted[number][0].block_index * self._geometry.block_size) for number in admitted]
         routes: list[Route | None] = [None] * len(wanted)
-        for number, route in zip(admitted, await self._supply.routes(asked), strict=True):
-            length, first_copy = lengths[number], self._supply.is_first_copy(route)
-            if first_copy or self._store.admits(length, mode, first_copy=False):
-                routes[number] = route
-                if first_copy or mode is Promote.ALWAYS:
-                    await self._drops.make_room(length)
-            else:
+        found = await self._supply.routes(asked)
+        try:
+            for number, route in zip(admitted, found, strict=True):
+                length, first_copy = lengths[number], self._supply.is_first_copy(route)
+                if first_copy or self._store.admits(length, mode, first_copy=False):
+                    routes[number] = route
+                    if first_copy or mode is Promote.ALWAYS:
+                        await self._drops.make_room(length)
+                else:
+                    self._supply.end(route)
+        except BaseException:
+            # Cancelled while room was made.
+            for route in found:
                 self._supply.end(route)
+            raise
         self._counters.not_admitted += routes.count(None)
         return routes
