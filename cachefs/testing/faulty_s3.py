@@ -55,6 +55,7 @@ class _Order:
     part: str
     times: int
     retry_after: str
+    after: int
 
 
 class FaultyS3:
@@ -83,14 +84,21 @@ class FaultyS3:
         self._stalled = threading.Semaphore(0)
 
     def inject(
-        self, fault: Fault, *, method: str = "GET", part: str = "", times: int = 1, retry_after: str = ""
+        self,
+        fault: Fault,
+        *,
+        method: str = "GET",
+        part: str = "",
+        times: int = 1,
+        retry_after: str = "",
+        after: int = 0,
     ) -> None:
         """Meet the next `times` requests of that method, whose path and query contain `part`, with the fault.
 
-        `retry_after` is sent as the header Retry-After.
+        `retry_after` is sent as the header Retry-After. `after` so many of them that are met with nothing.
         """
         with self._lock:
-            self._orders.append(_Order(fault, method, part, times, retry_after))
+            self._orders.append(_Order(fault, method, part, times, retry_after, after))
 
     def open_connections(self) -> int:
         """Those that the client has not closed."""
@@ -125,6 +133,9 @@ class FaultyS3:
             self.most_at_once = max(self.most_at_once, self._at_once)
             for order in self._orders:
                 if order.times > 0 and order.method == method and order.part in path:
+                    if order.after > 0:
+                        order.after -= 1
+                        continue
                     order.times -= 1
                     return order
         return None

@@ -135,7 +135,7 @@ class Supply:
         """
         give_up = trio.current_time() + _PATIENCE_S
         while True:
-            workers = await self._whom_to_ask(route)
+            effort, workers = await self._whom_to_ask(route)
             if not workers:
                 async with slots:
                     yield Page(await self._origin.read(route.source, route.start + offset, length), None, "")
@@ -143,15 +143,15 @@ class Supply:
             route.turn += 1
             worker = workers[route.turn % len(workers)]
             async with self._slots:
-                got = await self._try(route, worker, offset, length)
+                got = await self._try(route, worker, effort, offset, length)
                 if got is not None:
                     yield Page(got.data, got.checksum, worker)
                     return
             if trio.current_time() > give_up:
                 self._leave_out(route, worker)
 
-    async def _whom_to_ask(self, route: Route) -> list[str]:
-        """Workers, one as good as the other; none: the under-store is ours to read."""
+    async def _whom_to_ask(self, route: Route) -> tuple[Effort, list[str]]:
+        """Workers, one as good as the other, and for what; none: the under-store is ours to read."""
         while not self.alone:
             if route.has_lease and not self._places.has_lease(route.block):
                 # Moved: others could wait for us no longer.
@@ -163,22 +163,20 @@ class Supply:
             assert place is not None
             holders = [name for name in place.holders if self._is_usable(route, name)]
             if holders:
-                return self._members.equally_near(holders, route.block)
+                return "held", self._members.equally_near(holders, route.block)
             if not place.holders and place.origin in ("", self._members.name):
-                return []
+                return "origin", []
             if not place.holders and self._is_usable(route, place.origin):
-                return [place.origin]
+                return "origin", [place.origin]
             route.failed.update(place.holders, [place.origin] if place.origin else [])
             route.place = None
-        return []
+        return "origin", []
 
     def _is_usable(self, route: Route, name: str) -> bool:
         return name not in route.failed and self._peers.is_usable(name)
 
-    async def _try(self, route: Route, worker: str, offset: int, length: int) -> PeerBytes | None:
+    async def _try(self, route: Route, worker: str, effort: Effort, offset: int, length: int) -> PeerBytes | None:
         """None: not yet, or not from this one."""
-        assert route.place is not None
-        effort: Effort = "held" if worker in route.place.holders else "origin"
         try:
             return await self._peers.read(worker, route.block, offset, length, effort, route.source.attr.ino)
         except StaleError:
