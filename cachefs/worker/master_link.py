@@ -168,7 +168,9 @@ class MasterLink:
                 logger.warning("registering again error=%s", error)
             finally:
                 self._peer = None
-                self._up = trio.Event()
+                if self._up.is_set():
+                    # Not otherwise: whoever waits has this one.
+                    self._up = trio.Event()
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 

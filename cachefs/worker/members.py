@@ -24,6 +24,8 @@ class Members:
         """The master has told the first time."""
         self.others: dict[str, Member] = {}
         """All that are alive but this one."""
+        self.joined_s: dict[str, float] = {}
+        """Since when, as far as was told."""
         self._me = Place(name, labels)
         self._state = "active"
 
@@ -43,7 +45,12 @@ class Members:
 
     def learn(self, members: list[Member]) -> None:
         """These are all that are alive."""
+        before, now = self.others, trio.current_time()
         self.others = {each.name: each for each in members if each.name != self.name}
+        self.joined_s = {
+            name: self.joined_s[name] if name in before and before[name].address == each.address else now
+            for name, each in self.others.items()
+        }
         self._state = next((each.state for each in members if each.name == self.name), self._state)
         self.known.set()
 

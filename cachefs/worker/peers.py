@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from time import perf_counter
 from typing import NamedTuple
@@ -30,7 +31,7 @@ CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 5.0
 """Of one request: whoever has nothing yet says so within two seconds, and whoever says nothing is stuck."""
 _AVOIDED_S = 10.0
-"""How long nobody asks a worker again that did not answer."""
+"""How long nobody asks a worker again that did not answer, unless it was away since and is back."""
 
 
 class PeerBytes(NamedTuple):
@@ -57,11 +58,15 @@ class Peers:
         self._nursery = nursery
         self._security = security
         self._pools: dict[str, tuple[str, Hello, Pool]] = {}
-        self._avoided_until: dict[str, float] = {}
+        self._silent_s: dict[str, float] = {}
+        """When each did not answer last."""
 
     def is_usable(self, name: str) -> bool:
         """It is alive, as far as is known, and answered when it was last asked."""
-        return name in self._members.others and self._avoided_until.get(name, 0.0) <= trio.current_time()
+        if name not in self._members.others:
+            return False
+        silent_s = self._silent_s.get(name, -math.inf)
+        return silent_s < self._members.joined_s[name] or silent_s + _AVOIDED_S <= trio.current_time()
 
     async def read(
         self, name: str, block: BlockId, offset: int, length: int, effort: Effort, ino: Ino
@@ -107,7 +112,7 @@ class Peers:
         if self.is_usable(name):
             logger.warning("worker does not answer name=%s avoided_s=%g reason=%s", name, _AVOIDED_S, reason)
         self._counters.peer_failures += 1
-        self._avoided_until[name] = trio.current_time() + _AVOIDED_S
+        self._silent_s[name] = trio.current_time()
 
     def _pool(self, name: str) -> Pool:
         member = self._members.others.get(name)

@@ -143,6 +143,9 @@ class Supply:
             route.turn += 1
             worker = workers[route.turn % len(workers)]
             async with self._slots:
+                if not self._is_usable(route, worker):
+                    # It was found to be silent while this page waited for its turn.
+                    continue
                 got = await self._try(route, worker, effort, offset, length)
                 if got is not None:
                     yield Page(got.data, got.checksum, worker)
