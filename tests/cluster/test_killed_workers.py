@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from cachefs.client import Client
-from cachefs.model import CachefsError, MiB
+from cachefs.model import CachefsError, MiB, UnderStoreError
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.real_cluster import PAGE, kept_bytes, promoted, read_all, real_cluster
@@ -78,6 +78,46 @@ async def test_killed_while_it_fetches_and_others_wait(tmp_path: Path, s3_bucket
             fetched = [(await cluster.status(name)).counters for name in ("b", "c")]
             assert sum(each.under_store_bytes for each in fetched) == len(LARGE) - early * PAGE
             assert sum(each.peer_bytes for each in fetched) == len(LARGE) + early * PAGE
+
+
+async def test_when_nobody_is_left_who_could_supply_it(tmp_path: Path, s3_bucket: Bucket) -> None:
+    """The only worker that has it is dead, and the under-store fails: an error, soon. What is cached is still read, and
+    everything again once the under-store answers.
+    """
+    contents = {"small": LARGE[:1000], "large": LARGE, "known": LARGE[::-1]}
+    s3_bucket.put(contents)
+    with slow_store(s3_bucket) as (faulty, options), trio.fail_after(90):
+        options |= {"deadline": "2", "read_timeout": "1"}
+        async with (
+            real_cluster(tmp_path, s3_bucket.url, workers=["a", "b", "c"], ufs_options=options) as cluster,
+            cluster.client("a") as of_a,
+            cluster.client("b") as of_b,
+            cluster.client("c") as of_c,
+        ):
+            for name in contents:
+                assert await promoted(of_a, f"/{name}") == contents[name]
+                for client in (of_b, of_c):
+                    await client.metadata.resolve(f"/{name}")
+            while await of_b.holders(await of_b.metadata.resolve("/known"), 0) != ["a"]:
+                await trio.sleep(0.02)
+            assert await promoted(of_b, "/known") == contents["known"]
+            await cluster.kill("a")
+            faulty.inject("internal-error", times=1_000_000)
+
+            async def fails(client: Client, path: str) -> None:
+                with pytest.raises(UnderStoreError), trio.fail_after(30):
+                    await promoted(client, path)
+
+            async with trio.open_nursery() as nursery:
+                for client in (of_b, of_c):
+                    for name in ("small", "large"):
+                        nursery.start_soon(fails, client, f"/{name}")
+            for client in (of_b, of_c):
+                assert await promoted(client, "/known") == contents["known"]
+            faulty.forget()
+            for client in (of_b, of_c):
+                for name, content in contents.items():
+                    assert await promoted(client, f"/{name}") == content
 
 
 async def test_killed_while_it_serves(tmp_path: Path) -> None:
