@@ -14,11 +14,11 @@ PYFUSE3 := $(VENV)/.pyfuse3
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo
 
-test: lint $(PYFUSE3)
+test: lint $(PYFUSE3) .networks
 	$(PYTEST)
 
 # What takes minutes as well.
-test-all: lint $(PYFUSE3)
+test-all: lint $(PYFUSE3) .networks
 	$(PYTEST) -m ""
 
 lint: $(STAMP)
@@ -64,6 +64,12 @@ MISSING = \
   command -v pkg-config >/dev/null || echo pkg-config; \
   pkg-config --exists fuse3 2>/dev/null || echo libfuse3-dev; \
   $(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+
+# For the test of two hosts that cannot reach each other, which is skipped where this cannot be had.
+.PHONY: .networks
+.networks:
+	@command -v ip >/dev/null || [ "$$(id -u)" != 0 ] \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq iproute2; } || true
 
 .PHONY: .apt-venv
 .apt-venv:

@@ -61,6 +61,9 @@ async def test_stopped_while_it_holds_and_fetches_what_others_want(tmp_path: Pat
                 assert got == {"b": FETCHED, "c": FETCHED, "b held": HELD, "c held": HELD}
                 # Neither of the two went to the under-store for what the other fetched.
                 assert faulty.asked_bytes - before == len(FETCHED) - early * PAGE + len(HELD)
+                for name in ("b", "c"):
+                    # As many pages as are asked for at once; those that waited for their turn did not try it again.
+                    assert (await cluster.status(name)).counters.peer_failures <= 16
                 await cluster.until_alive(of_b, "a", alive=False)
                 while "worker is away name=a silent=True" not in cluster.log("master"):
                     await trio.sleep(0.05)

@@ -53,7 +53,7 @@ async def test_killed_during_a_load_and_during_an_epoch(tmp_path: Path) -> None:
                     names = iter([name for name in order if name != only_a])
                     for _ in range(4):
                         nursery.start_soon(load, client, names)
-                while min(len(cluster.sealed("a")), len(cluster.sealed("b"))) < 20:
+                while max(len(cluster.sealed("a")), len(cluster.sealed("b"))) < 40:
                     await trio.sleep(0.005)
                 await cluster.kill("master")
                 assert max(len(cluster.sealed("a")), len(cluster.sealed("b"))) < len(CONTENTS) - 1

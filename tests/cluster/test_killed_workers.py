@@ -140,11 +140,14 @@ async def test_killed_while_it_serves(tmp_path: Path) -> None:
             async def read() -> None:
                 got.append(await promoted(of_b, "/huge"))
 
+            # It runs for moments, and is held still while we look: the rest must not arrive meanwhile.
+            cluster.stop("a")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read)
-                await until_kept(of_b, "/huge", 8 * PAGE)
-                # Held still first, so that the rest does not arrive while we look.
-                cluster.stop("a")
+                while await kept_bytes(of_b, "/huge") < 8 * PAGE:
+                    cluster.go_on("a")
+                    await trio.sleep(0.002)
+                    cluster.stop("a")
                 assert 0 < await kept_bytes(of_b, "/huge") < len(content) and not got
                 await cluster.kill("a")
             assert got == [content]
