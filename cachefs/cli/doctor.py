@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import click
@@ -19,7 +19,9 @@ from cachefs.cli import params, settings
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
 from cachefs.cli.mount_options import check_settings
+from cachefs.cli.security import security_to_ask
 from cachefs.cli.tables import print_tables, table_of
+from cachefs.client import ClientConfig, open_client
 from cachefs.fuse import (
     FS_TYPE,
     PASSTHROUGH_NEEDS_ROOT,
@@ -86,7 +88,7 @@ def doctor(
     ignored = sum(InitFlag[name.upper()] for name in ignore_kernel_feature)
     finding, configured = _settings(ctx, path)
     places = [tier.path for tier in tiers] or configured
-    findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
+    findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances(), *_worker(path)]
     if url is not None:
         try:
             findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
@@ -252,6 +254,46 @@ def _instances() -> Iterator[Finding]:
             yield Finding("cachefs up", "ok", says)
         else:
             yield Finding("cachefs up", "error", f"{says}: the master does not answer", f"kill {instance.pid}")
+
+
+def _worker(path: str | None) -> Iterator[Finding]:
+    """Through which worker `cachefs mount` would read, where its settings name a master."""
+    try:
+        commands = settings.configured_commands()
+        chosen = path or os.environ.get(settings.CONFIG_VARIABLE) or settings.default_path()
+        file = settings.load_settings(chosen, commands)
+        with click.Context(commands["mount"], info_name="mount") as context:
+            settings.apply_file(context, commands["mount"], file)
+            for option, value, _ in settings.effective(context, commands["mount"]):
+                context.params[option.name or ""] = value
+            values = context.params
+            master = values["master_address"]
+            if master is None:
+                return
+            config = ClientConfig(
+                master,
+                values["worker_socket"],
+                security=security_to_ask(master, admin=False),
+                worker_address=values["worker_address"],
+                anywhere=True,
+                labels=params.collect_labels(values["labels"] or ()),
+            )
+        yield trio.run(_found_worker, config)
+    except CachefsError as error:
+        yield Finding("worker", "warning", f"none would be found by a mount: {error}", "start master and workers")
+
+
+async def _found_worker(config: ClientConfig) -> Finding:
+    """Raises CachefsError."""
+    config = replace(config, patience_s=_MASTER_LIMIT_S, first_contact_s=_MASTER_LIMIT_S)
+    async with open_client(config) as client:
+        chosen = client.workers.chosen
+    if chosen is None:
+        return Finding("worker", "warning", f"the master at {config.master} knows none", "cachefs worker ...")
+    says = f"a mount reads through {chosen.candidate}"
+    if chosen.is_local:
+        return Finding("worker", "ok", says)
+    return Finding("worker", "warning", f"{says}: over the network, without passthrough", "cachefs worker ... here")
 
 
 async def _answers(master: str) -> bool:
