@@ -88,7 +88,9 @@ def doctor(
     ignored = sum(InitFlag[name.upper()] for name in ignore_kernel_feature)
     finding, configured = _settings(ctx, path)
     places = [tier.path for tier in tiers] or configured
-    findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances(), *_worker(path)]
+    findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
+    if finding.level == "ok":
+        findings += _worker(path)
     if url is not None:
         try:
             findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
@@ -259,28 +261,39 @@ def _instances() -> Iterator[Finding]:
 def _worker(path: str | None) -> Iterator[Finding]:
     """Through which worker `cachefs mount` would read, where its settings name a master."""
     try:
-        commands = settings.configured_commands()
-        chosen = path or os.environ.get(settings.CONFIG_VARIABLE) or settings.default_path()
-        file = settings.load_settings(chosen, commands)
-        with click.Context(commands["mount"], info_name="mount") as context:
-            settings.apply_file(context, commands["mount"], file)
-            for option, value, _ in settings.effective(context, commands["mount"]):
-                context.params[option.name or ""] = value
-            values = context.params
-            master = values["master_address"]
-            if master is None:
-                return
-            config = ClientConfig(
-                master,
-                values["worker_socket"],
-                security=security_to_ask(master, admin=False),
-                worker_address=values["worker_address"],
-                anywhere=True,
-                labels=params.collect_labels(values["labels"] or ()),
-            )
+        config = _mount_client(path)
+    except ConfigError as error:
+        mend = "correct it where it is set: a key of the file, or a variable of the environment"
+        yield Finding("worker", "warning", f"a mount would not start: {error}", mend)
+        return
+    if config is None:
+        return
+    try:
         yield trio.run(_found_worker, config)
-    except CachefsError as error:
-        yield Finding("worker", "warning", f"none would be found by a mount: {error}", "start master and workers")
+    except* CachefsError as group:
+        says = f"a mount would find none: {leaves(group)[0]}"
+        yield Finding("worker", "warning", says, "start master and workers, or correct --tokens of mounts")
+
+
+def _mount_client(path: str | None) -> ClientConfig | None:
+    """What `cachefs mount` would be told; None: no master. Raises ConfigError."""
+    commands = settings.configured_commands()
+    command = commands["mount"]
+    file = settings.load_settings(path or os.environ.get(settings.CONFIG_VARIABLE) or settings.default_path(), commands)
+    with click.Context(command, info_name="mount") as context:
+        settings.apply_file(context, command, file)
+        context.params.update({option.name or "": value for option, value, _ in settings.effective(context, command)})
+        found = context.params
+        if found["master_address"] is None:
+            return None
+        return ClientConfig(
+            found["master_address"],
+            found["worker_socket"],
+            security=security_to_ask(found["master_address"], admin=False),
+            worker_address=found["worker_address"],
+            anywhere=True,
+            labels=params.collect_labels(found["labels"] or ()),
+        )
 
 
 async def _found_worker(config: ClientConfig) -> Finding:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cachefs.client import Client, ranked
 from cachefs.model import TransportError
 from cachefs.net import Role, Security, TcpAddress, UnixAddress, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+from cachefs.testing.processes import running
 from cachefs.wire import Hello, Tokens
 from cachefs.wire.messages import Fetch, OpenCounts, Opened, Promote, WorkerInfo
 
@@ -201,6 +203,36 @@ async def test_when_it_stops_the_next_nearest_goes_on_in_the_same_reader(
             await cluster.start_again("near")
             await until(lambda: worker_of(client) == "near")
             assert await contents(client, "/large", len(LARGE)) == LARGE
+
+
+@pytest.mark.expect_warnings("a worker is lost")
+async def test_one_that_hangs_without_dying_is_left_when_the_master_misses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.client.workers.running_boot_id", lambda: "boot-id-of-a-third-host")
+    monkeypatch.setattr("cachefs.client.workers._STUCK_S", 0.2)
+    monkeypatch.setattr("cachefs.master.workers.DEAD_AFTER_S", 3.0)
+    with ExitStack() as processes:
+        async with cluster_of(tmp_path, monkeypatch) as cluster:
+            arguments = (
+                *("worker", "--name", "near", "--master", str(cluster.master_address), "--listen", "127.0.0.1:0"),
+                *("--socket", tmp_path / "near.sock", "--tier", f"ssd:{tmp_path}/near.tier:100M"),
+                *("--label", "rack=1", "--insecure"),
+            )
+            near = await trio.to_thread.run_sync(processes.enter_context, running(*arguments))
+            async with cluster.client(**away(cluster, labels={"rack": "1"}, look_again_s=3600.0)) as client:
+                assert worker_of(client) == "near"
+                reader = client.open_content(await client.metadata.resolve("/large"))
+                assert bytes(await reader.read(0, PAGE)) == LARGE[:PAGE]
+                near.process.send_signal(signal.SIGSTOP)
+                try:
+                    with trio.fail_after(LIMIT_S):
+                        assert bytes(await reader.read(0, len(LARGE))) == LARGE
+                    assert worker_of(client) == "worker"
+                finally:
+                    near.process.send_signal(signal.SIGCONT)
+                reader.close()
+            await trio.to_thread.run_sync(near.end)
 
 
 async def test_without_any_worker_it_is_an_error_after_patience_and_one_that_comes_is_found(
