@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import click
@@ -19,7 +19,9 @@ from cachefs.cli import params, settings
 from cachefs.cli.instances import running, state_root
 from cachefs.cli.lifecycle import leaves
 from cachefs.cli.mount_options import check_settings
+from cachefs.cli.security import security_to_ask
 from cachefs.cli.tables import print_tables, table_of
+from cachefs.client import ClientConfig, open_client
 from cachefs.fuse import (
     FS_TYPE,
     PASSTHROUGH_NEEDS_ROOT,
@@ -87,6 +89,8 @@ def doctor(
     finding, configured = _settings(ctx, path)
     places = [tier.path for tier in tiers] or configured
     findings = [finding, *_machine(places, ignored), *_limits(places), *_mounts(), *_instances()]
+    if finding.level == "ok":
+        findings += _worker(path)
     if url is not None:
         try:
             findings.append(_under_store(url, params.collect_ufs_options(ufs_options)))
@@ -252,6 +256,57 @@ def _instances() -> Iterator[Finding]:
             yield Finding("cachefs up", "ok", says)
         else:
             yield Finding("cachefs up", "error", f"{says}: the master does not answer", f"kill {instance.pid}")
+
+
+def _worker(path: str | None) -> Iterator[Finding]:
+    """Through which worker `cachefs mount` would read, where its settings name a master."""
+    try:
+        config = _mount_client(path)
+    except ConfigError as error:
+        mend = "correct it where it is set: a key of the file, or a variable of the environment"
+        yield Finding("worker", "warning", f"a mount would not start: {error}", mend)
+        return
+    if config is None:
+        return
+    try:
+        yield trio.run(_found_worker, config)
+    except* CachefsError as group:
+        says = f"a mount would find none: {leaves(group)[0]}"
+        yield Finding("worker", "warning", says, "start master and workers, or correct --tokens of mounts")
+
+
+def _mount_client(path: str | None) -> ClientConfig | None:
+    """What `cachefs mount` would be told; None: no master. Raises ConfigError."""
+    commands = settings.configured_commands()
+    command = commands["mount"]
+    file = settings.load_settings(path or os.environ.get(settings.CONFIG_VARIABLE) or settings.default_path(), commands)
+    with click.Context(command, info_name="mount") as context:
+        settings.apply_file(context, command, file)
+        context.params.update({option.name or "": value for option, value, _ in settings.effective(context, command)})
+        found = context.params
+        if found["master_address"] is None:
+            return None
+        return ClientConfig(
+            found["master_address"],
+            found["worker_socket"],
+            security=security_to_ask(found["master_address"], admin=False),
+            worker_address=found["worker_address"],
+            anywhere=True,
+            labels=params.collect_labels(found["labels"] or ()),
+        )
+
+
+async def _found_worker(config: ClientConfig) -> Finding:
+    """Raises CachefsError."""
+    config = replace(config, patience_s=_MASTER_LIMIT_S, first_contact_s=_MASTER_LIMIT_S)
+    async with open_client(config) as client:
+        chosen = client.workers.chosen
+    if chosen is None:
+        return Finding("worker", "warning", f"the master at {config.master} knows none", "cachefs worker ...")
+    says = f"a mount reads through {chosen.candidate}"
+    if chosen.is_local:
+        return Finding("worker", "ok", says)
+    return Finding("worker", "warning", f"{says}: over the network, without passthrough", "cachefs worker ... here")
 
 
 async def _answers(master: str) -> bool:

@@ -156,13 +156,15 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
     opens = []
     for info, details in workers:
         if details is None:
-            rows.append((info.name, "does not answer" if info.connected else "away"))
+            rows.append((info.name, info.state, _labels(info), "does not answer" if info.connected else "away"))
             continue
         counters = details.counters
         for tier in details.tiers:
             rows.append(
                 (
                     info.name,
+                    info.state,
+                    _labels(info),
                     f"{tier.kind}:{tier.path}",
                     tier.state,
                     format_size(tier.used_bytes + tier.reserved_bytes),
@@ -180,12 +182,16 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
             f" {details.opens.passthrough} by passthrough, {details.opens.cached} in cached mode"
         )
     of_workers = (
-        *("worker", "tier", "disk", "used", "pinned", "capacity", "blocks", "evicted"),
+        *("worker", "state", "labels", "tier", "disk", "used", "pinned", "capacity", "blocks", "evicted"),
         *("from under-store", "not admitted", "corrupt"),
     )
     print_tables(table_of(columns, mounts, "mounts"), table_of(of_workers, rows, "workers"))
     for line in opens:
         print(line)
+
+
+def _labels(info: WorkerInfo) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(info.labels.items()))
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import click
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
 from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size, write_size
 from cachefs.net import Address, parse_address
+from cachefs.policy import parse_labels
 from cachefs.store import TierConfig, parse_tier
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,6 +57,11 @@ def _key_value(key: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(key, text, "NAME=VALUE")
+    return name, value
+
+
+def _label(key: str, text: str) -> tuple[str, str]:
+    ((name, value),) = parse_labels(key, [text]).items()
     return name, value
 
 
@@ -118,6 +125,7 @@ TIER = _Parsed("KIND:DIR:SIZE", _tier, written_tier)
 OCTAL = _Parsed("OCTAL", _octal, lambda value: f"{value:03o}")
 KEY_VALUE = _Parsed("NAME=VALUE", _key_value, "=".join)
 MOUNT = _Parsed("PATH=URL", _mount, "=".join)
+LABEL = _Parsed("NAME=VALUE", _label, "=".join)
 
 
 def ufs_option(function: F) -> F:
@@ -144,6 +152,24 @@ def collect_ufs_options(given: tuple[tuple[str, str], ...]) -> dict[str, str]:
     ctx = click.get_current_context(silent=True)
     from_file = ctx.meta.get(UFS_OPTIONS_VARIABLE, {}) if ctx is not None else {}
     return {**from_file, **options, **dict(given)}
+
+
+def label_option(function: F) -> F:
+    return click.option(
+        "labels",
+        "--label",
+        type=LABEL,
+        multiple=True,
+        help="Where this is, such as rack=r7 or zone=a; repeatable. What is nearer is read from first: on the same "
+        "host, in the same rack, in the same zone. host is the name of the host unless it is given.",
+    )(function)
+
+
+def collect_labels(given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """With that of the host. Raises ConfigError for two values of one name."""
+    labels = parse_labels("--label", map("=".join, given))
+    name = platform.node()
+    return {"host": name, **labels} if name else labels
 
 
 def json_option(function: F) -> F:

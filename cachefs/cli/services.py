@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import replace
 from functools import partial
@@ -115,6 +116,20 @@ def master(
     show_default=True,
     help="Small files fetched ahead of whoever opens those of a directory in order; 0 = none.",
 )
+@click.option(
+    "--idle-after",
+    type=params.DURATION,
+    default="30m",
+    show_default=True,
+    help="What nobody has read for so long counts as free, with all that came with it.",
+)
+@params.label_option
+@click.option(
+    "--advertise",
+    type=params.ADDRESS,
+    help="Where other workers and mounts of other hosts reach this one. Default: --listen, which must name one address "
+    "then, not all of them.",
+)
 @http_option
 @security_options
 @log_level_option
@@ -128,6 +143,9 @@ def worker(
     tiers: tuple[TierConfig, ...],
     promote: str,
     files_ahead: int,
+    idle_after: float,
+    labels: tuple[tuple[str, str], ...],
+    advertise: Address | None,
     http: Address | None,
     log_level: str,
     as_json: bool,
@@ -141,7 +159,9 @@ def worker(
         master=master_address,
         listen=_tcp("--listen", listen),
         socket=os.path.abspath(socket),
-        tiers=tiers,
+        tiers=tuple(replace(tier, idle_after_s=idle_after) for tier in tiers),
+        labels=params.collect_labels(labels),
+        advertise=_advertised(listen, advertise),
         security=security,
         promote=Promote(promote),
         files_ahead=files_ahead,
@@ -153,6 +173,14 @@ def worker(
 @click.argument("mountpoint")
 @click.option("--master", "master_address", type=params.ADDRESS, required=True)
 @click.option("--worker-socket", metavar="PATH", help="Default: that of the worker the master knows on this node.")
+@click.option(
+    "--worker",
+    "worker_address",
+    type=params.ADDRESS,
+    help="Read through this worker as long as it is there, on whatever host. Default: that of this node, or else the "
+    "nearest by its labels.",
+)
+@params.label_option
 @click.option(
     "--promote",
     type=click.Choice([each.value for each in Promote]),
@@ -172,6 +200,8 @@ def mount(
     mountpoint: str,
     master_address: Address,
     worker_socket: str | None,
+    worker_address: Address | None,
+    labels: tuple[tuple[str, str], ...],
     promote: str | None,
     http: Address | None,
     log_level: str,
@@ -181,10 +211,22 @@ def mount(
 ) -> None:
     """Mount the namespace, read only, and serve it until it is unmounted."""
     set_up_logging("mount", log_level)
-    security = security_of(Role.CLIENT, Role.CLIENT, serves=False, master=master_address)
+    addresses = {"master": master_address}
+    if worker_address is not None:
+        if worker_socket is not None:
+            raise ConfigError("--worker-socket", worker_socket, "without --worker: a mount reads through one of them")
+        addresses["worker"] = _tcp("--worker", worker_address)
+    security = security_of(Role.CLIENT, Role.CLIENT, serves=False, **addresses)
     flags = with_profile(ctx, mount_flags)
     config = mount_config(mountpoint, master_address, worker_socket, flags, promote=promote)
-    config = replace(config, client=replace(config.client, security=security))
+    client = replace(
+        config.client,
+        security=security,
+        worker_address=worker_address,
+        anywhere=True,
+        labels=params.collect_labels(labels),
+    )
+    config = replace(config, client=client)
 
     async def service(report: Report) -> None:
         async with monitored("mount", http) as shown:
@@ -222,7 +264,27 @@ async def _run_and_report(role: str, run: Any, config: Any, http: Address | None
         report({"listen": str(addresses[0]), **shown.facts})
 
 
-def _tcp(key: str, address: Address) -> Address:
+def _advertised(listen: Address, advertise: Address | None) -> str:
+    """Empty: where it listens. Raises ConfigError for what leads nobody to this worker."""
+    if advertise is not None:
+        address = _tcp("--advertise", advertise)
+        if address.port == 0 or _is_wildcard(address.host):
+            raise ConfigError("--advertise", str(address), "HOST:PORT that others can connect to, with a port above 0")
+        return str(address)
+    if isinstance(listen, TcpAddress) and _is_wildcard(listen.host):
+        accepted = f"HOST:PORT at which others reach this worker, as --listen {listen} names every address of the host"
+        raise ConfigError("--advertise", "not given", accepted)
+    return ""
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_unspecified
+    except ValueError:
+        return False
+
+
+def _tcp(key: str, address: Address) -> TcpAddress:
     if not isinstance(address, TcpAddress):
         raise ConfigError(key, str(address), "HOST:PORT")
     return address

@@ -25,7 +25,7 @@ from cachefs.cli.mount_options import as_arguments, mount_config, mount_options,
 from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
-from cachefs.model import CachefsError, ConfigError, format_size, without_credentials
+from cachefs.model import CachefsError, ConfigError, format_duration, format_size, without_credentials
 from cachefs.net import Address, TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
@@ -220,6 +220,7 @@ async def _child(
 @click.option("--page-size", type=params.PAGE_SIZE, help="As of cachefs master.")
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
+@click.option("--idle-after", type=params.DURATION, help="As of cachefs worker.")
 @click.option("--master-http", type=params.ADDRESS, help="--http of cachefs master.")
 @click.option("--worker-http", type=params.ADDRESS, help="--http of cachefs worker.")
 @click.option("--mount-http", type=params.ADDRESS, help="--http of cachefs mount.")
@@ -240,6 +241,7 @@ def up(
     page_size: int | None,
     promote: str | None,
     files_ahead: int | None,
+    idle_after: float | None,
     master_http: Address | None,
     worker_http: Address | None,
     mount_http: Address | None,
@@ -280,6 +282,7 @@ def up(
         worker_flags=(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
+            *(("--idle-after", format_duration(idle_after)) if idle_after is not None else ()),
             *_http(worker_http),
         ),
         mount_flags=(*as_arguments(flags), *_http(mount_http)),

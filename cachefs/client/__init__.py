@@ -6,8 +6,10 @@ from cachefs.client.dirs import DirReader
 from cachefs.client.files import ContentReader, read_exactly, read_exactly_nowait
 from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.view import View
+from cachefs.client.workers import Candidate, Workers, ranked
 
 __all__ = [
+    "Candidate",
     "ChangedName",
     "Client",
     "ClientConfig",
@@ -16,7 +18,9 @@ __all__ = [
     "Metadata",
     "Timeouts",
     "View",
+    "Workers",
     "open_client",
+    "ranked",
     "read_exactly",
     "read_exactly_nowait",
 ]

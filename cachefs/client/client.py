@@ -13,6 +13,7 @@ from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.patience import patiently
 from cachefs.client.view import View
+from cachefs.client.workers import Workers
 from cachefs.model import (
     Attr,
     BlockId,
@@ -22,8 +23,8 @@ from cachefs.model import (
     NamespaceChangedError,
     TransportError,
 )
-from cachefs.net import Hello, Pool, Security, UnixAddress, open_background
-from cachefs.store import SealedReader, running_boot_id
+from cachefs.net import Address, Hello, Pool, Security, open_background
+from cachefs.store import SealedReader
 from cachefs.wire.cluster import Locate
 from cachefs.wire.messages import (
     AddStore,
@@ -32,7 +33,6 @@ from cachefs.wire.messages import (
     FreeReply,
     GetCluster,
     GetMasterStatus,
-    GetWorkerStatus,
     ListPins,
     LoadMetadata,
     LoadProgress,
@@ -70,7 +70,7 @@ class Client:
         config: ClientConfig,
         cluster: ClusterInfo,
         master: Pool,
-        worker_socket: str | None,
+        workers: Workers,
         sealed: SealedReader,
         nursery: trio.Nursery,
     ) -> None:
@@ -82,7 +82,8 @@ class Client:
         self._config = config
         self._master = master
         """For what has no inode numbers: its hello names no namespace."""
-        self._worker_socket = worker_socket
+        self.workers = workers
+        """Which of them is read through."""
         self._sealed = sealed
         self._nursery = nursery
         self._opened: set[BlockId] = set()
@@ -115,14 +116,16 @@ class Client:
             on_foreign=on_foreign,
             nursery=self._nursery,
         )
-        worker = None
-        if self._worker_socket is not None:
-            worker = Pool(UnixAddress(self._worker_socket), hello, _CONNECT_TIMEOUT_S, self._nursery)
+
+        def connect(address: Address) -> Pool:
+            return Pool(address, hello, _CONNECT_TIMEOUT_S, self._nursery, self._config.security)
+
         view = View(
             epoch,
             cluster,
             metadata,
-            worker,
+            self.workers,
+            connect,
             self._sealed,
             promote=self._config.promote,
             patience_s=self._config.patience_s,
@@ -163,7 +166,7 @@ class Client:
 
     @property
     def worker(self) -> Pool:
-        """Raises UnavailableError when this client was made without one."""
+        """Raises UnavailableError when there is none."""
         return self.view.worker
 
     @property
@@ -331,14 +334,15 @@ class Client:
             with trio.move_on_after(_OPENED_EVERY_S):
                 await self._many_opened.wait()
             self._many_opened = trio.Event()
-            while self._worker_socket is not None and (self._opened or any(self._opens.values())):
+            while (chosen := self.workers.chosen) is not None and (self._opened or any(self._opens.values())):
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
                     told = Opened([(block.key, block.block_index) for block in batch], counts)
                     reply = (await self.worker.call(told)).message
                     self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH
-                    self._sealed.avoid(reply.down)
+                    if chosen.is_local:
+                        self._sealed.avoid(reply.down)
                 except TransportError:
                     # Hints, not worth keeping for a worker that is away.
                     self._opened.clear()
@@ -348,32 +352,20 @@ class Client:
 async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
     """Connect to the master, and to the worker if there is one.
 
-    Raises TransportError when the master, or a worker that was named, cannot be reached.
+    Raises TransportError when the master, a worker that was named, or every worker there is cannot be reached.
     """
     async with open_background() as nursery:
         master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
-        socket = None
-        if config.with_worker:
-            socket = config.worker_socket or await _socket_of_this_node(master)
         sealed = SealedReader([])
-        if socket is not None:
-            worker = Pool(UnixAddress(socket), Hello(role="client"), _CONNECT_TIMEOUT_S, nursery)
-            status = (await patiently(lambda: worker.call(GetWorkerStatus()), config.first_contact_s)).message
-            sealed = SealedReader([tier.path for tier in status.tiers])
-        client = Client(config, cluster, master, socket, sealed, nursery)
+        workers = Workers(config, master, sealed)
+        await workers.begin()
+        client = Client(config, cluster, master, workers, sealed, nursery)
         nursery.start_soon(client.report_opens)
+        if config.anywhere:
+            nursery.start_soon(workers.follow)
         await nursery.start(client.watch)
         yield client
-
-
-async def _socket_of_this_node(master: Pool) -> str | None:
-    boot_id = running_boot_id()
-    status = (await master.call(GetMasterStatus())).message
-    for worker in status.workers:
-        if worker.connected and worker.host_boot_id == boot_id:
-            return worker.socket
-    return None
 
 
 def _ignore_names(view: View, names: list[ChangedName]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cachefs.model import ConfigError, format_duration
@@ -35,6 +36,14 @@ class ClientConfig:
     """For TCP, presenting a role."""
     with_worker: bool = True
     """False: names and attributes only."""
+    worker_address: Address | None = None
+    """Of a worker that goes before all others as long as it is there, on whatever host."""
+    anywhere: bool = False
+    """Read through the nearest worker of another host where this one has none, or lost it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Where this client is; which worker is the nearest is told by them."""
+    look_again_s: float = 30.0
+    """How often a better worker is looked for, while the one in use is not that of this host."""
     metadata_cache_entries: int = 1_000_000
     """Names and attributes kept, some 300 bytes each."""
     timeouts: Timeouts = field(default_factory=Timeouts)

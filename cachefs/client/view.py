@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import msgspec
 import trio
 
 from cachefs.client.files import ContentReader
 from cachefs.client.metadata import Metadata
 from cachefs.client.patience import patiently
-from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, UnavailableError
-from cachefs.net import Answer, Pool
+from cachefs.client.workers import ChosenWorker, Workers
+from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, TransportError, UnavailableError
+from cachefs.net import Address, Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
 from cachefs.wire.messages import (
@@ -32,6 +34,12 @@ from cachefs.wire.messages import (
 R = TypeVar("R")
 
 _PAUSE_S = 0.1
+_CUTS = 2
+"""Connections lost one after the other while the same bytes were waited for."""
+
+
+class _CutOffError(TransportError):
+    """The connection was lost while the answer was waited for."""
 
 
 class View:
@@ -42,7 +50,8 @@ class View:
         epoch: int,
         cluster: ClusterInfo,
         metadata: Metadata,
-        worker: Pool | None,
+        workers: Workers,
+        connect: Callable[[Address], Pool],
         sealed: SealedReader,
         *,
         promote: PromoteMode | None,
@@ -54,7 +63,9 @@ class View:
         """How many namespaces this client has seen before."""
         self.cluster = cluster
         self.metadata = metadata
-        self._worker = worker
+        self._workers = workers
+        self._connect = connect
+        self._pools: dict[Address, Pool] = {}
         self._sealed = sealed
         self._block_size = cluster.geometry.block_size
         self._promote = promote
@@ -64,10 +75,17 @@ class View:
 
     @property
     def worker(self) -> Pool:
-        """Raises UnavailableError when this client was made without one."""
-        if self._worker is None:
+        """The one that is read through now. Raises UnavailableError when there is none."""
+        if self._workers.chosen is None:
             raise UnavailableError("no worker on this node: start one, or name its socket")
-        return self._worker
+        return self._pool(self._workers.chosen)
+
+    def _pool(self, chosen: ChosenWorker) -> Pool:
+        address = chosen.candidate.address
+        pool = self._pools.get(address)
+        if pool is None:
+            pool = self._pools[address] = self._connect(address)
+        return pool
 
     def open_sealed(self, attr: Attr) -> int | None:
         """A read-only descriptor of the sealed file of this content, holding its shared lock; None if there is none.
@@ -80,8 +98,9 @@ class View:
         return self._sealed.open(BlockId(key, 0), size)
 
     async def promote(self, ino: Ino, *, background: bool = False, reader: int = 0) -> bool:
-        """Have the worker make a content local; False if it has no room for it. `background`: nobody waits to read it.
-        `reader`: a number for whoever wants it, of whom the worker looks in which order he opens files.
+        """Have the worker make a content local; False if it has no room for it, or is that of another host: it makes it
+        local there. `background`: nobody waits to read it; True then, once it is local to the worker. `reader`: a
+        number for whoever wants it, of whom the worker looks in which order he opens files.
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
@@ -97,13 +116,49 @@ class View:
         return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote)
 
     async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
-        return await self._ask_worker(request)
+        cuts = 0
+
+        async def fetch() -> Answer[FetchReply]:
+            nonlocal cuts
+            # Whose disk fails while it sends can do no more than end the connection.
+            is_doubted = cuts >= _CUTS
+            asked = msgspec.structs.replace(request, unreadable=True) if is_doubted else request
+            try:
+                return await self._call_worker(asked)
+            except _CutOffError:
+                cuts += 1
+                raise
+
+        return await self._with_patience(fetch)
 
     async def _ask_worker(self, request: Request[R]) -> Answer[R]:
+        return await self._with_patience(lambda: self._call_worker(request))
+
+    async def _call_worker(self, request: Request[R]) -> Answer[R]:
+        """By the worker that is chosen, or those that are chosen in its place. Raises TransportError when there is none
+        left, _CutOffError of the kind.
+        """
+        while True:
+            chosen = await self._workers.get()
+            peer = None
+            try:
+                with chosen.calling():
+                    peer = await self._pool(chosen).peer()
+                    return await peer.call(request)
+            except TransportError as error:
+                if peer is not None and not peer.closed.is_set() and self._workers.chosen is chosen:
+                    # It answered; what it lacks, others may lack as well.
+                    raise
+                if not await self._workers.lost(chosen, error):
+                    if peer is None:
+                        raise
+                    raise _CutOffError(str(error)) from error
+
+    async def _with_patience(self, call: Callable[[], Awaitable[Answer[R]]]) -> Answer[R]:
         give_up = trio.current_time() + self._patience_s
         while True:
             try:
-                return await patiently(lambda: self.worker.call(request), self._patience_s)
+                return await patiently(call, self._patience_s)
             except NamespaceChangedError:
                 # The worker may be the one that has not heard of the new namespace yet.
                 if not await self._is_current(self) or trio.current_time() >= give_up:

@@ -56,7 +56,13 @@ class ChosenMode:
 
 
 def choose_mode(
-    wanted: OpenMode, agreed: Negotiated | None, backings: BackingRegistry, tiers: Sequence[str], *, sys_admin: bool
+    wanted: OpenMode,
+    agreed: Negotiated | None,
+    backings: BackingRegistry,
+    tiers: Sequence[str],
+    *,
+    sys_admin: bool,
+    why_no_tiers: str = "there is no worker on this node",
 ) -> ChosenMode:
     """Decide, after INIT. `agreed`: None if the driver knows of nothing but cached mode.
 
@@ -77,7 +83,7 @@ def choose_mode(
     elif not sys_admin:
         reasons.append(PASSTHROUGH_NEEDS_ROOT)
     elif not tiers:
-        reasons.append("there is no worker on this node")
+        reasons.append(why_no_tiers)
     else:
         for tier in tiers:
             reason = _why_not(backings, tier)

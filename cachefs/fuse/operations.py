@@ -144,9 +144,10 @@ class CacheOperations:
         return len(self._by_handle)
 
     def set_mode(self, chosen: ChosenMode, backings: BackingRegistry) -> None:
-        """What was decided after INIT; before, files are opened in cached mode."""
-        if chosen.mode is OpenMode.PASSTHROUGH:
-            self._backings, self._passthrough = backings, True
+        """What was decided after INIT, and again for other tiers; before, files are opened in cached mode."""
+        self._passthrough = chosen.mode is OpenMode.PASSTHROUGH
+        if self._passthrough:
+            self._backings = backings
             self._client.open_sealed_only_in(chosen.tiers)
         if chosen.mode is OpenMode.NO_OPEN:
             self._node_reads = NodeReads(self._client, self._config.open_wait_bytes)

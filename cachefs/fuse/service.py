@@ -14,7 +14,7 @@ from typing import Protocol
 
 import trio
 
-from cachefs.client import ClientConfig, open_client
+from cachefs.client import Client, ClientConfig, open_client
 from cachefs.fuse.backing import BackingRegistry
 from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.kernel import KernelSession, SessionOptions
@@ -162,13 +162,22 @@ async def run_mount(
                         session.observe = parts.times.observe
                     negotiated = await nursery.start(_serve, session, nursery)
                     backings = BackingRegistry(fd)
-                    chosen = choose_mode(
-                        *(config.operations.open_mode, negotiated, backings, client.tiers),
-                        sys_admin=probe().sys_admin,
-                    )
-                    chosen = replace(chosen, notes=tuple(_notes(mounted, config.options)))
-                    logger.info("files are opened in mode %s", chosen)
-                    operations.set_mode(chosen, backings)
+
+                    def choose(wanted: OpenMode) -> ChosenMode:
+                        chosen = choose_mode(
+                            *(wanted, negotiated, backings, client.tiers),
+                            sys_admin=probe().sys_admin,
+                            why_no_tiers=client.workers.why_no_tiers(),
+                        )
+                        logger.info("files are opened in mode %s", chosen)
+                        operations.set_mode(chosen, backings)
+                        return chosen
+
+                    chosen = choose(config.operations.open_mode)
+                    notes = *_notes(mounted, config.options), *_where_it_reads(client)
+                    chosen = replace(chosen, notes=notes)
+                    if config.operations.open_mode in (OpenMode.AUTO, OpenMode.PASSTHROUGH):
+                        _follow_tiers(client, lambda: choose(OpenMode.AUTO))
                     if monitor is not None:
                         watch_mount(monitor, parts)
                     ready(mounted, chosen)
@@ -176,6 +185,25 @@ async def run_mount(
                 finally:
                     await _unmount(mounted)
                     operations.close()
+
+
+def _where_it_reads(client: Client) -> Iterator[str]:
+    chosen = client.workers.chosen
+    if chosen is not None and not chosen.is_local:
+        yield f"what is read comes over the network: {chosen.candidate}"
+
+
+def _follow_tiers(client: Client, choose: Callable[[], object]) -> None:
+    """Decide anew how files are opened when another worker of this host is there, with other tiers."""
+    known = client.tiers
+
+    def on_chosen() -> None:
+        nonlocal known
+        if client.tiers != known:
+            known = client.tiers
+            choose()
+
+    client.workers.on_chosen = on_chosen
 
 
 def _session(config: MountConfig, fd: int, operations: Operations) -> Session:

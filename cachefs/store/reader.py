@@ -45,6 +45,12 @@ class SealedReader:
                 return fd
         return None
 
+    def look_into(self, tier_paths: Sequence[str]) -> None:
+        """The tiers are these from now on: of another worker, or of one that came with other ones."""
+        if self.tiers != (tiers := tuple(tier_paths)):
+            self.tiers = self._allowed = tiers
+            self._begin_anew()
+
     def restrict(self, tier_paths: Sequence[str]) -> None:
         """From now on look only into these."""
         self._allowed = tuple(tier_paths)

@@ -369,7 +369,7 @@ class ReportChanged(Request[Done], frozen=True):
     ino: InoField
 
 
-# ---- to the worker, from mounts on its node ------------------------------------------------------------------------
+# ---- to the worker, from mounts on its node, or on one without a worker --------------------------------------------
 
 
 class TierInfo(msgspec.Struct, frozen=True):
@@ -407,7 +407,7 @@ class FetchCounters(msgspec.Struct, frozen=True):
     peer_failures: int = 0
     """Reads from other workers that failed; the bytes came from elsewhere."""
     served_bytes: int = 0
-    """Sent to other workers."""
+    """Sent to other workers, and to mounts of other hosts."""
     served_reads: int = 0
     leases: int = 0
     """Origin leases taken so far."""
@@ -457,7 +457,7 @@ class Promote(Request[PromoteReply], frozen=True):
 
 
 class FetchReply(msgspec.Struct, frozen=True, array_like=True):
-    """Either a confirmation, or (serial 0) the bytes themselves as payload.
+    """Either a confirmation, or (serial 0, and always over TCP) the bytes themselves as payload.
 
     A confirmation says that the pages `present` can be read, at their offsets in the block, through the descriptor that
     belongs to `serial`. It comes with the reply unless the asker named that serial as `held`.

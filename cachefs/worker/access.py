@@ -8,6 +8,12 @@ from cachefs.wire import messages as m
 
 ACCESS: Allowed = {
     m.GetWorkerStatus: EVERYONE,
+    # Mounts without a worker of their own.
+    m.Fetch: EVERYONE,
+    m.Promote: EVERYONE,
+    m.Opened: EVERYONE,
+    m.GetBlockStatus: EVERYONE,
+    # Other workers.
     c.ReadBlock: WORKERS,
     c.DoubtBlock: WORKERS,
 }

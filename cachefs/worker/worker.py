@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterable
 from functools import partial
 
+import msgspec
 import trio
 
 from cachefs.metrics import Monitor, Times
@@ -30,6 +31,7 @@ from cachefs.worker.master_link import MasterLink
 from cachefs.worker.members import Members
 from cachefs.worker.metrics import WorkerParts, watch_worker
 from cachefs.worker.origin import Origin
+from cachefs.worker.outside import Outside
 from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
 from cachefs.worker.places import Places
@@ -53,12 +55,14 @@ class Worker:
         blocks: Blocks,
         giving: Giving,
         counters: Counters,
+        nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._sources = sources
         self._store = store
         self._blocks = blocks
         self._giving = giving
+        self._outside = Outside(blocks, self._check_namespace, counters, nursery)
         self._counters = counters
         self.times: Times[str] | None = None
         """Of requests; None: nobody wants to know."""
@@ -79,10 +83,14 @@ class Worker:
         return service
 
     def public_service(self) -> Service:
-        """What is answered over TCP, to other workers and to tools."""
+        """What is answered over TCP, to other workers, to mounts of other hosts and to tools."""
         service = Service(ACCESS)
         service.on(c.ReadBlock, self._giving.read_block)
         service.on(c.DoubtBlock, self._giving.doubt_block)
+        service.on(m.Fetch, self._outside.fetch)
+        service.on(m.Promote, self._outside.promote)
+        service.on_at_once(m.Opened, self.opened_outside)
+        service.on(m.GetBlockStatus, self.block_status)
         service.observe = self.times.observe if self.times is not None else None
         service.on(m.GetWorkerStatus, self.get_status)
         return service
@@ -106,6 +114,10 @@ class Worker:
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.OpenedReply(follows, self._store.down)
+
+    def opened_outside(self, request: m.Opened, session: Session) -> m.OpenedReply:
+        """The disks of this node are no concern of that one."""
+        return msgspec.structs.replace(self.opened(request, session), down=[])
 
     async def block_status(self, request: m.GetBlockStatus, session: Session) -> m.BlockStatus:
         return self._blocks.status(BlockId(request.key, request.block_index))
@@ -276,7 +288,7 @@ async def run_worker(
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, counters, config).run)
                     giving = Giving(store, blocks, sources, counters, background)
-                    worker = Worker(config, sources, store, blocks, giving, counters)
+                    worker = Worker(config, sources, store, blocks, giving, counters, background)
                     if monitor is not None:
                         worker.times = Times()
                         parts = WorkerParts(

@@ -57,7 +57,13 @@ def test_flag_before_environment_before_file_before_default(run: Run, tmp_path: 
 def test_every_setting_can_be_set_in_the_file_and_in_the_environment(tmp_path: Path) -> None:
     """Whoever adds a flag adds a key and a variable: nothing is set up by hand."""
     examples = {"SIZE": "64K", "DURATION": "7s", "HOST:PORT": "127.0.0.1:99", "KIND:DIR:SIZE": "ssd:/x:1G"}
-    examples |= {"PATH=URL": "/=file:///x", "OCTAL": "022", "text": "some", "integer range": "1000"}
+    examples |= {
+        "PATH=URL": "/=file:///x",
+        "NAME=VALUE": "rack=r7",
+        "OCTAL": "022",
+        "text": "some",
+        "integer range": "1000",
+    }
 
     def show(command: str, *arguments: str, **environment: str) -> dict[str, Any]:
         done = CliRunner().invoke(main, ["config", "show", command, "--json", *arguments], env=environment)

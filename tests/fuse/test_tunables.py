@@ -41,7 +41,7 @@ from cachefs.fuse import (
 from cachefs.fusewire import InitFlag, InitOptions, Opcode
 from cachefs.model import ConfigError, Ino, MiB
 from cachefs.net import TcpAddress, open_background
-from cachefs.store import TierConfig
+from cachefs.store import TierConfig, running_boot_id
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.disks import overlay
 from cachefs.testing.processes import mountpoint_below
@@ -112,7 +112,9 @@ async def scene(
     xattr: bool = False,
     open_wait: int = PAGE,
     worker: dict[str, object] | None = None,
+    elsewhere: bool = False,
 ) -> AsyncIterator[Scene]:
+    """`elsewhere`: the mount finds its worker by itself, of whatever host."""
     operations = operations or OperationsConfig()
     data = tmp_path / "data"
     for name, content in (files or {"large": LARGE, "small": SMALL}).items():
@@ -148,7 +150,9 @@ async def scene(
                 mountpoint=str(mountpoint),
                 client=ClientConfig(
                     cluster.master_address,
-                    cluster.worker_config.socket,
+                    None if elsewhere else cluster.worker_config.socket,
+                    anywhere=elsewhere,
+                    look_again_s=0.05,
                     timeouts=timeouts or Timeouts(),
                     promote=promote,  # type: ignore[arg-type]
                 ),
@@ -168,6 +172,32 @@ async def scene(
 
             await nursery.start(serve)
             yield it
+
+
+# ---- without a worker on the host ----------------------------------------------------------------------------------
+
+
+async def test_a_mount_reads_through_a_worker_of_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver
+) -> None:
+    monkeypatch.setattr("cachefs.worker.worker.running_boot_id", lambda: "boot-id-of-another-host")
+    async with scene(tmp_path, monkeypatch, driver=driver, elsewhere=True) as it:
+        assert it.chosen.mode is OpenMode.CACHED
+        assert it.chosen.notes[-1].startswith("what is read comes over the network: worker worker at 127.0.0.1:")
+        for _ in range(2):
+            assert (await it.read("small"), await it.read("large")) == (SMALL, LARGE)
+        counters = (await it.cluster.worker_status()).counters
+        assert counters.served_reads > 0
+        assert counters.under_store_bytes == len(SMALL) + len(LARGE)
+        if driver is Driver.KERNEL:
+            assert it.chosen.why == "the worker is on another host"
+            # A worker comes to this host: from now on its files are handed to the kernel.
+            monkeypatch.setattr("cachefs.worker.worker.running_boot_id", running_boot_id)
+            mine = await it.cluster.add_worker("mine")
+            with trio.fail_after(LIMIT_S):
+                while not (await it.cluster.worker_status("mine")).opens.passthrough:
+                    assert await it.read("small") == SMALL
+            assert (await it.cluster.worker_status("mine")).tiers[0].path == mine.tiers[0].path
 
 
 # ---- --open-mode ---------------------------------------------------------------------------------------------------

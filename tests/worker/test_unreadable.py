@@ -67,6 +67,21 @@ async def until_dropped(cluster: TestCluster, file: Path) -> None:
         await trio.sleep(0.01)
 
 
+async def test_a_mount_of_another_host_gets_its_bytes_too(tmp_path: Path) -> None:
+    """The disk fails in the middle of an answer; the connection is all that can be ended then."""
+    async with scene(tmp_path) as (cluster, client, tier):
+        attr = await client.metadata.resolve("/small")
+        assert await client.promote(attr.ino)
+        file = the_file(tier / "sealed")
+        async with cluster.client(worker_socket=None, worker_address=cluster.worker_address) as elsewhere:
+            reader = elsewhere.open_content(attr)
+            with unreadable(tmp_path, file):
+                assert bytes(await reader.read(PAGE, 2 * PAGE)) == SMALL[PAGE : 3 * PAGE]
+                await until_dropped(cluster, file)
+                assert bytes(await reader.read(0, len(SMALL))) == SMALL
+            reader.close()
+
+
 @damages
 async def test_a_sealed_file(damaged: Damage, tmp_path: Path) -> None:
     async with scene(tmp_path) as (cluster, client, tier):
