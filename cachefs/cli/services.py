@@ -115,6 +115,13 @@ def master(
     show_default=True,
     help="Small files fetched ahead of whoever opens those of a directory in order; 0 = none.",
 )
+@click.option(
+    "--idle-after",
+    type=params.DURATION,
+    default="30m",
+    show_default=True,
+    help="What nobody has read for so long counts as free, with all that came with it.",
+)
 @http_option
 @security_options
 @log_level_option
@@ -128,6 +135,7 @@ def worker(
     tiers: tuple[TierConfig, ...],
     promote: str,
     files_ahead: int,
+    idle_after: float,
     http: Address | None,
     log_level: str,
     as_json: bool,
@@ -141,7 +149,7 @@ def worker(
         master=master_address,
         listen=_tcp("--listen", listen),
         socket=os.path.abspath(socket),
-        tiers=tiers,
+        tiers=tuple(replace(tier, idle_after_s=idle_after) for tier in tiers),
         security=security,
         promote=Promote(promote),
         files_ahead=files_ahead,
