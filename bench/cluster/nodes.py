@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.cluster.data import BUCKET, DataSet
 from bench.harness import run_readers
@@ -38,6 +39,8 @@ class Nodes:
         self.master = master
         self.counting = counting
         self.nodes: list[Node] = []
+        self.results: list[dict[str, Any]] = []
+        """Of the last epoch, what each node's reader measured."""
 
     @property
     def address(self) -> str:
@@ -61,8 +64,8 @@ class Nodes:
                 job |= {"master": self.address, "socket": node.socket, "pace_s": pace_s}
             jobs.append(job)
         mounted = self.nodes[0].mountpoint is not None
-        results = run_readers(jobs, "bench.reader" if mounted else "bench.cluster.reading")
-        wrong = [path for result in results for path in result["wrong"]]
+        self.results = run_readers(jobs, "bench.reader" if mounted else "bench.cluster.reading")
+        wrong = [path for result in self.results for path in result["wrong"]]
         if wrong:
             raise SystemExit(f"WRONG BYTES in {len(wrong)} files, the first is {wrong[0]}")
         self.wait_quiet()
