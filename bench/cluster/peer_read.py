@@ -24,8 +24,8 @@ from bench.harness import random_bytes, run_readers
 from cachefs.model import GiB, MiB
 from cachefs.testing.processes import running
 
-ROUNDS = 9
-BLOCK_BYTES = 256 * MiB
+ROUNDS = 41
+BLOCK_BYTES = 64 * MiB
 IN_FLIGHT = 4
 RECEIVED_AT_ONCE = 8 * MiB
 """A page, as the other side has it."""
