@@ -9,10 +9,13 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist worksteal
 STAMP := $(VENV)/.installed
 PYFUSE3 := $(VENV)/.pyfuse3
 
-.PHONY: demo test test-all lint bench speed clean
+# Nodes of `make demo`, each a worker with a mount.
+CLUSTER ?= 1
+
+.PHONY: demo test test-all lint bench speed cluster clean
 
 demo: $(STAMP)
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.demo --cluster $(CLUSTER)
 
 test: lint $(PYFUSE3) .networks
 	$(PYTEST)
@@ -33,6 +36,10 @@ bench: $(STAMP)
 speed: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m bench.speed
+
+# What a cluster promises: some ten minutes.
+cluster: $(STAMP)
+	$(BIN)/python -m bench.cluster
 
 # Again when the dependencies change; pip does nothing for what is there already.
 $(STAMP): pyproject.toml

@@ -3,6 +3,8 @@
 Starts a real S3 server on loopback, puts a small data set into it (2,000 files of 110 KB, four shards of 64 MB), mounts
 the bucket, and reads everything in shuffled order by four processes, comparing every checksum: cold, then warm in turns
 with a native copy on the same file system. Leaves nothing behind.
+
+With `--cluster N`: N workers, each with a mount; see `bench.cluster.demo`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +111,17 @@ def show(rates: dict[str, dict[str, float]], opens: dict[str, Any], checked: int
     console.print(f"checksums: {checked:,} files compared after each reading, every byte as it was put into the bucket")
 
 
-def demo(directory: Path, small: int, shards: int) -> None:
+def timed_steps() -> Callable[[str], None]:
     began = time.monotonic()
 
     def step(text: str) -> None:
         console.print(f"[{time.monotonic() - began:5.1f} s] {text}", markup=False, highlight=False)
 
+    return step
+
+
+def demo(directory: Path, small: int, shards: int) -> None:
+    step = timed_steps()
     step("starting an S3 server on loopback")
     with running_s3_server(directory / "s3") as server:
         step(f"putting {small:,} files of 110 KB and {shards} shards of 64 MB into the bucket")
@@ -148,11 +155,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=2000, help="small files (default 2000)")
     parser.add_argument("--shards", type=int, default=4, help="shards of 64 MB (default 4)")
+    parser.add_argument("--cluster", type=int, default=1, metavar="N", help="nodes, each with a mount (default 1)")
     arguments = parser.parse_args()
     terminate_as_interrupt()
     directory = Path(tempfile.mkdtemp(prefix="cachefs-demo-"))
     try:
-        demo(directory, arguments.files, arguments.shards)
+        if arguments.cluster > 1:
+            from bench.cluster.demo import demo_cluster
+
+            demo_cluster(directory, arguments.cluster, console, timed_steps())
+        else:
+            demo(directory, arguments.files, arguments.shards)
     except KeyboardInterrupt:
         console.print("interrupted; everything was taken away again")
         sys.exit(130)

@@ -42,11 +42,13 @@ def running_up(
             yield Up(mountpoint, up.facts["master"])
 
 
-def run_readers(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run one reading process per job, all at once; returns what each measured."""
+def run_readers(jobs: Sequence[Mapping[str, Any]], module: str = "bench.reader") -> list[dict[str, Any]]:
+    """Run one reading process per job, all at once; returns what each measured. `module` is given the job, and knows
+    what to do.
+    """
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "bench.reader"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parent.parent,

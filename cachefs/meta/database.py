@@ -57,7 +57,7 @@ CREATE TABLE replicas (
     epoch BIGINT NOT NULL,
     PRIMARY KEY (content_key, block_index, worker)
 );
-CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index);
+CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index, epoch);
 CREATE TABLE workers (
     name TEXT PRIMARY KEY,
     epoch BIGINT NOT NULL,
@@ -79,7 +79,7 @@ CREATE TABLE pins (path TEXT PRIMARY KEY, pinned_ns BIGINT NOT NULL);
     2: """
 DROP INDEX replicas_of_worker;
 ALTER TABLE replicas ADD COLUMN epoch BIGINT NOT NULL DEFAULT 0;
-CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index);
+CREATE INDEX replicas_of_worker ON replicas (worker, content_key, block_index, epoch);
 CREATE TABLE workers (
     name TEXT PRIMARY KEY,
     epoch BIGINT NOT NULL,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -18,7 +20,8 @@ R = TypeVar("R")
 
 _FD_SIZE = array.array("i").itemsize
 _ROUNDS_WITHOUT_CHECKPOINT = 32
-_SENDFILE_CHUNK = 1 << 20
+_WAIT_IN_THREAD_MS = 20
+"""For room to send a file: longer, and one who does not read would keep a thread from others."""
 _FINISH_S, _FINISH_ROUNDS, _FINISH_BYTES = 1.0, 16, 64 * 1024
 STALL_TIMEOUT_S = 60.0
 """A side that reads nothing of what is being sent to it for so long is given up."""
@@ -64,6 +67,7 @@ class Channel:
         self._ancillary = socket.CMSG_SPACE(connection.limits.descriptors * _FD_SIZE) if self._unix else 0
         self._sending = trio.StrictFIFOLock()
         self._rounds = 0
+        self._sends_file = False
         self.closed = False
 
     # ---- receiving -------------------------------------------------------------------------------------------------
@@ -158,18 +162,19 @@ class Channel:
 
     async def _send_file(self, part: FileSlice) -> None:
         offset, end = part.offset, part.offset + part.length
-        with trio.CancelScope(shield=True):
-            while offset < end:
-                count = min(_SENDFILE_CHUNK, end - offset)
-                try:
+        # The socket is one of its own, since ours may be closed meanwhile, and its number be another file's then.
+        with trio.CancelScope(shield=True), self._sock.dup() as sock:
+            self._sends_file = True
+            try:
+                while offset < end:
                     # In a thread: the file's pages may have to come from the disk.
-                    sent = await trio.to_thread.run_sync(os.sendfile, self._sock.fileno(), part.fd, offset, count)
-                except BlockingIOError:
-                    await self._wait_writable()
-                    continue
-                if sent == 0:
-                    raise OSError("a file to be sent is shorter than announced")
-                offset += sent
+                    offset = await trio.to_thread.run_sync(_send_pages, sock, part.fd, offset, end)
+                    if self.closed:
+                        raise OSError("closed while a file was sent")
+                    if offset < end:
+                        await self._wait_writable()
+            finally:
+                self._sends_file = False
 
     async def _wait_writable(self) -> None:
         with trio.CancelScope(deadline=trio.current_time() + STALL_TIMEOUT_S, shield=True) as scope:
@@ -200,6 +205,9 @@ class Channel:
         if self.closed:
             return
         self.closed = True
+        if self._sends_file:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
         for fd in self.connection.drain_descriptors():
@@ -219,6 +227,26 @@ class Channel:
             return "" if self._unix else str(self._sock.getpeername()[0])
         except OSError:
             return "unknown"
+
+
+def _send_pages(sock: socket.socket, fd: int, offset: int, end: int) -> int:
+    """Send a file up to `end`, or until the other side does not take anything for a while; returns how far.
+
+    Waiting here for the next room takes the wake-up of one thread, and that of two where the event loop waits.
+    """
+    writable = select.poll()
+    writable.register(sock, select.POLLOUT)
+    while offset < end:
+        try:
+            sent = os.sendfile(sock.fileno(), fd, offset, end - offset)
+        except BlockingIOError:
+            if not writable.poll(_WAIT_IN_THREAD_MS):
+                break
+            continue
+        if sent == 0:
+            raise OSError("a file to be sent is shorter than announced")
+        offset += sent
+    return offset
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -61,7 +61,7 @@ class _Order:
 class FaultyS3:
     """Made by `running_faulty_s3`."""
 
-    def __init__(self, endpoint: str, server: _Server) -> None:
+    def __init__(self, endpoint: str, server: ProxyServer) -> None:
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         self._server = server
         self.upstream = urlsplit(endpoint)
@@ -244,7 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(ThreadingHTTPServer):
+class ProxyServer(ThreadingHTTPServer):
+    """With a thread for each connection; ended by `shutdown` and `hang_up`."""
+
     daemon_threads = False
 
     def __init__(self, *arguments: Any) -> None:
@@ -283,7 +285,7 @@ def _is_open(connection: socket.socket) -> bool:
 def running_faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
     """A proxy to the server at `endpoint`, on a free port of loopback."""
     handler = type("_BoundHandler", (_Handler,), {})
-    with _Server(("127.0.0.1", 0), handler) as server:
+    with ProxyServer(("127.0.0.1", 0), handler) as server:
         faulty = handler.faulty = FaultyS3(endpoint, server)  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

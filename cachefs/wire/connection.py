@@ -18,6 +18,7 @@ import msgspec
 
 from cachefs.model import AuthenticationError, LocalProtocolError, RemoteProtocolError
 from cachefs.wire.auth import PROOF_BYTES, Handshake, Role
+from cachefs.wire.bodies import Bodies
 from cachefs.wire.errorcodes import ErrorMeta, to_wire
 from cachefs.wire.frames import DECODE_ERRORS, HEADER, MAGIC, VERSION, Kind, Limits
 from cachefs.wire.hello import Hello
@@ -42,6 +43,7 @@ _TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 _MAX_CREDIT = 1024
 _FIRST_BYTES = 64 * 1024
 """Of a body that an unknown side announces; the rest of the room is made as it fills."""
+_bodies = Bodies()
 _FROM_ASKER = {Kind.REQUEST, Kind.CANCEL, Kind.CREDIT}
 _FROM_ANSWERER = {Kind.REPLY, Kind.ITEM, Kind.ERROR}
 
@@ -109,7 +111,9 @@ class Connection:
                 if self._filled < HEADER.size:
                     return []
                 self._body_length = self._parse_header()
-                self._body = bytearray(self._body_length if self._asking else min(self._body_length, _FIRST_BYTES))
+                self._body = (
+                    _bodies.take(self._body_length) if self._asking else bytearray(min(self._body_length, _FIRST_BYTES))
+                )
                 self._filled = 0
             if self._filled < self._body_length:
                 if self._filled == len(self._body):
@@ -167,6 +171,8 @@ class Connection:
         if len(self._descriptors) != count:
             raise RemoteProtocolError(f"{kind.name} announced {count} descriptors, {len(self._descriptors)} came")
         body = memoryview(self._body)
+        if self._asking:
+            _bodies.give(self._body)
         if not self.is_open:
             self._greeted(kind, body)
         descriptors = tuple(self._descriptors)

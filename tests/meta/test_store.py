@@ -331,6 +331,16 @@ def test_a_full_report_forgets_what_it_does_not_mention(store: MetaStore) -> Non
     assert found == [(one, 5), (two, 6)] and store.blocks_of("w2", two, 2) == [(three, 7)]
 
 
+def test_the_end_of_a_full_report_looks_at_an_index_alone(tmp_path: Path) -> None:
+    """Of a million blocks, the rows themselves would be a million reads all over the database."""
+    with open_meta_store(str(tmp_path)):
+        pass
+    with closing(sqlite3.connect(tmp_path / "namespace.db")) as db:
+        query = "SELECT content_key, block_index FROM replicas WHERE worker = 'w' AND epoch < 2"
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan == ["SEARCH replicas USING COVERING INDEX replicas_of_worker (worker=?)"]
+
+
 NAMES = st.sampled_from(["a", "b", "c", "ü", "d.txt"])
 TAGS = st.sampled_from(["e1", "e2"])
 

@@ -1,0 +1,1 @@
+"""What a cluster promises, measured with real processes: see `__main__`."""
