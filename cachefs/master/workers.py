@@ -150,8 +150,14 @@ class Workers:
         return worker is not None and worker.alive
 
     def counting(self) -> frozenset[str]:
-        """Those that are alive and have said all that they hold."""
-        return frozenset(name for name, each in self._by_name.items() if each.counts and each.alive)
+        """Those that are alive, are to stay, and have said all that they hold."""
+        return frozenset(
+            name for name, each in self._by_name.items() if each.counts and each.alive and each.known.state == "active"
+        )
+
+    def names(self) -> list[str]:
+        """All that ever registered."""
+        return sorted(self._by_name)
 
     def state(self, name: str) -> str:
         """Raises NotFoundError."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from cachefs.net import EVERYONE, WORKERS, Allowed
 from cachefs.wire import cluster as c
+from cachefs.wire import control
 from cachefs.wire import messages as m
 
 ACCESS: Allowed = {
     m.GetWorkerStatus: EVERYONE,
     c.ReadBlock: WORKERS,
     c.DoubtBlock: WORKERS,
+    control.MeasureBlock: WORKERS,
 }
