@@ -301,6 +301,7 @@ async def run_worker(
                         partial(serve_on, public_service, [public], hello=hello, security=config.security)
                     )
                     link.begin(_Reporting(store, places, config.promote is not Promote.NEVER))
+                    tasks.begin(geometry, sources, blocks, peers)
                     task_status.started([public.address, local.address])
             finally:
                 # When nothing runs any more: partials are left on disk as they are.
