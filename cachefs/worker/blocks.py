@@ -97,6 +97,11 @@ class Blocks:
             self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
         return PromoteReply(await self.keep(block, source, mode, background=request.background))
 
+    @property
+    def keeps(self) -> bool:
+        """It was not told to keep nothing."""
+        return self._config.promote is not Promote.NEVER
+
     async def keep(self, block: BlockId, source: Source, mode: Promote, *, background: bool) -> bool:
         """Make a block local; False means not admitted. Raises as `Filler.fetch`."""
         is_small = self._geometry.block_count(source.attr.size_bytes) == 1 and (

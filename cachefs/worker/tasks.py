@@ -131,6 +131,8 @@ class Tasks:
             return "in-use" if freed.in_use else "pinned" if freed.pinned else "absent", 0
         if await blocks.is_sealed(block):
             return "held", 0
+        if not blocks.keeps:
+            return "full", 0
         source = await self._source(task, block)
         if not await blocks.keep(block, source, Promote(task.promote), background=True):
             return "full", 0

@@ -133,9 +133,9 @@ async def test_a_job_spreads_files_and_copies_them_as_often_as_is_asked(tmp_path
 
 async def test_what_cannot_be_is_refused_before_it_begins(tmp_path: Path) -> None:
     async with scene(tmp_path) as each:
-        with pytest.raises(ConfigError, match="--replicas.*at most 1"):
+        with pytest.raises(ConfigError, match=r"--replicas.*at most 1"):
             await each.start("load", "/", replicas=2)
-        with pytest.raises(ConfigError, match="nobody.*one of worker"):
+        with pytest.raises(ConfigError, match=r"nobody.*one of worker"):
             await each.start("load", "/", workers=["nobody"])
         with pytest.raises(NotFoundError, match="nowhere"):
             await each.start("load", "/nowhere")
