@@ -20,7 +20,6 @@ from cachefs.model import (
     NotFoundError,
     ObjectInfo,
     StaleError,
-    TransportError,
 )
 from cachefs.net import Peer
 from cachefs.policy import Promote
@@ -93,8 +92,8 @@ class Tasks:
                         for task in batch.tasks:
                             nursery.start_soon(self._do, task)
                 nursery.cancel_scope.cancel()
-        except* TransportError as error:
-            logger.debug("tasks not heard of error=%s", error)
+        except* CachefsError as group:
+            logger.debug("tasks not heard of error=%r", group.exceptions)
 
     async def _tell(self, peer: Peer) -> None:
         while True:

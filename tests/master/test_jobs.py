@@ -28,7 +28,7 @@ from cachefs.wire.control import (
     StartJob,
     UndrainWorker,
 )
-from cachefs.wire.messages import Free
+from cachefs.wire.messages import Free, GetMasterStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -238,6 +238,18 @@ async def test_a_drained_worker_leaves_its_last_copies_to_others(tmp_path: Path)
         await each.read_all()
         assert loaded == TOTAL
         await each.client.ask(ForgetWorker("w2"))
+        # Should it come back, it is one that is new.
+        await each.cluster.start_again("w2")
+        states = {info.name: info.state for info in (await each.client.master_status()).workers}
+        assert states["w2"] == "active"
+        # Forgotten before anybody noticed that it is away.
+        await each.cluster.stop("w2")
+        with trio.fail_after(20):
+            while (await each.client.ask(GetMasterStatus())).workers[0].connected:
+                await trio.sleep(0.02)
+        await each.client.ask(ForgetWorker("w2"))
+        # The master looks twice a second who died.
+        await trio.sleep(0.6)
         assert [info.name for info in (await each.client.master_status()).workers] == ["w3", "worker"]
 
 
