@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 import trio
 
 from cachefs.client import Client
-from cachefs.model import ConfigError, MiB, NotFoundError
+from cachefs.model import ConfigError, ContentKey, MiB, NotFoundError
+from cachefs.net import Hello, Peer, open_peer
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
+from cachefs.wire.cluster import AskDrops, HeldBlock, RegisterWorker, ReportBlocks, ReportReply
 from cachefs.wire.control import (
     CancelJob,
     ForgetWorker,
@@ -274,3 +276,29 @@ async def test_what_fits_nowhere_stays_where_it_is_and_is_told(tmp_path: Path) -
             with trio.fail_after(20):
                 while not await client.promote(attr.ino):
                     await trio.sleep(0.05)
+
+
+async def test_what_a_draining_worker_holds_counts_no_more_for_others(tmp_path: Path) -> None:
+    async with scene(tmp_path) as each, AsyncExitStack() as stack:
+        held, epochs, peers = HeldBlock(ContentKey(b"k" * 16), 0, 5), dict[str, int](), dict[str, Peer]()
+        for name in ("x", "y"):
+            peer = peers[name] = await stack.enter_async_context(
+                open_peer(each.cluster.master_address, Hello("worker", name=name))
+            )
+            epochs[name] = (await peer.call(RegisterWorker(name, "127.0.0.1:1", "", "boot", MiB))).message.epoch
+            await peer.call(ReportBlocks(epochs[name], [held], [], full=True))
+        block = (held.key, held.block_index)
+
+        async def standing() -> ReportReply:
+            return (await peers["x"].call(ReportBlocks(epochs["x"], [], []))).message
+
+        assert (await standing()).shared == [block]
+        await each.start("drain", workers=["y"])
+        assert (await standing()).sole == [block]
+        assert (await peers["x"].call(AskDrops([block]))).message.blocks == []
+        # The other way round: what the one that goes holds as well may go.
+        assert (await peers["y"].call(AskDrops([block]))).message.blocks == [block]
+        await peers["y"].call(ReportBlocks(epochs["y"], [held], []))
+        await each.client.ask(UndrainWorker("y"))
+        assert (await standing()).shared == [block]
+        assert (await peers["x"].call(AskDrops([block]))).message.blocks == [block]
