@@ -37,11 +37,15 @@ def run_job(
 
     async def run(client: Client) -> None:
         nonlocal interrupted
-        found.append(await client.start_job(spec, dry_run=dry_run))
-        if not dry_run and not background:
-            interrupted = await _follow(client, found)
+        if dry_run or background:
+            found.append(await client.start_job(spec, dry_run=dry_run))
+        else:
+            interrupted = await _begin_and_follow(client, spec, found)
 
     run_with_client(master_address, run, admin=True)
+    if not found:
+        print("interrupted before it began", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     info = found[-1]
     if as_json:
         print(json.dumps({**facts_of(info), "dry_run": dry_run}))
@@ -59,15 +63,9 @@ def run_job(
         sys.exit(1)
 
 
-async def _follow(client: Client, found: list[JobInfo]) -> bool:
+async def _begin_and_follow(client: Client, spec: JobSpec, found: list[JobInfo]) -> bool:
     """Until it has ended, or Ctrl-C: returns whether it was that. The last of `found` is how it stands."""
     interrupted = False
-    began, before = trio.current_time(), found[-1].counts.copied_bytes
-
-    def look() -> HowFar:
-        info = found[-1]
-        rate = (info.counts.copied_bytes - before) / max(trio.current_time() - began, 0.001)
-        return HowFar(how_far(info, rate), info.counts.done_bytes, info.counts.total_bytes or None)
 
     async with trio.open_nursery() as nursery:
 
@@ -80,6 +78,14 @@ async def _follow(client: Client, found: list[JobInfo]) -> bool:
                     nursery.cancel_scope.cancel()
 
         await nursery.start(watch)
+        found.append(await client.start_job(spec))
+        began = trio.current_time()
+
+        def look() -> HowFar:
+            info = found[-1]
+            rate = info.counts.copied_bytes / max(trio.current_time() - began, 0.001)
+            return HowFar(how_far(info, rate), info.counts.done_bytes, info.counts.total_bytes or None)
+
         async with shown(Console(stderr=True), f"job {found[-1].job_id}", look):
             while not found[-1].ended_ns:
                 await trio.sleep(_LOOK_EVERY_S)

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -59,8 +60,9 @@ def test_data_is_loaded_replicated_moved_and_freed_by_jobs(tmp_path: Path) -> No
         slow = [sys.executable, "-m", "cachefs", "replicate", "/d", "--replicas", "2", "--limit", "10K/s"]
         slow += ["--master", master.facts["listen"], "--insecure"]
         process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("job 2: ")
+        deadline = time.monotonic() + 30
+        while len(asked(master, "job", "list")) < 2:
+            assert time.monotonic() < deadline
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, "job 2 goes on" in errors) == (130, True)
