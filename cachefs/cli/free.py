@@ -11,28 +11,36 @@ from rich.console import Console
 
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
+from cachefs.cli.following import has_worker_here, run_job
 from cachefs.cli.loading import count
 from cachefs.cli.progress import HowFar, shown
 from cachefs.cli.walk import File, Walk
 from cachefs.client import Client
 from cachefs.model import BlockId, ConfigError, format_size
 from cachefs.net import Address
+from cachefs.wire.control import JobSpec
 
 _BATCH = 500
 
 
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--everywhere", is_flag=True, help="On all workers. So it is where there is none on this node.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @master_option
 @params.json_option
-def free(paths: tuple[str, ...], dry_run: bool, master_address: Address | None, as_json: bool) -> None:
+def free(
+    paths: tuple[str, ...], everywhere: bool, dry_run: bool, master_address: Address | None, as_json: bool
+) -> None:
     """Drop what is cached on this node of files and of everything below directories.
 
     Nothing in the under-store is touched: what is read again is fetched again. What somebody has open stays, and so
     does what is cached in part, and what is pinned; a path that is pinned as a whole is refused.
     """
     wanted = params.all_absolute(paths)
+    if everywhere or not has_worker_here(master_address, admin=True):
+        run_job(master_address, JobSpec("free", wanted), dry_run=dry_run, as_json=as_json)
+        return
     blocks = freed_bytes = in_use = pinned = 0
     failed: list[tuple[str, str]] = []
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "refresh": "cachefs.cli.metadata",
     "load": "cachefs.cli.load",
     "free": "cachefs.cli.free",
+    "replicate": "cachefs.cli.job",
+    "job": "cachefs.cli.job",
     "pin": "cachefs.cli.pin",
     "unpin": "cachefs.cli.pin",
     "ufs": "cachefs.cli.ufs",
@@ -32,6 +34,15 @@ COMMANDS = {
     "completion": "cachefs.cli.completion",
     "version": "cachefs.cli.version",
 }
+
+SUBCOMMANDS = {"worker": ("cachefs.cli.workers", ("list", "drain", "undrain", "forget"))}
+"""Of commands that also do something without one: the module with their group, and their names."""
+
+
+def load_group(name: str) -> click.Group:
+    """That of `SUBCOMMANDS`."""
+    group: click.Group = getattr(importlib.import_module(SUBCOMMANDS[name][0]), f"{name}s")
+    return group
 
 
 def load_command(name: str) -> click.Command:
@@ -55,6 +66,8 @@ class _Group(click.Group):
             nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else f" There are {', '.join(COMMANDS)}."
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        if len(args) > 1 and args[0] in SUBCOMMANDS and args[1] in SUBCOMMANDS[args[0]][1]:
+            return args[0], load_group(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:

@@ -117,6 +117,7 @@ def written_tier(tier: TierConfig) -> str:
 
 
 SIZE = _Parsed("SIZE", parse_size, write_size, number=True)
+RATE = _Parsed("RATE", lambda key, text: parse_size(key, text.removesuffix("/s")), write_size, number=True)
 PAGE_SIZE = _Parsed("SIZE", _page_size, write_size, number=True)
 DURATION = _Parsed("DURATION", parse_duration, format_duration, number=True)
 SYNC_INTERVAL = _Parsed("DURATION", _sync_interval, written_sync_interval, number=True)

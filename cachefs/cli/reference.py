@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from cachefs.cli.main import COMMANDS, load_command
+from cachefs.cli.main import COMMANDS, SUBCOMMANDS, load_command, load_group
 from cachefs.cli.settings import SECTIONS, key_of, settings_of, variable_of
 
 HEAD = """# Reference: commands, flags, keys, variables
@@ -22,6 +22,8 @@ def reference() -> str:
     parts = [HEAD]
     for name in COMMANDS:
         parts.extend(_command(name, load_command(name)))
+        if name in SUBCOMMANDS:
+            parts.extend(_command(name, load_group(name)))
     return "\n".join(parts)
 
 

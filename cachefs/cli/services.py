@@ -151,7 +151,11 @@ def worker(
     as_json: bool,
     supervised_fd: int | None,
 ) -> None:
-    """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict."""
+    """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict.
+
+    To look at the workers of a running cluster, and to take one out: `cachefs worker list`, `drain NAME`,
+    `undrain NAME`, `forget NAME`.
+    """
     set_up_logging("worker", log_level)
     security = security_of(Role.WORKER, Role.WORKER, listen=listen, master=master_address)
     config = WorkerConfig(

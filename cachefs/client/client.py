@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 
@@ -25,7 +26,9 @@ from cachefs.model import (
 )
 from cachefs.net import Address, Hello, Pool, Security, open_background
 from cachefs.store import SealedReader
+from cachefs.wire import Request
 from cachefs.wire.cluster import Locate
+from cachefs.wire.control import JobInfo, JobSpec, StartJob
 from cachefs.wire.messages import (
     AddStore,
     ClusterInfo,
@@ -51,6 +54,8 @@ from cachefs.wire.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _OPENED_BATCH = 512
 _OPENED_EVERY_S = 1.0
@@ -322,6 +327,14 @@ class Client:
         """
         async with (await self._master.peer()).stream(LoadMetadata(path)) as progress:
             yield progress
+
+    async def ask(self, request: Request[R]) -> R:
+        """Ask the master something that may be asked twice. Raises what it raises, and TransportError."""
+        return (await patiently(lambda: self._master.call(request), self._config.patience_s)).message
+
+    async def start_job(self, spec: JobSpec, *, dry_run: bool = False) -> JobInfo:
+        """Have the master begin a job, or only tell what it would do. Raises as `StartJob`, and TransportError."""
+        return (await self._master.call(StartJob(spec, dry_run))).message
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
         """Have this node's worker drop blocks that nobody reads. Raises TransportError, UnavailableError."""

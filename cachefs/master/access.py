@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cachefs.net import ADMINS, EVERYONE, WORKERS, Allowed
 from cachefs.wire import cluster as c
+from cachefs.wire import control
 from cachefs.wire import messages as m
 
 ACCESS: Allowed = {
@@ -18,6 +19,8 @@ ACCESS: Allowed = {
     m.GetMasterStatus: EVERYONE,
     m.ListPins: EVERYONE,
     c.Locate: EVERYONE,
+    control.GetJob: EVERYONE,
+    control.ListJobs: EVERYONE,
     # Credentials of under-stores, and what the others believe about who holds what.
     c.RegisterWorker: WORKERS,
     m.GetStores: WORKERS,
@@ -30,10 +33,16 @@ ACCESS: Allowed = {
     c.AskDrops: WORKERS,
     m.WatchPins: WORKERS,
     m.PinsApplied: WORKERS,
+    control.WatchTasks: WORKERS,
+    control.TasksDone: WORKERS,
     # Changes for everybody.
     m.Refresh: ADMINS,
     m.AddStore: ADMINS,
     m.RemoveStore: ADMINS,
     m.Pin: ADMINS,
     m.Unpin: ADMINS,
+    control.StartJob: ADMINS,
+    control.CancelJob: ADMINS,
+    control.UndrainWorker: ADMINS,
+    control.ForgetWorker: ADMINS,
 }

@@ -36,6 +36,8 @@ class Cluster:
         self._nursery = nursery
         self.workers = Workers(store.workers(), self._on_dead)
         self.leases = Leases(self.workers.is_alive)
+        self.on_dead: Callable[[str], None] = lambda name: None
+        """Called with each worker that was alive and is not any more."""
 
     def add_to(self, service: Service) -> None:
         service.on(c.RegisterWorker, self.register_worker)
@@ -80,7 +82,8 @@ class Cluster:
         def write() -> list[Standing]:
             found = self._store.report(name, request.epoch, added, removed, alive)
             if complete:
-                found += self._store.end_full_report(name, request.epoch, counting | {name})
+                itself = {name} if workers.state(name) == "active" else set()
+                found += self._store.end_full_report(name, request.epoch, counting | itself)
             return found
 
         def then(standings: list[Standing]) -> None:
@@ -125,10 +128,27 @@ class Cluster:
 
     def _on_dead(self, name: str) -> None:
         self.leases.end_all(name)
+        self.on_dead(name)
         # What others share with it alone they hold alone now.
-        self._nursery.start_soon(self._count_without, name)
+        self._nursery.start_soon(self._count_again, name)
 
-    async def _count_without(self, name: str) -> None:
+    async def set_state(self, name: str, state: c.WorkerState) -> None:
+        """For good. What a worker holds that is to go counts no more: others must not give up theirs for it. Raises
+        NotFoundError.
+        """
+        if self.workers.state(name) == state:
+            return
+        await self._writer.run(
+            lambda: self._store.set_worker_state(name, state), lambda _: self.workers.set_state(name, state)
+        )
+        await self._count_again(name)
+
+    async def forget(self, name: str) -> None:
+        """For good. Raises NotFoundError; ConfigError for one that is alive."""
+        self.workers.forget(name)
+        await self._writer.run(lambda: self._store.forget_worker(name))
+
+    async def _count_again(self, name: str) -> None:
         counting = self.workers.counting()
         await self._writer.run(lambda: self._store.standings(name, counting), self.workers.note)
 

@@ -13,6 +13,7 @@ from cachefs.master.access import ACCESS
 from cachefs.master.attaching import Attaching, open_mounts
 from cachefs.master.cluster import Cluster
 from cachefs.master.config import MasterConfig
+from cachefs.master.jobs import Jobs
 from cachefs.master.metrics import MasterParts, watch_master
 from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
@@ -222,6 +223,7 @@ async def run_master(
                 master = Master(store, writer, namespace, attaching, pinning, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 service = master.service()
+                Jobs(store, writer, namespace, cluster, geometry, nursery).add_to(service)
                 if monitor is not None:
                     parts = MasterParts(store, writer, namespace, cluster.workers, leases=lambda: len(cluster.leases))
                     service.observe = parts.requests.observe

@@ -86,8 +86,9 @@ class Workers:
 
     def name_of(self, session: Session) -> str:
         """Raises AuthenticationError for a connection that has not registered, or whose name another one took."""
-        name = self._names.get(session.id)
-        if name is None or self._by_name[name].session is not session:
+        name = self._names.get(session.id, "")
+        worker = self._by_name.get(name)
+        if worker is None or worker.session is not session:
             raise AuthenticationError("only a registered worker may report")
         return name
 
@@ -141,7 +142,10 @@ class Workers:
             raise NotFoundError(f"no worker {name}")
         if self.is_alive(name):
             raise ConfigError("NAME", name, "a worker that is away")
+        self._told_alive.discard(name)
         del self._by_name[name]
+        self._tell_members()
+        self._on_dead(name)
 
     # ---- who is there ----------------------------------------------------------------------------------------------
 
@@ -150,8 +154,14 @@ class Workers:
         return worker is not None and worker.alive
 
     def counting(self) -> frozenset[str]:
-        """Those that are alive and have said all that they hold."""
-        return frozenset(name for name, each in self._by_name.items() if each.counts and each.alive)
+        """Those that are alive, are to stay, and have said all that they hold."""
+        return frozenset(
+            name for name, each in self._by_name.items() if each.counts and each.alive and each.known.state == "active"
+        )
+
+    def names(self) -> list[str]:
+        """All that ever registered."""
+        return sorted(self._by_name)
 
     def state(self, name: str) -> str:
         """Raises NotFoundError."""

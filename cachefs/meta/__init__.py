@@ -2,6 +2,7 @@
 
 from cachefs.meta.database import open_database
 from cachefs.meta.inodes import Found, Inode, Merged
+from cachefs.meta.jobs import StoredJob
 from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
 from cachefs.meta.pins import Content
 from cachefs.meta.replicas import Standing
@@ -18,6 +19,7 @@ __all__ = [
     "MetaStore",
     "Mount",
     "Standing",
+    "StoredJob",
     "check_mounts",
     "is_below",
     "normalise_mount_path",

@@ -66,6 +66,16 @@ CREATE TABLE workers (
     labels TEXT NOT NULL,
     capacity_bytes BIGINT NOT NULL
 );
+CREATE TABLE jobs (
+    job_id INTEGER PRIMARY KEY,
+    spec TEXT NOT NULL,
+    state TEXT NOT NULL,
+    position TEXT NOT NULL,
+    counts TEXT NOT NULL,
+    failures TEXT NOT NULL,
+    created_ns BIGINT NOT NULL,
+    ended_ns BIGINT NOT NULL
+);
 """
 
 UPGRADES = {
@@ -88,7 +98,17 @@ CREATE TABLE workers (
     labels TEXT NOT NULL,
     capacity_bytes BIGINT NOT NULL
 );
-INSERT INTO counters VALUES ('epoch', 0);
+CREATE TABLE jobs (
+    job_id INTEGER PRIMARY KEY,
+    spec TEXT NOT NULL,
+    state TEXT NOT NULL,
+    position TEXT NOT NULL,
+    counts TEXT NOT NULL,
+    failures TEXT NOT NULL,
+    created_ns BIGINT NOT NULL,
+    ended_ns BIGINT NOT NULL
+);
+INSERT INTO counters VALUES ('epoch', 0), ('job', 0);
 """,
 }
 """From an older schema to the next: a namespace outlives the versions that made it."""
@@ -184,7 +204,9 @@ def _prepare(connection: sqlite3.Connection) -> str:
         for statement in SCHEMA.split(";"):
             connection.execute(statement)
         connection.execute("INSERT INTO facts VALUES ('namespace_id', ?)", (secrets.token_hex(16),))
-        connection.execute("INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0), ('epoch', 0)")
+        connection.execute(
+            "INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0), ('epoch', 0), ('job', 0)"
+        )
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
     while version in UPGRADES:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, mounts, pins, replicas, workers
+from cachefs.meta import inodes, jobs, mounts, pins, replicas, workers
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
+from cachefs.meta.jobs import StoredJob
 from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
 from cachefs.meta.pins import Content
 from cachefs.meta.replicas import Standing
@@ -268,6 +269,26 @@ class MetaStore:
     def blocks_of(self, worker: str, after: BlockId | None, limit: int) -> list[tuple[BlockId, int]]:
         """The next blocks of a worker, with their lengths in bytes."""
         return replicas.blocks_of(self._reader, worker, after, limit)
+
+    # ---- jobs ------------------------------------------------------------------------------------------------------
+
+    def jobs(self) -> list[StoredJob]:
+        """The oldest first."""
+        return jobs.all_jobs(self._reader)
+
+    def add_job(self, spec: str, state: str) -> StoredJob:
+        with self._transaction() as db:
+            return jobs.add(db, spec, state, time.time_ns())
+
+    def save_job(self, job: StoredJob) -> None:
+        """How it stands now."""
+        with self._transaction() as db:
+            jobs.save(db, job)
+
+    def forget_ended_jobs(self, kept: int) -> None:
+        """But for the last so many."""
+        with self._transaction() as db:
+            jobs.forget_ended(db, kept)
 
 
 @contextmanager

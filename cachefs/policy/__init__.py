@@ -5,6 +5,7 @@ from cachefs.policy.file_order import FileOrder, FileOrderConfig, Run
 from cachefs.policy.idle import IdleGroups
 from cachefs.policy.neighbours import Neighbours
 from cachefs.policy.placement import HomeCandidate, rank_homes, spread_pages
+from cachefs.policy.rate import Rate
 from cachefs.policy.readahead import Readahead, ReadaheadConfig
 from cachefs.policy.sieve import Sieve
 from cachefs.policy.topology import FARTHEST, LEVELS, Place, distance, equally_near, nearest, parse_labels
@@ -19,6 +20,7 @@ __all__ = [
     "Neighbours",
     "Place",
     "Promote",
+    "Rate",
     "Readahead",
     "ReadaheadConfig",
     "Run",

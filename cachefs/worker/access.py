@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cachefs.net import EVERYONE, WORKERS, Allowed
 from cachefs.wire import cluster as c
+from cachefs.wire import control
 from cachefs.wire import messages as m
 
 ACCESS: Allowed = {
@@ -16,4 +17,5 @@ ACCESS: Allowed = {
     # Other workers.
     c.ReadBlock: WORKERS,
     c.DoubtBlock: WORKERS,
+    control.MeasureBlock: WORKERS,
 }

@@ -52,7 +52,7 @@ class Admission:
         found = await self._supply.routes(asked)
         try:
             for number, route in zip(admitted, found, strict=True):
-                length, first_copy = lengths[number], self._supply.is_first_copy(route)
+                length, first_copy = lengths[number], self._supply.is_last_copy(route)
                 if first_copy or self._store.admits(length, mode, first_copy=False):
                     routes[number] = route
                     if first_copy or mode is Promote.ALWAYS:

@@ -95,48 +95,65 @@ class Blocks:
         block = BlockId(attr.key, 0)
         if not request.background:
             self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
+        return PromoteReply(await self.keep(block, source, mode, background=request.background))
+
+    @property
+    def keeps(self) -> bool:
+        """It was not told to keep nothing."""
+        return self._config.promote is not Promote.NEVER
+
+    async def keep(self, block: BlockId, source: Source, mode: Promote, *, background: bool) -> bool:
+        """Make a block local; False means not admitted. Raises as `Filler.fetch`."""
+        is_small = self._geometry.block_count(source.attr.size_bytes) == 1 and (
+            self._geometry.page_count(source.attr.size_bytes) <= 1
+        )
         for attempt in range(_ATTEMPTS):
             if await self.is_sealed(block):
-                return PromoteReply(True)
+                return True
             if await self._prefetch.join(block) and self._store.is_sealed(block):
-                return PromoteReply(True)
-            if self._geometry.page_count(attr.size_bytes) <= 1 and block not in self._jobs:
+                return True
+            if is_small and block not in self._jobs:
                 try:
                     if not await self._whole.join(
-                        block, lambda: self._keep_whole(block, source, mode, loading=request.background)
+                        block, lambda: self._keep_whole(block, source, mode, loading=background)
                     ):
-                        return PromoteReply(False)
+                        return False
+                except BlockMissingError:
+                    # Wanted by others from a worker that has it no more, or given up meanwhile.
+                    if attempt + 1 == _ATTEMPTS:
+                        raise
                 except BlockCorruptError as error:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
                     self._counters.not_admitted += 1
                     logger.info("not kept block=%s error=%s", block.filename, error)
-                    return PromoteReply(False)
+                    return False
                 continue
             job = await self._job(block, source, mode)
             if job is None:
                 if self._store.is_sealed(block):
                     continue
-                return PromoteReply(False)
+                return False
             job.users += 1
             try:
-                await self._filler.fetch(job, range(job.partial.page_count), loading=request.background)
+                await self._filler.fetch(job, range(job.partial.page_count), loading=background)
                 await self._filler.seal(job)
-                return PromoteReply(True)
+                return True
             except BlockMissingError:
-                # Given up meanwhile, because its disk cannot be read.
-                continue
+                # The same, or given up meanwhile because its disk cannot be read.
+                if attempt + 1 == _ATTEMPTS:
+                    raise
             except BlockCorruptError as error:
                 # What was read back is not what was written, and is gone: once more, from the under-store.
                 logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
             except CapacityError as error:
                 logger.info("not kept block=%s error=%s", block.filename, error)
-                return PromoteReply(False)
+                return False
             finally:
                 job.users -= 1
                 self._end_if_done(job)
         if self._store.is_sealed(block):
-            return PromoteReply(True)
+            return True
         raise BlockCorruptError(f"{block.filename}: the tier damages what is written to it")
 
     async def fetch(self, request: Fetch, session: Session) -> Answer[FetchReply]:
@@ -222,15 +239,15 @@ class Blocks:
         """Drop sealed blocks that nobody reads, and that are not pinned."""
 
         def free() -> FreeReply:
-            lengths = dict(self._store.blocks())
             freed = freed_bytes = in_use = pinned = 0
             for block in blocks:
-                if block not in lengths:
+                size = self._store.held_bytes(block)
+                if not size:
                     continue
                 if self._store.is_pinned(block):
                     pinned += 1
                 elif self._store.evict(block):
-                    freed, freed_bytes = freed + 1, freed_bytes + lengths[block]
+                    freed, freed_bytes = freed + 1, freed_bytes + size
                 else:
                     in_use += 1
             return FreeReply(freed, freed_bytes, in_use, pinned)

@@ -13,6 +13,7 @@ from cachefs.net import Answer, FileSlice, Flights, Session
 from cachefs.store import SealedReader, Store, page_checksum
 from cachefs.store.sums import Sums
 from cachefs.wire.cluster import BlockBytes, DoubtBlock, ReadBlock
+from cachefs.wire.control import BlockLength, MeasureBlock
 from cachefs.wire.messages import Done
 from cachefs.worker.blocks import Blocks
 from cachefs.worker.counters import Counters
@@ -130,6 +131,12 @@ class Giving:
         self._counters.served_reads += 1
         self._counters.served_bytes += request.length
         return answer
+
+    async def measure_block(self, request: MeasureBlock, session: Session) -> BlockLength:
+        block = BlockId(request.key, request.block_index)
+        if not await self._blocks.is_sealed(block):
+            raise BlockMissingError(f"{block.filename}: not here")
+        return BlockLength((await self._sums_of(block)).length)
 
     async def doubt_block(self, request: DoubtBlock, session: Session) -> Done:
         """What we sent arrived damaged: look at it."""

@@ -34,6 +34,10 @@ class Members:
         """This worker is neither drained nor being drained."""
         return self._state == "active"
 
+    def stays(self, name: str) -> bool:
+        """It is another worker that is neither drained nor being drained, as far as is known."""
+        return name not in self.others or self.others[name].state == "active"
+
     async def follow(self, peer: Peer) -> None:
         """Hear of members until the connection is lost, or cancelled."""
         try:

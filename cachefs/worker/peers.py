@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import trio
 from cachefs.model import (
     BlockCorruptError,
     BlockId,
+    BlockMissingError,
     CachefsError,
     DeadlineError,
     Ino,
@@ -20,6 +21,7 @@ from cachefs.model import (
 )
 from cachefs.net import Hello, Pool, Security, parse_address
 from cachefs.wire.cluster import DoubtBlock, Effort, ReadBlock
+from cachefs.wire.control import MeasureBlock
 from cachefs.worker.counters import Counters
 from cachefs.worker.members import Members
 
@@ -97,6 +99,16 @@ class Peers:
         self._counters.peer_reads += 1
         self._counters.peer_bytes += length
         return PeerBytes(data, answer.message.checksum)
+
+    async def length(self, names: Sequence[str], block: BlockId) -> int:
+        """Of a block that one of these workers holds. Raises BlockMissingError."""
+        for name in names:
+            try:
+                with trio.fail_after(ANSWER_TIMEOUT_S):
+                    return (await self._pool(name).call(MeasureBlock(block.key, block.block_index))).message.length
+            except (CachefsError, trio.TooSlowError) as error:
+                logger.info("not measured name=%s block=%s error=%r", name, block.filename, error)
+        raise BlockMissingError(f"{block.filename}: not to be had from {', '.join(names)}")
 
     async def doubt(self, name: str, block: BlockId) -> None:
         """Tell a worker that what it sent is damaged; not told if it cannot be reached."""

@@ -115,6 +115,12 @@ class Supply:
         place = route.place
         return place is None or (not place.holders and place.origin in ("", self._members.name))
 
+    def is_last_copy(self, route: Route) -> bool:
+        """Nobody else has it or fetches it, or only workers that are to go."""
+        place = route.place
+        staying = [name for name in place.holders if self._members.stays(name)] if place is not None else []
+        return self.is_first_copy(route) or (place is not None and bool(place.holders) and not staying)
+
     def has_lease(self, block: BlockId) -> bool:
         return self._places.has_lease(block)
 

@@ -17,6 +17,7 @@ from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddr
 from cachefs.policy import Promote
 from cachefs.store import Store, Tier, TierState, open_store, running_boot_id
 from cachefs.wire import cluster as c
+from cachefs.wire import control
 from cachefs.wire import messages as m
 from cachefs.worker.access import ACCESS
 from cachefs.worker.admission import Admission
@@ -37,6 +38,7 @@ from cachefs.worker.pins import Pins
 from cachefs.worker.places import Places
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
+from cachefs.worker.tasks import Tasks
 from cachefs.worker.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class Worker:
         service.on(m.Promote, self._outside.promote)
         service.on_at_once(m.Opened, self.opened_outside)
         service.on(m.GetBlockStatus, self.block_status)
+        service.on(control.MeasureBlock, self._giving.measure_block)
         service.observe = self.times.observe if self.times is not None else None
         service.on(m.GetWorkerStatus, self.get_status)
         return service
@@ -214,6 +217,7 @@ async def run_worker(
         sources = Sources(link, nursery)
         pins = Pins()
         members = Members(config.name, config.labels)
+        tasks = Tasks()
         known: m.ClusterInfo | None = None
 
         async def on_registered(registered: c.Registered) -> None:
@@ -232,6 +236,7 @@ async def run_worker(
             async with trio.open_nursery() as following:
                 following.start_soon(pins.follow, peer)
                 following.start_soon(members.follow, peer)
+                following.start_soon(tasks.follow, peer)
 
         registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
         geometry, cluster = registered.cluster.geometry, registered.cluster
@@ -308,6 +313,7 @@ async def run_worker(
                         partial(serve_on, public_service, [public], hello=hello, security=config.security)
                     )
                     link.begin(_Reporting(store, places, config.promote is not Promote.NEVER))
+                    tasks.begin(geometry, sources, blocks, peers)
                     task_status.started([public.address, local.address])
             finally:
                 # When nothing runs any more: partials are left on disk as they are.

@@ -270,10 +270,11 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
             "DROP TABLE removed_mounts",
             *(f"ALTER TABLE mounts DROP COLUMN {column}" for column in ("by_hand", "url", "options")),
             "DROP TABLE workers",
+            "DROP TABLE jobs",
             "DROP INDEX replicas_of_worker",
             "ALTER TABLE replicas DROP COLUMN epoch",
             "CREATE INDEX replicas_of_worker ON replicas (worker)",
-            "DELETE FROM counters WHERE name = 'epoch'",
+            "DELETE FROM counters WHERE name IN ('epoch', 'job')",
             "PRAGMA user_version = 1",
         ):
             db.execute(statement)
@@ -283,6 +284,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         assert store.attach([("/data", ORIGIN)]) == [mount]
         assert store.added_mounts() == [] and store.removed_mounts() == set()
         assert store.register_worker("w", "", {}, 1).epoch == 1
+        assert store.add_job("{}", "running").job_id == 1
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
@@ -295,6 +297,17 @@ def test_wrong_mounts_are_refused_and_change_nothing(tmp_path: Path, mounts: lis
         with pytest.raises(ConfigError, match="--mount"):
             store.attach(mounts)
         assert store.get(mount.root_ino) is not None
+
+
+def test_jobs_are_kept_and_of_those_that_ended_the_last(store: MetaStore) -> None:
+    jobs = [store.add_job(f"spec {number}", "running") for number in range(5)]
+    assert store.jobs() == jobs and [job.job_id for job in jobs] == [1, 2, 3, 4, 5]
+    ended = [job._replace(state="done", position="p", counts="c", failures="f", ended_ns=9) for job in jobs[:4]]
+    for job in ended:
+        store.save_job(job)
+    store.forget_ended_jobs(2)
+    assert store.jobs() == [*ended[2:], jobs[4]]
+    assert store.add_job("", "running").job_id == 6
 
 
 def test_replicas(store: MetaStore) -> None:

@@ -18,6 +18,7 @@ from cachefs.model import Attr, ContentKey, Entry, Geometry, Ino, Kind, LocalPro
 from cachefs.wire import Connection, ErrorMeta, Frame, Hello, RequestDecoder, reply_type
 from cachefs.wire import Kind as FrameKind
 from cachefs.wire import cluster as c
+from cachefs.wire import control as k
 from cachefs.wire import messages as m
 
 GEOMETRY = Geometry(1 << 20, 1 << 16)
@@ -361,12 +362,92 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x83\xa1q\xa6Opened\xa6blocks\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x00\xa6counts\x82\xabpassthrough"
         b"\x01\xa6cached\x00",
     ),
+    (
+        k.BlockTask(9, "copy", KEY, 3, 4096, Ino(7), "if-space", ["w2"]),
+        b"\x98\t\xa4copy\xc4\x10kkkkkkkkkkkkkkkk\x03\xcd\x10\x00\x07\xa8if-space\x91\xa2w2",
+    ),
+    (
+        k.Tasks([k.BlockTask(9, "load", KEY, 3, 4096)]),
+        b"\x91\x91\x98\t\xa4load\xc4\x10kkkkkkkkkkkkkkkk\x03\xcd\x10\x00\x00\xa6always\x90",
+    ),
+    (
+        k.WatchTasks(),
+        b"\x81\xa1q\xaaWatchTasks",
+    ),
+    (
+        k.TaskOutcome(9, "full", 0, "no room"),
+        b"\x94\t\xa4full\x00\xa7no room",
+    ),
+    (
+        k.TasksDone([k.TaskOutcome(9, "done", 4096)]),
+        b"\x82\xa1q\xa9TasksDone\xa8outcomes\x91\x94\t\xa4done\xcd\x10\x00\xa0",
+    ),
+    (
+        k.BlockLength(4096),
+        b"\x91\xcd\x10\x00",
+    ),
+    (
+        k.MeasureBlock(KEY, 3),
+        b"\x83\xa1q\xacMeasureBlock\xa3key\xc4\x10kkkkkkkkkkkkkkkk\xabblock_index\x03",
+    ),
+    (
+        k.JobSpec("load", ["/a"], ["w1"], 2, 1000, "if-space"),
+        b"\x86\xa4kind\xa4load\xa5paths\x91\xa2/a\xa7workers\x91\xa2w1\xa8replic"
+        b"as\x02\xb1limit_bytes_per_s\xcd\x03\xe8\xa7promote\xa8if-spac"
+        b"e",
+    ),
+    (
+        k.JobCounts(9, 8, 7, 6, 5, 4, 3, 2, 1),
+        b"\x8c\xa5total\t\xabtotal_bytes\x08\xa4done\x07\xaadone_bytes\x06\xa6"
+        b"failed\x05\xa6copies\x04\xaccopied_bytes\x03\xa7present\x02\xa5d"
+        b"rops\x01\xaddropped_bytes\x00\xa6in_use\x00\xa6pinned\x00",
+    ),
+    (
+        k.JobInfo(1, k.JobSpec("drain", workers=["w1"]), "running", k.JobCounts(1), [("/a", "gone")], 5, 0, "w1"),
+        b"\x88\xa6job_id\x01\xa4spec\x86\xa4kind\xa5drain\xa5paths\x90\xa7worker"
+        b"s\x91\xa2w1\xa8replicas\x01\xb1limit_bytes_per_s\x00\xa7promo"
+        b"te\xa6always\xa5state\xa7running\xa6counts\x8c\xa5total\x01\xabt"
+        b"otal_bytes\x00\xa4done\x00\xaadone_bytes\x00\xa6failed\x00\xa6co"
+        b"pies\x00\xaccopied_bytes\x00\xa7present\x00\xa5drops\x00\xaddrop"
+        b"ped_bytes\x00\xa6in_use\x00\xa6pinned\x00\xa8failures\x91\x92\xa2/a"
+        b"\xa4gone\xaacreated_ns\x05\xa8ended_ns\x00\xa9waits_for\xa2w1",
+    ),
+    (
+        k.StartJob(k.JobSpec("free", ["/a"]), True),
+        b"\x83\xa1q\xa8StartJob\xa4spec\x86\xa4kind\xa4free\xa5paths\x91\xa2/a\xa7w"
+        b"orkers\x90\xa8replicas\x01\xb1limit_bytes_per_s\x00\xa7pro"
+        b"mote\xa6always\xa7dry_run\xc3",
+    ),
+    (
+        k.GetJob(1),
+        b"\x82\xa1q\xa6GetJob\xa6job_id\x01",
+    ),
+    (
+        k.JobList([]),
+        b"\x81\xa4jobs\x90",
+    ),
+    (
+        k.ListJobs(),
+        b"\x81\xa1q\xa8ListJobs",
+    ),
+    (
+        k.CancelJob(1),
+        b"\x82\xa1q\xa9CancelJob\xa6job_id\x01",
+    ),
+    (
+        k.UndrainWorker("w1"),
+        b"\x82\xa1q\xadUndrainWorker\xa4name\xa2w1",
+    ),
+    (
+        k.ForgetWorker("w1"),
+        b"\x82\xa1q\xacForgetWorker\xa4name\xa2w1",
+    ),
 ]
 
 ALL = pytest.mark.parametrize(("message", "golden"), MESSAGES, ids=[type(each).__name__ for each, _ in MESSAGES])
 CLASSES = [
     each
-    for module in (m, c)
+    for module in (m, c, k)
     for _, each in inspect.getmembers(module, inspect.isclass)
     if each.__module__ == module.__name__ and issubclass(each, msgspec.Struct)
 ]
@@ -378,7 +459,7 @@ def test_every_message_has_its_golden_bytes() -> None:
     assert not missing, "add what it is encoded as to MESSAGES"
     for request in REQUESTS:
         answer = reply_type(request)
-        assert answer.__module__ not in (m.__name__, c.__name__) or answer in CLASSES
+        assert answer.__module__ not in (m.__name__, c.__name__, k.__name__) or answer in CLASSES
 
 
 @ALL
