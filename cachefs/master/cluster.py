@@ -130,7 +130,7 @@ class Cluster:
         self.leases.end_all(name)
         self.on_dead(name)
         # What others share with it alone they hold alone now.
-        self._nursery.start_soon(self._count_again, name)
+        self._nursery.start_soon(self._count_without, name)
 
     async def set_state(self, name: str, state: c.WorkerState) -> None:
         """For good. What a worker holds that is to go counts no more: others must not give up theirs for it. Raises
@@ -147,6 +147,13 @@ class Cluster:
         """For good. Raises NotFoundError; ConfigError for one that is alive."""
         self.workers.forget(name)
         await self._writer.run(lambda: self._store.forget_worker(name))
+
+    async def _count_without(self, name: str) -> None:
+        try:
+            await self._count_again(name)
+        except Exception:
+            # They keep a copy more than they must, until each has reported everything again.
+            logger.exception("what others hold alone is not known name=%s", name)
 
     async def _count_again(self, name: str) -> None:
         counting = self.workers.counting()

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 KEPT = 100
 """Jobs that ended and can still be looked at."""
+LISTED_PATHS = 10
+"""Of each job, in a list of all."""
 _SAVED_EVERY_S = 1.0
 
 
@@ -165,7 +167,7 @@ class Jobs:
         return _info(self._job(request.job_id))
 
     async def list_jobs(self, request: k.ListJobs, session: Session) -> k.JobList:
-        return k.JobList([msgspec.structs.replace(_info(job), failures=[]) for job in self._jobs.values()])
+        return k.JobList([_in_short(_info(job)) for job in self._jobs.values()])
 
     async def cancel_job(self, request: k.CancelJob, session: Session) -> k.JobInfo:
         job = self._job(request.job_id)
@@ -220,7 +222,11 @@ class Jobs:
             self._store.save_job(stored)
             self._store.forget_ended_jobs(KEPT)
 
-        await self._writer.run(write)
+        try:
+            await self._writer.run(write)
+        except Exception:
+            # It is over all the same; a restarted master goes on with it where it was saved last.
+            logger.exception("the end of a job cannot be written id=%d", job.job_id)
         ended = [each.job_id for each in self._jobs.values() if each.ended_ns]
         for job_id in ended[:-KEPT]:
             del self._jobs[job_id]
@@ -233,9 +239,19 @@ class Jobs:
             job.progress.settle()
             stored = _stored(job)
             if stored != saved:
-                await self._writer.run(lambda stored=stored: self._store.save_job(stored))  # type: ignore[misc]
-                saved = stored
+                try:
+                    await self._writer.run(lambda stored=stored: self._store.save_job(stored))  # type: ignore[misc]
+                    saved = stored
+                except Exception:
+                    # Tried again: what is not saved is done again after a restart, which costs a look at each block.
+                    logger.exception("how far a job is cannot be written id=%d", job.job_id)
             await trio.sleep(_SAVED_EVERY_S)
+
+
+def _in_short(info: k.JobInfo) -> k.JobInfo:
+    """Many of them fit into one answer; `ShowJob` tells all."""
+    spec = msgspec.structs.replace(info.spec, paths=info.spec.paths[:LISTED_PATHS])
+    return msgspec.structs.replace(info, failures=[], spec=spec)
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> BaseException:

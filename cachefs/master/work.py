@@ -201,7 +201,7 @@ class Work:
                 return ""
             targets = _ranked(block, length, members, {*held, *refused})
             if not targets:
-                if not members:
+                if not members and not job.dry_run:
                     await self._wait_for(job, "workers that take blocks", lambda: bool(self._active(spec.workers)))
                     continue
                 return _why(len(held), spec.replicas, refused)

@@ -79,6 +79,7 @@ class Workers:
         self._by_name[request.name] = _Worker(
             known, request, session, trio.current_time(), capacity_bytes=request.capacity_bytes
         )
+        self._names = {number: name for number, name in self._names.items() if name != request.name}
         self._names[session.id] = request.name
         self._told_alive.add(request.name)
         self._tell_members()
@@ -132,7 +133,10 @@ class Workers:
                 self._on_dead(name)
 
     def set_state(self, name: str, state: WorkerState) -> None:
-        worker = self._by_name[name]
+        worker = self._by_name.get(name)
+        if worker is None:
+            # Forgotten while it was written.
+            return
         worker.known = worker.known._replace(state=state)
         self._tell_members()
 

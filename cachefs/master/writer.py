@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +11,12 @@ import trio
 
 from cachefs.meta import MetaStore
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_WRITES_AT_ONCE = 64
+"""In one transaction: whoever asks for little does not wait for all reports of a cluster that was restarted."""
 
 
 class _Write:
@@ -54,11 +60,16 @@ class Writer:
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            writes, self._queue = self._queue, []
+            writes, self._queue = self._queue[:_WRITES_AT_ONCE], self._queue[_WRITES_AT_ONCE:]
+            if self._queue:
+                self._wanted.set()
             await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
             for write in writes:
                 if write.then is not None and isinstance(write.result, outcome.Value):
-                    write.then(write.result.value)
+                    try:
+                        write.then(write.result.value)
+                    except Exception:
+                        logger.exception("what was written is not known in memory")
                 write.done.set()
 
     def _commit(self, writes: list[_Write]) -> None:

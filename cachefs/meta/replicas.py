@@ -130,8 +130,9 @@ def cached_blocks(db: sqlite3.Connection, key: ContentKey) -> int:
 
 def totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """Per worker: (blocks, bytes)."""
-    rows = db.execute("SELECT worker, COUNT(*), SUM(length_bytes) FROM replicas GROUP BY worker")
-    return {worker: (blocks, size) for worker, blocks, size in rows}
+    # Not in whole numbers: whatever workers reported, the sum must not be one that the database cannot hold.
+    sql = "SELECT worker, COUNT(*), SUM(CAST(length_bytes AS DOUBLE PRECISION)) FROM replicas GROUP BY worker"
+    return {worker: (blocks, int(size)) for worker, blocks, size in db.execute(sql)}
 
 
 def blocks_of(db: sqlite3.Connection, worker: str, after: BlockId | None, limit: int) -> list[tuple[BlockId, int]]:

@@ -44,29 +44,39 @@ class Registered(msgspec.Struct, frozen=True):
     """Of this registration: larger than all before. Reports of an older one are refused."""
 
 
+_Printable = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+"""They are shown in logs and tables: no line may be forged there."""
+WorkerName = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=_Printable)]
+_Address = Annotated[str, msgspec.Meta(max_length=300, pattern=_Printable)]
+_LabelText = Annotated[str, msgspec.Meta(max_length=255, pattern=_Printable)]
+Labels = Annotated[dict[_LabelText, _LabelText], msgspec.Meta(max_length=32)]
+BlockBytesField = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
+"""Sums of many of these fit into what a database can hold."""
+
+
 class RegisterWorker(Request[Registered], frozen=True):
     """First request of a worker's connection; the registration ends with the connection.
 
     Raises ConfigError when another worker of that name is alive.
     """
 
-    name: str
-    address: str
+    name: WorkerName
+    address: _Address
     """Where other workers reach it."""
-    socket: str
+    socket: Annotated[str, msgspec.Meta(max_length=4096)]
     host_boot_id: str
     capacity_bytes: Bytes = 0
     """Of all its tiers."""
     instance: str = ""
     """Random, of this process: tells a worker that comes back from another one of the same name."""
-    labels: dict[str, str] = msgspec.field(default_factory=dict)
+    labels: Labels = msgspec.field(default_factory=dict)
     """Where it is, such as {"rack": "r7"}."""
 
 
 class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
     key: Key
     block_index: Index
-    length: Bytes
+    length: BlockBytesField
 
 
 class ReportReply(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.model import AuthenticationError, BlockId, ConfigError, HandshakeError, StaleError, TransportError
+from cachefs.model import BlockId, CachefsError, ConfigError, HandshakeError, TransportError
 from cachefs.net import Address, Answer, Hello, Peer, Security, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.cluster import (
@@ -29,6 +29,9 @@ _LONGEST_PAUSE_S = 2.0
 REPORT_EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 """Of a report: a master that is stuck is as good as away."""
+_FULL_TIMEOUT_S = 60.0
+_FULL_BLOCKS = 2_000
+"""Of one part of a full report: others want to write too."""
 _NAME_TAKEN_S = 15.0
 """How long a worker tries to get a name that another one has: that may be its predecessor, not known to be dead."""
 
@@ -164,7 +167,10 @@ class MasterLink:
                 if first and isinstance(error, HandshakeError):
                     raise
                 logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
-            except (StaleError, AuthenticationError) as error:
+            except CachefsError as error:
+                # Of an older epoch, or the master has trouble of its own, such as a full disk.
+                if first:
+                    raise
                 logger.warning("registering again error=%s", error)
             finally:
                 self._peer = None
@@ -187,9 +193,9 @@ class MasterLink:
         self._removed.clear()
         reporting.began()
         held = reporting.held()
-        for start in range(0, max(1, len(held)), REPORTED_AT_ONCE):
-            part = held[start : start + REPORTED_AT_ONCE]
-            more = start + REPORTED_AT_ONCE < len(held)
+        for start in range(0, max(1, len(held)), _FULL_BLOCKS):
+            part = held[start : start + _FULL_BLOCKS]
+            more = start + _FULL_BLOCKS < len(held)
             await self._tell(peer, epoch, reporting, dict(part), [], full=True, more=more)
         while not peer.closed.is_set():
             with trio.move_on_after(REPORT_EVERY_S):
@@ -231,11 +237,13 @@ class MasterLink:
         reporting.answered(_blocks(answer.shared), _blocks(answer.sole), _blocks(answer.moved))
 
     async def _send(self, peer: Peer, report: ReportBlocks) -> ReportReply:
+        # After its restart a master has all of every worker to write.
+        timeout_s = _FULL_TIMEOUT_S if report.full else _ANSWER_TIMEOUT_S
         try:
-            with trio.fail_after(_ANSWER_TIMEOUT_S):
+            with trio.fail_after(timeout_s):
                 return (await peer.call(report)).message
         except trio.TooSlowError as error:
-            raise TransportError(f"{self._address}: no answer within {_ANSWER_TIMEOUT_S:g} s") from error
+            raise TransportError(f"{self._address}: no answer within {timeout_s:g} s") from error
 
 
 def _names(blocks: Iterable[BlockId]) -> list[BlockName]:

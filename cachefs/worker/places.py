@@ -34,20 +34,25 @@ class Places:
     ) -> list[BlockPlace] | None:
         """Where they are, in that order; None when the master does not say. Granted leases are to be ended."""
         places: list[BlockPlace] = []
+        complete = False
         try:
             for start in range(0, len(blocks), ASKED_AT_ONCE):
                 part = [(block.key, block.block_index) for block in blocks[start : start + ASKED_AT_ONCE]]
                 with trio.fail_after(_ANSWER_TIMEOUT_S):
                     answer = await self._link.call_now(AskBlocks(part, lease, list(without)))
                 places += answer.message.places
+            complete = True
         except (CachefsError, trio.TooSlowError) as error:
             logger.info("the master does not say where blocks are error=%r", error)
             return None
         finally:
             for block, place in zip(blocks, places, strict=False):
-                if place.origin == self._members.name:
+                if lease and place.origin == self._members.name:
                     self._counters.leases += 1
                     self._leases[block] = self._leases.get(block, 0) + 1
+                    if not complete:
+                        # Nobody hears of it.
+                        self.end(block)
         return places
 
     def has_lease(self, block: BlockId) -> bool:

@@ -108,7 +108,11 @@ class Supply:
 
     def _settle(self, route: Route, place: BlockPlace | None) -> None:
         route.place = place if place is not None else BlockPlace([], "")
-        route.has_lease = route.place.origin == self._members.name
+        if route.place.origin == self._members.name:
+            if route.has_lease:
+                # Several pages asked at once: one grant is kept.
+                self._places.end(route.block)
+            route.has_lease = True
 
     def is_first_copy(self, route: Route) -> bool:
         """Nobody else has it or fetches it, as far as is known."""

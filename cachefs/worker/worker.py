@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 
 import msgspec
@@ -44,6 +44,7 @@ from cachefs.worker.verify import verify
 logger = logging.getLogger(__name__)
 
 _REPORT_TIMEOUT_S = 5.0
+_FOLLOW_AGAIN_S = 1.0
 
 
 class Worker:
@@ -234,9 +235,9 @@ async def run_worker(
 
         async def follow(peer: Peer) -> None:
             async with trio.open_nursery() as following:
-                following.start_soon(pins.follow, peer)
-                following.start_soon(members.follow, peer)
-                following.start_soon(tasks.follow, peer)
+                following.start_soon(_keep_following, pins.follow, peer)
+                following.start_soon(_keep_following, members.follow, peer)
+                following.start_soon(_keep_following, tasks.follow, peer)
 
         registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
         geometry, cluster = registered.cluster.geometry, registered.cluster
@@ -319,6 +320,17 @@ async def run_worker(
                 # When nothing runs any more: partials are left on disk as they are.
                 if blocks is not None:
                     blocks.close()
+
+
+async def _keep_following(follow: Callable[[Peer], Awaitable[None]], peer: Peer) -> None:
+    """Again, should the master have trouble of its own; until the connection is lost."""
+    while not peer.closed.is_set():
+        try:
+            await follow(peer)
+        except CachefsError as error:
+            logger.warning("the master tells no more, asking again error=%s", error)
+        with trio.move_on_after(_FOLLOW_AGAIN_S):
+            await peer.closed.wait()
 
 
 async def _report_changed(link: MasterLink, source: Source) -> None:

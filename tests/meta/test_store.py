@@ -324,6 +324,11 @@ def test_replicas(store: MetaStore) -> None:
     assert store.grant_drops("w2", [one], both) == ([], []) and store.holders(one) == ["w2"]
 
 
+def test_sums_of_whatever_was_reported_can_be_told(store: MetaStore) -> None:
+    store.report("w", 1, [(BlockId(ContentKey(bytes([n]) * 16), 0), 2**63 - 1) for n in range(3)], [], ())
+    assert store.replica_totals()["w"][0] == 3
+
+
 def test_a_full_report_forgets_what_it_does_not_mention(store: MetaStore) -> None:
     one, two, three = (BlockId(ContentKey(bytes([n]) * 16), 0) for n in (1, 2, 3))
     alive = {"w1", "w2"}

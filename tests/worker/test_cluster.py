@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import random
+import sqlite3
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from cachefs.client import Client
-from cachefs.model import Attr, ConfigError, MiB
+from cachefs.meta import MetaStore
+from cachefs.model import Attr, CachefsError, ConfigError, MiB
+from cachefs.net import Hello, open_peer
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+from cachefs.wire import cluster as c
 
 pytestmark = pytest.mark.anyio
 
@@ -186,3 +191,45 @@ async def test_a_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             leaf = leaf.exceptions[0]
         assert isinstance(leaf, ConfigError) and leaf.key == "--name"
         await read_all(found.clients["worker"], SMALL)
+
+
+@pytest.mark.expect_warnings("a master that cannot write is worth some")
+async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = True
+
+    def report(*arguments: Any) -> Any:
+        if full:
+            raise sqlite3.OperationalError("database or disk is full")
+        return written(*arguments)
+
+    written = MetaStore.report
+    async with scene(tmp_path, ["second"]) as found:
+        monkeypatch.setattr(MetaStore, "report", report)
+        await read_all(found.clients["worker"], SMALL)
+        # Reports are refused, and both go on.
+        with trio.fail_after(20):
+            while (await found.clients["worker"].master_status()).workers[1].epoch < 4:
+                await trio.sleep(0.05)
+        full = False
+        await found.until_known(len(SMALL))
+        await read_all(found.clients["second"], SMALL)
+        assert await found.under_store_bytes() == sum(map(len, SMALL.values()))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        c.RegisterWorker("", "h:1", "", ""),
+        c.RegisterWorker("two\nlines", "h:1", "", ""),
+        c.RegisterWorker("w", "h:1", "", "", labels={"rack": "r" * 256}),
+        c.RegisterWorker("w", "h:1", "", "", labels={str(number): "" for number in range(33)}),
+    ],
+    ids=["no name", "two lines", "a long label", "many labels"],
+)
+async def test_a_registration_that_would_harm_others_is_refused(tmp_path: Path, request_: c.RegisterWorker) -> None:
+    async with (
+        running_cluster(tmp_path, tmp_path.as_uri(), ufs_options=AT_ONCE) as cluster,
+        open_peer(cluster.master_address, Hello("worker")) as peer,
+    ):
+        with pytest.raises(CachefsError, match="refused"):
+            await peer.call(request_)
