@@ -302,3 +302,24 @@ async def test_what_a_draining_worker_holds_counts_no_more_for_others(tmp_path: 
         await each.client.ask(UndrainWorker("y"))
         assert (await standing()).shared == [block]
         assert (await peers["x"].call(AskDrops([block]))).message.blocks == [block]
+
+
+async def test_without_a_worker_it_is_told_what_would_be_done_and_nothing_waits(tmp_path: Path) -> None:
+    async with scene(tmp_path) as each:
+        await each.client.ask(StartJob(JobSpec("load", ["/"]), dry_run=True))
+        await each.cluster.stop("worker")
+        with trio.fail_after(20):
+            while any(info.connected for info in (await each.client.master_status()).workers):
+                await trio.sleep(0.02)
+            would = await each.client.start_job(JobSpec("load", ["/"]), dry_run=True)
+        assert would.counts.copies == 0 and would.counts.failed >= len(SMALL)
+
+
+async def test_a_list_of_jobs_is_short_however_many_paths_they_have(tmp_path: Path) -> None:
+    async with scene(tmp_path) as each:
+        paths = ["/large"] * 50
+        job = await each.start("load", *paths, limit_bytes_per_s=1000)
+        (listed,) = (await each.client.ask(ListJobs())).jobs
+        assert 0 < len(listed.spec.paths) < 50
+        assert (await each.client.ask(GetJob(job.job_id))).spec.paths == paths
+        await each.client.ask(CancelJob(job.job_id))
