@@ -64,6 +64,9 @@ class Cluster:
         moved = self.leases.renew(name, _blocks(request.fetching), trio.current_time())
         if request.added or request.removed or request.full:
             await self._write_report(name, request)
+            # That may have taken a while: it is alive all the same, or has begun anew, and this answer is for nobody.
+            name = workers.name_of(session)
+            workers.heard(name, request.epoch, request.room_bytes, request.capacity_bytes)
         self.leases.end(name, [BlockId(each.key, each.block_index) for each in request.added])
         self.leases.end(name, _blocks(request.released))
         shared, sole = workers.take_standings(name, c.REPORTED_AT_ONCE)
@@ -87,8 +90,8 @@ class Cluster:
             return found
 
         def then(standings: list[Standing]) -> None:
-            if complete and workers.is_alive(name):
-                workers.count(name)
+            if complete:
+                workers.count(name, request.epoch)
             workers.note(standings)
 
         await self._writer.run(write, then)

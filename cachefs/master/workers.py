@@ -106,9 +106,11 @@ class Workers:
             self._told_alive.add(name)
             self._tell_members()
 
-    def count(self, name: str) -> None:
-        """It has said all that it holds."""
-        self._by_name[name].counts = True
+    def count(self, name: str, epoch: int) -> None:
+        """It has said all that it holds, if that is its registration still."""
+        worker = self._by_name.get(name)
+        if worker is not None and worker.known.epoch == epoch:
+            worker.counts = worker.alive
 
     async def run(self) -> None:
         """Notice who died. Runs until cancelled."""
