@@ -352,12 +352,14 @@ class Client:
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
                     told = Opened([(block.key, block.block_index) for block in batch], counts)
-                    reply = (await self.worker.call(told)).message
+                    with chosen.calling():
+                        reply = (await self.worker.call(told)).message
                     self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH
                     if chosen.is_local:
                         self._sealed.avoid(reply.down)
-                except TransportError:
-                    # Hints, not worth keeping for a worker that is away.
+                except CachefsError as error:
+                    # Hints, not worth keeping for a worker that is away or does not want them.
+                    logger.debug("the worker is not told what was opened error=%s", error)
                     self._opened.clear()
 
 
@@ -375,7 +377,7 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
         await workers.begin()
         client = Client(config, cluster, master, workers, sealed, nursery)
         nursery.start_soon(client.report_opens)
-        if config.anywhere:
+        if config.with_worker:
             nursery.start_soon(workers.follow)
         await nursery.start(client.watch)
         yield client

@@ -21,7 +21,7 @@ from cachefs.model import CachefsError, ConfigError, TransportError, Unavailable
 from cachefs.net import Address, Hello, Pool, TcpAddress, UnixAddress, open_peer, parse_address
 from cachefs.policy import FARTHEST, LEVELS, Place, distance, nearest
 from cachefs.store import SealedReader, running_boot_id
-from cachefs.wire.messages import GetMasterStatus, GetWorkerStatus, WorkerInfo
+from cachefs.wire.messages import GetWorkerStatus, ListWorkers, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +196,17 @@ class Workers:
         return True
 
     async def follow(self) -> None:
-        """Look for a better one now and then, and see whether one that says nothing is alive. Runs until cancelled."""
+        """See whether one that says nothing is alive, and look for a better one now and then if it may be anywhere.
+
+        Runs until cancelled.
+        """
         asked = trio.current_time()
         again_s = self._config.look_again_s
         while True:
             await trio.sleep(min(_LONGEST_PAUSE_S, again_s))
             chosen, now = self.chosen, trio.current_time()
-            is_due = (chosen is None or not self._is_first(chosen)) and now >= asked + again_s
+            may_improve = self._config.anywhere and (chosen is None or not self._is_first(chosen))
+            is_due = may_improve and now >= asked + again_s
             is_stuck = chosen is not None and chosen.is_stuck() and now >= asked + _LONGEST_PAUSE_S
             if not is_due and not is_stuck:
                 continue
@@ -221,15 +225,19 @@ class Workers:
         return chosen.is_local if named is None else chosen.candidate.address == named.address
 
     async def _is_alive(self, chosen: ChosenWorker) -> bool:
-        status = (await self._master.call(GetMasterStatus())).message
-        return any(each.connected and each.name == chosen.candidate.name for each in status.workers)
+        workers = (await self._master.call(ListWorkers())).message.workers
+        return any(each.connected and each.name == chosen.candidate.name for each in workers)
 
     async def _leave(self, chosen: ChosenWorker) -> None:
-        self._avoid(chosen.candidate.address)
-        await self._look(instead_of=chosen)
-        if self.chosen is not chosen:
+        if self._config.anywhere:
+            self._avoid(chosen.candidate.address)
+            await self._look(instead_of=chosen)
+        if self.chosen is chosen:
+            logger.info("worker does not answer, and there is no other name=%s", chosen.candidate.name)
+        else:
             logger.warning("worker does not answer, reading through another name=%s", chosen.candidate.name)
-            chosen.give_up()
+        # Also where there is no other: how long one that is away is waited for is up to whoever asks.
+        chosen.give_up()
 
     async def _improve(self, chosen: ChosenWorker | None) -> None:
         async with self._choosing:
@@ -276,9 +284,9 @@ class Workers:
         return None
 
     async def _candidates(self) -> list[Candidate]:
-        status = (await self._master.call(GetMasterStatus())).message
+        workers = (await self._master.call(ListWorkers())).message.workers
         config, named = self._config, self._named()
-        found = ranked(status.workers, config.labels, self._boot_id, anywhere=config.anywhere)
+        found = ranked(workers, config.labels, self._boot_id, anywhere=config.anywhere)
         if named is None:
             return found
         return [named, *(each for each in found if each.address != named.address)]

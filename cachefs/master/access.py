@@ -17,6 +17,7 @@ ACCESS: Allowed = {
     m.Watch: EVERYONE,
     m.LoadMetadata: EVERYONE,
     m.GetMasterStatus: EVERYONE,
+    m.ListWorkers: EVERYONE,
     m.ListPins: EVERYONE,
     c.Locate: EVERYONE,
     control.GetJob: EVERYONE,

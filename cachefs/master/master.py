@@ -61,6 +61,7 @@ class Master:
         service.on(m.Refresh, self.refresh)
         service.on_stream(m.LoadMetadata, self.load_metadata)
         service.on(m.GetMasterStatus, self.get_status)
+        service.on_at_once(m.ListWorkers, self.list_workers)
         service.on(m.AddStore, self.add_store)
         service.on(m.RemoveStore, self.remove_store)
         service.on(m.GetStores, self.get_stores)
@@ -119,6 +120,9 @@ class Master:
         mounts, totals = await self._mount_infos(self._namespace.mounted())
         uptime_s = trio.current_time() - self._started
         return m.MasterStatus(self._info, uptime_s, mounts, self._cluster.workers.infos(totals))
+
+    def list_workers(self, request: m.ListWorkers, session: Session) -> m.WorkerList:
+        return m.WorkerList(self._cluster.workers.infos({}))
 
     async def _mount_infos(self, mounted: list[MountedStore]) -> tuple[list[m.MountInfo], dict[str, tuple[int, int]]]:
         """With the totals of workers, counted at the same time."""
@@ -223,9 +227,12 @@ async def run_master(
                 master = Master(store, writer, namespace, attaching, pinning, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 service = master.service()
-                Jobs(store, writer, namespace, cluster, geometry, nursery).add_to(service)
+                jobs = Jobs(store, writer, namespace, cluster, geometry, nursery)
+                jobs.add_to(service)
                 if monitor is not None:
-                    parts = MasterParts(store, writer, namespace, cluster.workers, leases=lambda: len(cluster.leases))
+                    parts = MasterParts(
+                        store, writer, namespace, cluster.workers, jobs=jobs, leases=lambda: len(cluster.leases)
+                    )
                     service.observe = parts.requests.observe
                     nursery.start_soon(watch_master, monitor, parts)
                 await serve(service, [config.listen], hello=hello, security=config.security, task_status=task_status)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
+from cachefs.master.jobs import Jobs
 from cachefs.master.namespace import Namespace
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore
 from cachefs.metrics import Metric, Monitor, Times, by_label, counter, errors_of, gauge, histogram
+
+logger = logging.getLogger(__name__)
 
 COUNTED_EVERY_S = 60.0
 """Counting what workers hold looks at all of it, and writes wait meanwhile: a fifth of a second for a million."""
@@ -25,6 +29,7 @@ class MasterParts:
     writer: Writer
     namespace: Namespace
     workers: Workers
+    jobs: Jobs
     requests: Times[str] = field(default_factory=Times)
     leases: Callable[[], int] | None = None
     """How many origin leases are granted."""
@@ -87,6 +92,12 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
         "Blocks that one worker fetches for all.",
         lambda parts: parts.leases and parts.leases(),
     ),
+    gauge("cachefs_jobs_running", "Jobs of data control that have not ended.", lambda parts: parts.jobs.running),
+    gauge(
+        "cachefs_tasks_waiting",
+        "Blocks that workers are to fetch, copy or drop for jobs, and have not said that they did.",
+        lambda parts: len(parts.jobs.tasks),
+    ),
 )
 
 
@@ -96,7 +107,7 @@ async def watch_master(monitor: Monitor, parts: MasterParts) -> None:
     async def why_not_ready() -> str | None:
         try:
             parts.store.fact("geometry")
-            # Behind all writes that wait: a disk that hangs is found out by the time it takes.
+            # It writes nothing, but waits behind all that do: one that hangs is found out by the time it takes.
             await parts.writer.run(lambda: None)
         except Exception as error:
             return f"the database fails: {error}"
@@ -105,5 +116,9 @@ async def watch_master(monitor: Monitor, parts: MasterParts) -> None:
     monitor.watch(MASTER_METRICS, parts)
     monitor.ready_if(why_not_ready)
     while True:
-        parts.held = await parts.writer.run(parts.store.replica_totals)
+        try:
+            parts.held = await parts.writer.run(parts.store.replica_totals)
+        except Exception as error:
+            # Nobody's request: the master goes on, and what was counted before stays.
+            logger.warning("what workers hold was not counted error=%s", error)
         await trio.sleep(COUNTED_EVERY_S)

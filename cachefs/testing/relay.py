@@ -20,6 +20,7 @@ from cachefs.wire.messages import (
     GetMasterStatus,
     ListChunk,
     ListDir,
+    ListWorkers,
     Lookup,
     ResolvePath,
     Watch,
@@ -67,7 +68,7 @@ class Relay:
 
     def service(self) -> Service:
         service = Service()
-        for request_class in (GetAttr, GetCluster, GetMasterStatus, Locate, Lookup, ResolvePath):
+        for request_class in (GetAttr, GetCluster, GetMasterStatus, ListWorkers, Locate, Lookup, ResolvePath):
             service.on(request_class, self._pass_on)
         service.on_stream(ListDir, self._list)
         service.on_stream(Watch, self._watch)

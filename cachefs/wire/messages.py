@@ -220,7 +220,16 @@ class MasterStatus(msgspec.Struct, frozen=True):
 
 
 class GetMasterStatus(Request[MasterStatus], frozen=True):
-    pass
+    """Counts what is known, and what workers hold: for people. Who only looks for workers asks `ListWorkers`."""
+
+
+class WorkerList(msgspec.Struct, frozen=True):
+    workers: list[WorkerInfo]
+    """By name, all that ever registered. What they hold is not counted: `blocks` and `block_bytes` are 0."""
+
+
+class ListWorkers(Request[WorkerList], frozen=True):
+    """Who is alive, and where. Answered from memory: mounts ask whenever a worker is slow."""
 
 
 class PinReply(msgspec.Struct, frozen=True):

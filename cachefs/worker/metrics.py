@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cachefs.metrics import Metric, Monitor, Times, by_label, counter, errors_of, gauge, histogram
-from cachefs.store import Store, TierStatus
+from cachefs.store import Store, TierState, TierStatus
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
@@ -51,6 +51,14 @@ def _of_tiers(read: Callable[[TierStatus], float]) -> Callable[[WorkerParts], di
     }
 
 
+def _states(parts: WorkerParts) -> dict[tuple[str, ...], float]:
+    return {
+        (str(number), tier.config.kind, state.value): parts.store.state(tier) is state
+        for number, tier in enumerate(parts.store.tiers)
+        for state in TierState
+    }
+
+
 _TIER = ("tier", "kind")
 
 WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
@@ -88,6 +96,18 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
         lambda parts: errors_of(parts.requests),
         "operation",
     ),
+    counter(
+        "cachefs_peer_failures_total",
+        "Reads from other workers that failed; the bytes came from elsewhere.",
+        _count("peer_failures"),
+    ),
+    counter(
+        "cachefs_served_bytes_total",
+        "Bytes sent to other workers, and to mounts of other hosts.",
+        _count("served_bytes"),
+    ),
+    counter("cachefs_served_reads_total", "Reads of these that were answered.", _count("served_reads")),
+    counter("cachefs_drops_total", "Blocks given up because others hold them too.", _count("drops")),
     counter("cachefs_pages_fetched_total", "Pages written into the cache.", _count("pages_fetched")),
     counter("cachefs_blocks_sealed_total", "Blocks that became complete.", _count("blocks_sealed")),
     counter("cachefs_files_ahead_total", "Small files fetched before anybody asked for them.", _count("files_ahead")),
@@ -141,6 +161,14 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
             (str(number), tier.config.kind): max(0, tier.room_bytes()) for number, tier in enumerate(parts.store.tiers)
         },
         *_TIER,
+    ),
+    gauge(
+        "cachefs_tier_state",
+        "1 for the state its disk is in, 0 for the others: healthy; limited, nothing new goes there; down or probing, "
+        "its blocks count as lost.",
+        _states,
+        *_TIER,
+        "state",
     ),
     gauge("cachefs_tier_blocks", "Complete blocks.", _of_tiers(lambda tier: tier.sealed), *_TIER),
     gauge("cachefs_tier_partials", "Blocks of which a part is there.", _of_tiers(lambda tier: tier.partials), *_TIER),

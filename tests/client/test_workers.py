@@ -13,12 +13,14 @@ import pytest
 import trio
 
 from cachefs.client import Client, ranked
-from cachefs.model import TransportError
-from cachefs.net import Role, Security, TcpAddress, UnixAddress, open_peer
+from cachefs.meta import MetaStore
+from cachefs.model import CapacityError, TransportError
+from cachefs.net import Role, Security, Session, TcpAddress, UnixAddress, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.processes import running
 from cachefs.wire import Hello, Tokens
-from cachefs.wire.messages import Fetch, OpenCounts, Opened, Promote, WorkerInfo
+from cachefs.wire.messages import Fetch, ListWorkers, OpenCounts, Opened, OpenedReply, Promote, WorkerInfo
+from cachefs.worker.worker import Worker
 
 LIMIT_S = 20.0
 LARGE = random.Random(1).randbytes(5 * PAGE + 123)
@@ -160,6 +162,58 @@ async def test_opens_are_counted_there(tmp_path: Path, monkeypatch: pytest.Monke
                 await trio.sleep(0.01)
 
 
+async def test_a_worker_that_refuses_to_hear_of_opens_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = trio.Event()
+    hear = Worker.opened
+
+    def refuse(self: Worker, request: Opened, session: Session) -> OpenedReply:
+        if not refused.is_set():
+            refused.set()
+            raise CapacityError("it has no memory for that")
+        return hear(self, request, session)
+
+    monkeypatch.setattr(Worker, "opened", refuse)
+    monkeypatch.setattr("cachefs.client.client._OPENED_EVERY_S", 0.01)
+    async with cluster_of(tmp_path, monkeypatch) as cluster, cluster.client() as client:
+        attr = await client.metadata.resolve("/small")
+        client.count_open(attr, passthrough=False)
+        with trio.fail_after(LIMIT_S):
+            await refused.wait()
+        assert await contents(client, "/small", len(SMALL)) == SMALL
+        # The next ones are told all the same.
+        client.count_open(attr, passthrough=False)
+        with trio.fail_after(LIMIT_S):
+            while (await cluster.worker_status()).opens.cached != 1:
+                await trio.sleep(0.01)
+
+
+async def test_looking_for_workers_counts_nothing_in_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, counted = MetaStore.replica_totals, 0
+
+    def counting(self: MetaStore) -> dict[str, tuple[int, int]]:
+        nonlocal counted
+        counted += 1
+        return count(self)
+
+    async with cluster_of(tmp_path, monkeypatch) as cluster, cluster.client(**away(cluster)) as client:
+        # The master itself counts once for its monitoring, when it starts.
+        await client.master_status()
+        monkeypatch.setattr(MetaStore, "replica_totals", counting)
+        async with cluster.client(**away(cluster)) as other:
+            assert worker_of(other) == "worker"
+            assert other.workers.chosen is not None and await other.workers._is_alive(other.workers.chosen)
+        (told,) = (await client.ask(ListWorkers())).workers
+        assert counted == 0
+        (known,) = (await client.master_status()).workers
+        assert counted == 1
+        assert (told.name, told.address, told.connected) == (known.name, known.address, True)
+        assert (told.socket, told.host_boot_id) == (known.socket, known.host_boot_id)
+
+
 async def test_a_client_may_ask_over_tcp_with_its_token_and_cannot_read_as_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +287,37 @@ async def test_one_that_hangs_without_dying_is_left_when_the_master_misses_it(
                     near.process.send_signal(signal.SIGCONT)
                 reader.close()
             await trio.to_thread.run_sync(near.end)
+
+
+@pytest.mark.expect_warnings("a worker is lost")
+async def test_the_only_one_hangs_and_it_is_an_error_after_patience_whoever_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.client.workers._STUCK_S", 0.2)
+    with ExitStack() as processes:
+        async with cluster_of(tmp_path, monkeypatch) as cluster:
+            await cluster.stop("worker")
+            arguments = (
+                *("worker", "--name", "only", "--master", str(cluster.master_address), "--listen", "127.0.0.1:0"),
+                *("--socket", tmp_path / "only.sock", "--tier", f"ssd:{tmp_path}/only.tier:100M", "--insecure"),
+            )
+            only = await trio.to_thread.run_sync(processes.enter_context, running(*arguments))
+            async with (
+                cluster.client(**away(cluster, patience_s=0.3)) as anywhere,
+                cluster.client(worker_socket=str(tmp_path / "only.sock"), patience_s=0.3) as here,
+            ):
+                for client in (anywhere, here):
+                    assert worker_of(client) == "only"
+                    assert await contents(client, "/small", len(SMALL)) == SMALL
+                only.process.send_signal(signal.SIGSTOP)
+                monkeypatch.setattr("cachefs.master.workers.DEAD_AFTER_S", 0.5)
+                try:
+                    for client in (anywhere, here):
+                        with pytest.raises(TransportError, match=r"worker only .* does not answer"):
+                            await contents(client, "/large", len(LARGE))
+                finally:
+                    only.process.send_signal(signal.SIGCONT)
+            await trio.to_thread.run_sync(only.end)
 
 
 async def test_without_any_worker_it_is_an_error_after_patience_and_one_that_comes_is_found(

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
 
 from cachefs.client import Client
+from cachefs.meta import MetaStore
 from cachefs.metrics import Monitor
 from cachefs.model import MiB
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import Store, Tier, TierConfig, TierState
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+from cachefs.wire.control import BlockTask, JobSpec
+from cachefs.worker.tasks import Tasks
 
 FILES = {f"{number}": random.Random(number).randbytes(PAGE // 2 + number) for number in range(4)}
 LARGE = random.Random(9).randbytes(6 * PAGE + 123)
@@ -97,6 +102,80 @@ async def test_the_tier_is_shown_as_it_is(tmp_path: Path) -> None:
     assert found[f"cachefs_tier_used_bytes{of}"] == found[f"cachefs_tier_blocks{of}"] == 0
     assert found[f"cachefs_evictions_total{of}"] == 0
     assert found["cachefs_admissions_refused_total"] >= 1
+
+
+async def test_the_state_of_a_tier_is_one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster_of(tmp_path) as (cluster, _):
+        for state in TierState:
+
+            def told(self: Store, tier: Tier, state: TierState = state) -> TierState:
+                return state
+
+            monkeypatch.setattr(Store, "state", told)
+            found = await shown(cluster.monitors["worker"])
+            values = {each: found[f"cachefs_tier_state kind=ssd state={each} tier=0"] for each in TierState}
+            assert values == {each: each is state for each in TierState}
+
+
+async def test_what_a_worker_sends_to_others_is_counted(tmp_path: Path) -> None:
+    async with cluster_of(tmp_path, files_ahead=0) as (cluster, client):
+        address = cluster.worker_address
+        attr = await client.metadata.resolve("/0")
+        assert await client.promote(attr.ino)
+        async with cluster.client(worker_socket=None, worker_address=address) as outside:
+            reader = outside.open_content(attr)
+            assert bytes(await reader.read(0, attr.size_bytes)) == FILES["0"]
+            reader.close()
+        found = await shown(cluster.monitors["worker"])
+    assert (found["cachefs_served_bytes_total"], found["cachefs_served_reads_total"]) == (len(FILES["0"]), 1)
+    assert found["cachefs_peer_failures_total"] == found["cachefs_drops_total"] == 0
+
+
+async def test_what_workers_have_yet_to_do_for_a_job_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_begin = trio.Event()
+    do = Tasks._do
+
+    async def later(self: Tasks, task: BlockTask) -> None:
+        await may_begin.wait()
+        await do(self, task)
+
+    monkeypatch.setattr(Tasks, "_do", later)
+    async with cluster_of(tmp_path) as (cluster, client):
+
+        async def until(jobs: int, tasks: int) -> None:
+            with trio.fail_after(10):
+                while True:
+                    found = await shown(cluster.monitors["master"])
+                    if (found["cachefs_jobs_running"], found["cachefs_tasks_waiting"]) == (jobs, tasks):
+                        return
+                    await trio.sleep(0.01)
+
+        await until(0, 0)
+        await client.start_job(JobSpec("load", ["/"]))
+        await until(1, len(FILES) + 1)
+        may_begin.set()
+        await until(0, 0)
+
+
+@pytest.mark.expect_warnings("the database fails")
+async def test_what_cannot_be_counted_is_counted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, failures = MetaStore.replica_totals, 3
+
+    def failing(self: MetaStore) -> dict[str, tuple[int, int]]:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return count(self)
+
+    monkeypatch.setattr(MetaStore, "replica_totals", failing)
+    monkeypatch.setattr("cachefs.master.metrics.COUNTED_EVERY_S", 0.01)
+    async with cluster_of(tmp_path, files_ahead=0) as (cluster, client):
+        assert await client.promote((await client.metadata.resolve("/0")).ino)
+        with trio.fail_after(10):
+            while (await shown(cluster.monitors["master"])).get("cachefs_worker_blocks worker=worker") != 1:
+                await trio.sleep(0.01)
+    assert failures == 0
 
 
 async def test_the_master_counts_what_it_is_asked(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from cachefs.net import (
     parse_address,
     serve,
 )
+from cachefs.net.peer import connect
 from cachefs.wire import STREAM_WINDOW, Connection, Kind, Request, StreamRequest
 from cachefs.wire.frames import HEADER, MAGIC, VERSION
 
@@ -219,6 +220,16 @@ async def test_a_bug_in_a_handler_is_its_own_request_s(
         with pytest.raises(CachefsError, match="internal error"):
             await peer.call(fail("unknown"))
         assert (await peer.call(Echo("still there"))).message == "still there"
+
+
+async def test_what_is_sent_over_tcp_is_acknowledged_within_half_a_minute_or_the_connection_is_lost(
+    handlers: Handlers,
+) -> None:
+    async with serving(handlers, TcpAddress("127.0.0.1", 0)) as bound:
+        sock = await connect(bound)
+        with sock:
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
 
 async def test_every_request_that_is_answered_is_observed(handlers: Handlers, address: Address) -> None:

@@ -143,6 +143,14 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x81\xa1q\xafGetMasterStatus",
     ),
     (
+        m.WorkerList([]),
+        b"\x81\xa7workers\x90",
+    ),
+    (
+        m.ListWorkers(),
+        b"\x81\xa1q\xabListWorkers",
+    ),
+    (
         m.PinReply(1, 2, 3, 4, 5, ["w"]),
         b"\x86\xa5files\x01\xa5bytes\x02\xacneeded_bytes\x03\xablimit_byte"
         b"s\x04\xaecapacity_bytes\x05\xabunconfirmed\x91\xa1w",
