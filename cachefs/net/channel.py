@@ -22,9 +22,14 @@ _FD_SIZE = array.array("i").itemsize
 _ROUNDS_WITHOUT_CHECKPOINT = 32
 _WAIT_IN_THREAD_MS = 20
 """For room to send a file: longer, and one who does not read would keep a thread from others."""
+_FILES_AT_ONCE = 16
+"""Being sent by threads: with a disk that hangs they hang, and nothing else of this process does."""
 _FINISH_S, _FINISH_ROUNDS, _FINISH_BYTES = 1.0, 16, 64 * 1024
 STALL_TIMEOUT_S = 60.0
 """A side that reads nothing of what is being sent to it for so long is given up."""
+
+
+_file_threads: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("file_threads")
 
 
 class FileSlice(NamedTuple):
@@ -168,7 +173,9 @@ class Channel:
             try:
                 while offset < end:
                     # In a thread: the file's pages may have to come from the disk.
-                    offset = await trio.to_thread.run_sync(_send_pages, sock, part.fd, offset, end)
+                    offset = await trio.to_thread.run_sync(
+                        _send_pages, sock, part.fd, offset, end, limiter=_file_limiter()
+                    )
                     if self.closed:
                         raise OSError("closed while a file was sent")
                     if offset < end:
@@ -227,6 +234,15 @@ class Channel:
             return "" if self._unix else str(self._sock.getpeername()[0])
         except OSError:
             return "unknown"
+
+
+def _file_limiter() -> trio.CapacityLimiter:
+    """The one of this event loop."""
+    try:
+        return _file_threads.get()
+    except LookupError:
+        _file_threads.set(trio.CapacityLimiter(_FILES_AT_ONCE))
+        return _file_threads.get()
 
 
 def _send_pages(sock: socket.socket, fd: int, offset: int, end: int) -> int:

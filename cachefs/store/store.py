@@ -24,6 +24,7 @@ from cachefs.store.config import TierConfig
 from cachefs.store.health import Health, HealthConfig, TierState
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
+from cachefs.store.probe import is_of_the_process
 from cachefs.store.sums import Sums
 from cachefs.store.tier import Tier, open_tier
 
@@ -216,9 +217,14 @@ class Store:
 
     def close(self, partial: Partial) -> None:
         """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed."""
-        self._homes[partial].close(partial)
-        if partial.users == 0:
-            self._homes.pop(partial, None)
+        tier = self._homes[partial]
+        try:
+            tier.close(partial)
+        except OSError as error:
+            self._cannot_remove(tier, error)
+        finally:
+            if partial.users == 0:
+                self._homes.pop(partial, None)
 
     def seal(self, partial: Partial) -> None:
         """As `Tier.seal`. Blocks on the disk. Raises BlockCorruptError, CapacityError, OSError."""
@@ -251,6 +257,9 @@ class Store:
     def _disk_failed(self, tier: Tier, error: OSError, reading: bool) -> None:
         health = self._health[tier]
         self._judge(tier, health.read_failed if reading else health.write_failed, error)
+
+    def _cannot_remove(self, tier: Tier, error: OSError) -> None:
+        self._judge(tier, self._health[tier].cannot_remove, error)
 
     def to_probe(self) -> list[Tier]:
         """Whose disks should be tried now, by `Tier.try_disk`."""
@@ -293,7 +302,11 @@ class Store:
 
     def give_up(self, partial: Partial) -> None:
         """As `Tier.give_up`. Blocks on the disk. It is closed by its users as ever."""
-        self._homes[partial].give_up(partial)
+        tier = self._homes[partial]
+        try:
+            tier.give_up(partial)
+        except OSError as error:
+            self._cannot_remove(tier, error)
 
     def drop(self, block: BlockId) -> None:
         """Give up a sealed block, read by somebody or not: open descriptors keep working, nobody gets new ones."""
@@ -304,13 +317,23 @@ class Store:
         try:
             tier.drop(block)
         except OSError as error:
-            self._judge(tier, self._health[tier].cannot_remove, error)
+            self._cannot_remove(tier, error)
 
     def evict(self, block: BlockId) -> bool:
-        """Drop a sealed block that nobody reads; False if somebody does, it is pinned, or it is not sealed here."""
+        """Drop a sealed block that nobody reads; False if somebody does, it is pinned, or it is not sealed here, or its
+        disk fails to remove it.
+        """
         if self.is_pinned(block):
             return False
-        return any(tier.evict(block) for tier in self._served if tier.is_sealed(block))
+        return any(self._evict_from(tier, block) for tier in self._served if tier.is_sealed(block))
+
+    def _evict_from(self, tier: Tier, block: BlockId) -> bool:
+        try:
+            return tier.evict(block)
+        except OSError as error:
+            if not is_of_the_process(error):
+                self._cannot_remove(tier, error)
+            return False
 
     def move_down(self, mode: Promote) -> int:
         """Make room in upper tiers that are filling up; returns how many blocks were moved. Blocks on the disks."""
@@ -323,7 +346,7 @@ class Store:
         while True:
             before = moved
             for block in upper.coldest(_MOVED_AT_ONCE):
-                if upper.room_share() >= _HIGH_SHARE:
+                if upper not in self._served or upper.room_share() >= _HIGH_SHARE:
                     return moved
                 moved += self._move(block, upper, number, mode)
             if moved == before:
@@ -346,10 +369,11 @@ class Store:
             except OSError as error:
                 self._disk_failed(lower, error, False)
                 continue
-            if upper.evict(block):
+            if self._evict_from(upper, block):
                 return True
-            # Somebody began to read it meanwhile: one copy is enough.
-            lower.drop(block)
+            if upper in self._served:
+                # Somebody began to read it meanwhile: one copy is enough.
+                self._drop_in(lower, block)
             return False
         return False
 
@@ -370,7 +394,7 @@ class Store:
                     if tier.restore(block):
                         self.on_restored(block, tier.held_bytes(block))
                 except OSError as error:
-                    self._judge(tier, self._health[tier].cannot_remove, error)
+                    self._cannot_remove(tier, error)
         return self.is_sealed(block)
 
     def check(self, block: BlockId) -> bool:
@@ -384,7 +408,7 @@ class Store:
             try:
                 lost += tier.sync_sealed()
             except OSError as error:
-                self._judge(tier, self._health[tier].cannot_remove, error)
+                self._cannot_remove(tier, error)
         return lost
 
 

@@ -277,25 +277,41 @@ class Tier:
         return partial
 
     def close(self, partial: Partial) -> None:
-        """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed."""
+        """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed.
+
+        Raises OSError, having closed it, when a file that is of no use cannot be removed.
+        """
         with self._lock:
             partial.users -= 1
             if partial.users == 0:
-                if self._open.get(partial.block) is partial:
-                    self._put_to_sleep(partial)
-                partial.close()
+                try:
+                    if self._open.get(partial.block) is partial:
+                        self._put_to_sleep(partial)
+                finally:
+                    partial.close()
 
     def _put_to_sleep(self, partial: Partial) -> None:
         block = partial.block
         del self._open[block]
         self._space.reserved -= estimate(partial.length, partial.page_count)
-        if not partial.resumable:
-            self._unlink(self._layout.partial_fd, block)
-            return
+        if partial.resumable:
+            self._count_dormant(partial)
+        else:
+            self._remove_partial(partial)
+
+    def _count_dormant(self, partial: Partial) -> None:
         # What was written, not st_blocks: late allocation would make it too small.
         held = partial.length - min(partial.length, partial.unwritten_bytes) + sums.file_size(partial.page_count)
-        self._dormant[block] = held
+        self._dormant[partial.block] = held
         self._space.used += held
+
+    def _remove_partial(self, partial: Partial) -> None:
+        try:
+            self._unlink(self._layout.partial_fd, partial.block)
+        except OSError:
+            # It takes its room still, until its block is filled anew or others need the room.
+            self._count_dormant(partial)
+            raise
 
     def seal(self, partial: Partial) -> None:
         """Make a complete partial a sealed block: every page is read back and compared first. Blocks on the disk.
@@ -356,7 +372,7 @@ class Tier:
     def give_up(self, partial: Partial) -> None:
         """Forget an open partial and remove its files: writing to it raises from now on. Blocks on the disk.
 
-        Waits for who is sealing it, and does nothing when it is sealed then.
+        Waits for who is sealing it, and does nothing when it is sealed then. Raises OSError, having forgotten it.
         """
         with partial.seal_lock:
             if not partial.sealed:
@@ -370,7 +386,7 @@ class Tier:
                 partial.dropped = True
                 del self._open[partial.block]
                 self._space.reserved -= estimate(partial.length, partial.page_count)
-                self._unlink(self._layout.partial_fd, partial.block)
+                self._remove_partial(partial)
 
     # ---- going -----------------------------------------------------------------------------------------------------
 
@@ -604,7 +620,7 @@ class Tier:
             os.close(fd)
 
     def evict(self, block: BlockId) -> bool:
-        """Give up a sealed block unless somebody reads it; whether it is gone."""
+        """Give up a sealed block unless somebody reads it; whether it is gone. Raises OSError."""
         with self._lock:
             if block not in self._sealed:
                 return True
@@ -653,7 +669,9 @@ class Tier:
                         continue
                     # Data first: from that moment it is a miss.
                     for name in (data_name(block), sums_name(block)):
-                        os.rename(name, name, src_dir_fd=self._layout.sealed_fd, dst_dir_fd=self._layout.suspect_fd)
+                        # Half of a block may be gone, where the disk failed to remove the other: it is not restored.
+                        with suppress(FileNotFoundError):
+                            os.rename(name, name, src_dir_fd=self._layout.sealed_fd, dst_dir_fd=self._layout.suspect_fd)
                     self._discount_sealed(block)
                     self._suspect[block] = size
                     self._space.used += size
@@ -689,7 +707,8 @@ class Tier:
         """At the end: what is open is left as it is on disk."""
         with self._lock:
             for partial in list(self._open.values()):
-                self._put_to_sleep(partial)
+                with suppress(OSError):
+                    self._put_to_sleep(partial)
                 partial.close()
 
 
@@ -723,5 +742,4 @@ def open_tier(
         try:
             yield tier
         finally:
-            with suppress(OSError):
-                tier.close_all()
+            tier.close_all()

@@ -31,6 +31,7 @@ class Care:
         self._config = config
         self._disk = trio.CapacityLimiter(1)
         self._probes = {tier: trio.CapacityLimiter(1) for tier in store.tiers}
+        self._judging = trio.CapacityLimiter(1)
         self._fetched = 0
 
     async def run(self) -> None:
@@ -67,7 +68,7 @@ class Care:
                 good, reason = None, error
             except (BlockCorruptError, OSError) as error:
                 reason = error
-        await trio.to_thread.run_sync(self._store.probed, tier, good, reason)
+        await trio.to_thread.run_sync(self._store.probed, tier, good, reason, limiter=self._judging)
 
     async def _until_nothing_is_fetched(self) -> None:
         """What waits for the under-store needs the processor more; after an hour of that, go on anyway."""

@@ -11,6 +11,7 @@ import trio
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, NamespaceChangedError
 from cachefs.net import Answer, FileSlice, Flights, Session
 from cachefs.store import SealedReader, Store, page_checksum
+from cachefs.store.probe import is_of_the_process
 from cachefs.store.sums import Sums
 from cachefs.wire.cluster import BlockBytes, DoubtBlock, ReadBlock
 from cachefs.wire.control import BlockLength, MeasureBlock
@@ -44,7 +45,7 @@ class Giving:
     async def read_block(self, request: ReadBlock, session: Session) -> Answer[BlockBytes]:
         """Raises as `ReadBlock` says."""
         block = BlockId(request.key, request.block_index)
-        answer = await self._from_here(block, request)
+        answer = await self._from_here(block, request, session)
         if answer is not None:
             return answer
         if request.effort == "held" or not request.ino:
@@ -58,7 +59,7 @@ class Giving:
             await self._fetch(block, request)
         if scope.cancelled_caught:
             return Answer(BlockBytes(0, pending=True))
-        answer = await self._from_here(block, request)
+        answer = await self._from_here(block, request, session)
         if answer is None:
             raise BlockMissingError(f"{block.filename}: not kept here")
         return answer
@@ -70,9 +71,9 @@ class Giving:
         self._fetches.start(key, lambda: self._blocks.fetch_for_worker(block, request.ino, request.offset))
         await self._fetches.join(key, trio.lowlevel.checkpoint)
 
-    async def _from_here(self, block: BlockId, request: ReadBlock) -> Answer[BlockBytes] | None:
+    async def _from_here(self, block: BlockId, request: ReadBlock, session: Session) -> Answer[BlockBytes] | None:
         if await self._blocks.is_sealed(block):
-            answer = await self._from_sealed(block, request)
+            answer = await self._from_sealed(block, request, session)
             if answer is not None:
                 return answer
         partial = self._blocks.partial(block)
@@ -84,12 +85,14 @@ class Giving:
         if not partial.has(page):
             return None
         whole = request.length == partial.page_span(page)[1]
-        return await self._send(os.dup(partial.read_fd), request, partial.checksum(page) if whole else None)
+        return await self._send(os.dup(partial.read_fd), request, partial.checksum(page) if whole else None, session)
 
-    async def _from_sealed(self, block: BlockId, request: ReadBlock) -> Answer[BlockBytes] | None:
+    async def _from_sealed(self, block: BlockId, request: ReadBlock, session: Session) -> Answer[BlockBytes] | None:
         try:
             sums = await self._sums_of(block)
         except (BlockCorruptError, BlockMissingError, OSError) as error:
+            if is_of_the_process(error) or is_of_the_process(error.__cause__):
+                raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error
             logger.warning("block dropped, its checksums cannot be read block=%s error=%s", block.filename, error)
             await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
             return None
@@ -102,7 +105,7 @@ class Giving:
         if fd is None:
             return None
         self._store.visited(block)
-        return await self._send(fd, request, sums.checksums[page] if request.length == span else None)
+        return await self._send(fd, request, sums.checksums[page] if request.length == span else None, session)
 
     async def _sums_of(self, block: BlockId) -> Sums:
         """An identifier names one content for good: what was read once stays right."""
@@ -113,24 +116,30 @@ class Giving:
                 self._sums.popitem(last=False)
         return sums
 
-    async def _send(self, fd: int, request: ReadBlock, checksum: int | None) -> Answer[BlockBytes]:
+    async def _send(self, fd: int, request: ReadBlock, checksum: int | None, session: Session) -> Answer[BlockBytes]:
         """Takes over `fd`. Without the checksum of a whole page one of the part is made."""
-        try:
-            if checksum is None:
-                data = await trio.to_thread.run_sync(os.pread, fd, request.length, request.offset, limiter=self._disk)
-                if len(data) != request.length:
-                    raise BlockCorruptError("a block is cut off")
-                answer = Answer(BlockBytes(page_checksum(data)), data)
+        if checksum is None:
+            try:
+                answer = await self._part(fd, request, session)
+            finally:
                 os.close(fd)
-            else:
-                slice_ = FileSlice(fd, request.offset, request.length)
-                answer = Answer(BlockBytes(checksum), slice_, on_sent=lambda: os.close(fd))
-        except BaseException:
-            os.close(fd)
-            raise
+        else:
+            slice_ = FileSlice(fd, request.offset, request.length)
+            answer = Answer(BlockBytes(checksum), slice_, on_sent=lambda: os.close(fd))
         self._counters.served_reads += 1
         self._counters.served_bytes += request.length
         return answer
+
+    async def _part(self, fd: int, request: ReadBlock, session: Session) -> Answer[BlockBytes]:
+        sent = await session.room_for_payload(request.length)
+        try:
+            data = await trio.to_thread.run_sync(os.pread, fd, request.length, request.offset, limiter=self._disk)
+            if len(data) != request.length:
+                raise BlockCorruptError("a block is cut off")
+            return Answer(BlockBytes(page_checksum(data)), data, on_sent=sent)
+        except BaseException:
+            sent()
+            raise
 
     async def measure_block(self, request: MeasureBlock, session: Session) -> BlockLength:
         block = BlockId(request.key, request.block_index)

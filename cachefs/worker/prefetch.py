@@ -120,7 +120,7 @@ class Prefetch:
         """Fetch the next files of a run: after inode `ino` and what was fetched ahead before."""
         try:
             sources, until = await self._sources.resolve_next(ino, Ino(run.after), run.window)
-        except CachefsError as error:
+        except (CachefsError, OSError) as error:
             logger.debug("no files ahead ino=%d error=%s", ino, error)
             run.over = True
             return
@@ -169,11 +169,13 @@ class Prefetch:
             for (_, source), error in zip(wanted, outcomes, strict=True):
                 if error is not None:
                     run.over = True
-                    if not isinstance(error, CachefsError):
-                        raise error
-                    logger.info("not fetched ahead path=%s error=%s", source.info.path, error)
+                    level = logging.INFO if isinstance(error, CachefsError) else logging.WARNING
+                    logger.log(level, "not fetched ahead path=%s error=%r", source.info.path, error)
         except CachefsError as error:
-            logger.info("not fetched ahead files=%d error=%s", len(wanted), error)
+            logger.info("not fetched ahead files=%d error=%r", len(wanted), error)
+            run.over = True
+        except OSError as error:
+            logger.warning("not fetched ahead files=%d error=%r", len(wanted), error)
             run.over = True
         finally:
             for block, _ in wanted:

@@ -80,3 +80,14 @@ async def test_a_file_that_is_too_short_ends_the_connection(file: int) -> None:
     with theirs, pytest.raises(TransportError, match="shorter"):
         await channel.send(b"", FileSlice(file, SIZE - 10, 20))
     assert channel.closed
+
+
+async def test_a_file_is_sent_when_everybody_else_waits_for_threads(file: int) -> None:
+    channel, theirs = connected()
+    limiter = trio.to_thread.current_default_thread_limiter()
+    for _ in range(int(limiter.total_tokens)):
+        limiter.acquire_on_behalf_of_nowait(object())
+    with theirs, trio.fail_after(10):
+        await channel.send(b"", FileSlice(file, 10, 1000))
+        assert theirs.recv(2000) == os.pread(file, 1000, 10)
+    channel.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -15,7 +16,9 @@ import pytest
 
 from cachefs.model import BlockId, CapacityError, ConfigError, MiB
 from cachefs.policy import Promote
-from cachefs.store import Store, TierConfig, open_store, page_checksum
+from cachefs.store import HealthConfig, Store, TierConfig, TierState, open_store, page_checksum
+from cachefs.store import tier as tier_module
+from cachefs.store.layout import unlink_if_exists
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, read, seal, sealed_path, some
 from cachefs.testing.disks import lying_disk, read_only, small_disk
 
@@ -319,3 +322,100 @@ def _lose_a_page(tier: Path) -> None:
             with path.open("r+b") as file:
                 file.write(bytes(50))
             return
+
+
+# ---- what cannot be removed ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing_to_remove(monkeypatch: pytest.MonkeyPatch, code: int, suffix: str = "") -> Iterator[None]:
+    """Files whose names end like that stay where they are."""
+
+    def unlink(name: str, dir_fd: int) -> None:
+        if name.endswith(suffix):
+            raise OSError(code, os.strerror(code), name)
+        unlink_if_exists(name, dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier_module, "unlink_if_exists", unlink)
+        yield
+
+
+def probe_until_healthy(store: Store) -> None:
+    for _ in range(HealthConfig().good_probes):
+        store.probed(store.tiers[0], True)
+    assert store.state(store.tiers[0]) is TierState.HEALTHY
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+@pytest.mark.parametrize("suffix", ["", ".sums"])
+def test_what_cannot_be_evicted_takes_the_tier_out_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    with opened(TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)) as store:
+        gone: list[BlockId] = []
+        store.on_evicted = gone.append
+        for number in range(2):
+            seal(store, block(number), content(number, PAGE))
+        with failing_to_remove(monkeypatch, errno.EROFS, suffix):
+            assert store.evict(block(0)) is False
+        assert store.state(store.tiers[0]) is TierState.DOWN and sorted(gone) == [block(0), block(1)]
+        probe_until_healthy(store)
+        # Half removed, it is not one that can be restored.
+        assert store.restore(block(0)) is (suffix == "") and store.restore(block(1))
+
+
+def test_a_lack_of_memory_takes_no_tier_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)) as store:
+        seal(store, block(0), content(0, PAGE))
+        with failing_to_remove(monkeypatch, errno.ENOMEM):
+            assert store.evict(block(0)) is False
+        assert store.state(store.tiers[0]) is TierState.HEALTHY and store.is_sealed(block(0))
+        assert store.evict(block(0)) is True
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+def test_what_was_moved_stays_below_when_it_cannot_be_removed_above(
+    two: tuple[TierConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(*two) as store:
+        gone: list[BlockId] = []
+        store.on_evicted = gone.append
+        for number in range(4):
+            seal(store, block(number), content(number, 14 * PAGE))
+        with failing_to_remove(monkeypatch, errno.EIO):
+            assert store.move_down(Promote.IF_SPACE) == 0
+        assert [store.state(tier) for tier in store.tiers] == [TierState.DOWN, TierState.HEALTHY]
+        (moved,) = [found for found, _ in store.blocks()]
+        number = int.from_bytes(moved.key, "big")
+        assert sorted([*gone, moved]) == [block(number) for number in range(4)]
+        assert read([two[1].path], moved, 14 * PAGE) == content(number, 14 * PAGE)
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_partial_that_cannot_be_removed_is_closed_and_its_room_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    with opened(TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)) as store:
+        partial = some(store.open_partial(block(0), 4 * PAGE))
+        (tier,) = store.tiers
+        with failing_to_remove(monkeypatch, errno.EROFS):
+            if given_up:
+                store.give_up(partial)
+                assert partial.dropped
+            store.close(partial)
+        assert partial.read_fd == -1 and store.state(tier) is TierState.DOWN
+        assert tier.status().reserved_bytes == 0 and tier.status().partials == 1 and tier.status().used_bytes > 0
+        probe_until_healthy(store)
+        seal(store, block(0), content(0, 4 * PAGE))
+        assert tier.status().partials == 0 and tier.status().used_bytes == tier.held_bytes(block(0))
+
+
+@pytest.mark.expect_warnings("the file that is in the way")
+def test_every_partial_is_closed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)) as store:
+        partials = [some(store.open_partial(block(number), PAGE)) for number in range(2)]
+        with failing_to_remove(monkeypatch, errno.EROFS):
+            store.tiers[0].close_all()
+        assert [partial.read_fd for partial in partials] == [-1, -1]

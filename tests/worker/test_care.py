@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trio.testing import MockClock
 from cachefs.model import BlockId, MiB
 from cachefs.net import TcpAddress
 from cachefs.store import HealthConfig, TierConfig, TierState, open_store
-from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path, some
 from cachefs.testing.disks import broken, small_disk
 from cachefs.worker import care
 from cachefs.worker.config import WorkerConfig
@@ -88,3 +89,24 @@ async def test_a_disk_that_breaks_is_tried_until_it_is_well_and_what_it_holds_co
                     await trio.sleep(1)
                 assert sorted(back) == sorted(found for found, _ in store.blocks()) and len(back) >= 2
                 nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+async def test_a_disk_is_judged_when_everybody_else_waits_for_threads(tmp_path: Path) -> None:
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+    nowhere = TcpAddress("127.0.0.1", 0)
+    config = WorkerConfig(name="w", master=nowhere, listen=nowhere, socket=str(tmp_path / "socket"), tiers=(tier,))
+    limiter = trio.to_thread.current_default_thread_limiter()
+    for _ in range(int(limiter.total_tokens)):
+        limiter.acquire_on_behalf_of_nowait(object())
+    health = HealthConfig(probe_every_s=0.01, longest_pause_s=0.02)
+    with open_store((tier,), GEOMETRY, CLUSTER, health=health) as store:
+        partial = some(store.open_partial(block(0), PAGE))
+        store.failed(partial, OSError(errno.EIO, "it hangs no more"))
+        store.close(partial)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(care.Care(store, Counters(), config).run)
+            with trio.fail_after(1000):
+                while store.state(store.tiers[0]) is not TierState.HEALTHY:
+                    await trio.sleep(1)
+            nursery.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -189,3 +190,25 @@ async def test_it_can_be_switched_off(tmp_path: Path, s3_bucket: Bucket) -> None
         for attr in attrs[:30]:
             assert await client.promote(attr.ino)
         assert await quiet(cluster) == (30, 0)
+
+
+@pytest.mark.expect_warnings("it is told")
+async def test_an_error_of_the_machine_is_not_the_end_of_the_worker(
+    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
+        failing = {attr.key for attr in attrs[4:8]}
+        opened = Store.open_partial
+
+        def open_some(store: Store, block: BlockId, length: int, mode: Promote = Promote.ALWAYS) -> Partial | None:
+            if block.key in failing:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return opened(store, block, length, mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "open_partial", open_some)
+            for attr in attrs[:4]:
+                assert await client.promote(attr.ino)
+            await quiet(cluster)
+        assert "not fetched ahead" in caplog.text and not is_sealed(client, attrs[4])
+        assert await client.promote(attrs[4].ino)

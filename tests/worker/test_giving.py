@@ -1,0 +1,85 @@
+"""What a worker sends to others, asked over a real connection."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefs.model import Attr, BlockMissingError
+from cachefs.net import Peer, Session, open_peer
+from cachefs.store import sums
+from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
+from cachefs.wire import Hello
+from cachefs.wire.cluster import ReadBlock
+
+CONTENT = random.Random(1).randbytes(3 * PAGE)
+
+
+@asynccontextmanager
+async def scene(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, Peer, Attr]]:
+    """A worker that holds a file of one block, and who asks it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "file").write_bytes(CONTENT)
+    options = {"settle": "0"}
+    async with (
+        running_cluster(tmp_path, data.as_uri(), ufs_options=options, worker={"scrub_bytes_per_s": 0}) as cluster,
+        cluster.client() as client,
+        open_peer(cluster.worker_address, Hello("worker")) as peer,
+    ):
+        attr = await client.metadata.resolve("/file")
+        assert await client.promote(attr.ino)
+        yield cluster, peer, attr
+
+
+async def test_parts_of_pages_wait_for_room_and_give_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, left = list[int](), list[int]()
+    room_for_payload = Session.room_for_payload
+
+    async def spy(session: Session, count: int) -> Callable[[], None]:
+        sent = await room_for_payload(session, count)
+        taken.append(count)
+
+        def give_back() -> None:
+            left.append(count)
+            sent()
+
+        return give_back
+
+    monkeypatch.setattr(Session, "room_for_payload", spy)
+    async with scene(tmp_path) as (_, peer, attr):
+        for offset, length in ((PAGE + 10, 100), (0, PAGE), (5, 200)):
+            answer = await peer.call(ReadBlock(attr.key, 0, offset, length, "held"))
+            assert answer.payload == CONTENT[offset : offset + length]
+        # A whole page goes from the file to the socket, and takes none.
+        assert taken == [100, 200]
+        with trio.fail_after(10):
+            while left != taken:
+                await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_lack_of_descriptors_or_memory_costs_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    class Lacking:
+        def open(self, *args: object, **kwargs: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(os, name)
+
+    async with scene(tmp_path) as (_, peer, attr):
+        request = ReadBlock(attr.key, 0, 0, PAGE, "held")
+        with monkeypatch.context() as patch:
+            patch.setattr(sums, "os", Lacking())
+            with pytest.raises(BlockMissingError, match="cannot be read now"):
+                await peer.call(request)
+        assert (await peer.call(request)).payload == CONTENT[:PAGE]
