@@ -85,9 +85,17 @@ async def test_a_file_that_is_too_short_ends_the_connection(file: int) -> None:
 async def test_a_file_is_sent_when_everybody_else_waits_for_threads(file: int) -> None:
     channel, theirs = connected()
     limiter = trio.to_thread.current_default_thread_limiter()
-    for _ in range(int(limiter.total_tokens)):
-        limiter.acquire_on_behalf_of_nowait(object())
-    with theirs, trio.fail_after(10):
-        await channel.send(b"", FileSlice(file, 10, 1000))
+    others = [object() for _ in range(int(limiter.total_tokens))]
+    for each in others:
+        limiter.acquire_on_behalf_of_nowait(each)
+    with theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.send, b"", FileSlice(file, 10, 1000))
+            try:
+                with trio.fail_after(10):
+                    await trio.lowlevel.wait_readable(theirs)
+            finally:
+                for each in others:
+                    limiter.release_on_behalf_of(each)
         assert theirs.recv(2000) == os.pread(file, 1000, 10)
     channel.close()
