@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
@@ -41,7 +41,7 @@ class Outage:
             raise UnavailableError("injected")
         async with self._store.list_dir(path) as chunks:
 
-            async def some() -> AsyncIterator[list[ObjectInfo]]:
+            async def some() -> AsyncGenerator[list[ObjectInfo], None]:
                 number = 0
                 async for chunk in chunks:
                     if number == self.fail_after_chunks:
@@ -51,7 +51,9 @@ class Outage:
                     number += 1
                     yield chunk
 
-            yield some()
+            # Whoever is cancelled in the middle leaves it unfinished.
+            async with aclosing(some()) as through:
+                yield through
 
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
         return await self._store.read_range(info, offset, length)
