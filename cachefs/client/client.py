@@ -51,6 +51,7 @@ from cachefs.wire.messages import (
     RemoveStore,
     Unpin,
     UnpinReply,
+    block_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -338,7 +339,7 @@ class Client:
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
         """Have this node's worker drop blocks that nobody reads. Raises TransportError, UnavailableError."""
-        request = Free([(block.key, block.block_index) for block in blocks])
+        request = Free(block_names(blocks))
         return (await self.worker.call(request)).message
 
     async def report_opens(self) -> None:
@@ -351,7 +352,7 @@ class Client:
                 batch = [self._opened.pop() for _ in range(min(_OPENED_BATCH, len(self._opened)))]
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
-                    told = Opened([(block.key, block.block_index) for block in batch], counts)
+                    told = Opened(block_names(batch), counts)
                     with chosen.calling():
                         reply = (await self.worker.call(told)).message
                     self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH

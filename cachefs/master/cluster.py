@@ -61,21 +61,21 @@ class Cluster:
     async def report_blocks(self, request: c.ReportBlocks, session: Session) -> c.ReportReply:
         workers, name = self.workers, self.workers.name_of(session)
         workers.heard(name, request.epoch, request.room_bytes, request.capacity_bytes)
-        moved = self.leases.renew(name, _blocks(request.fetching), trio.current_time())
+        moved = self.leases.renew(name, m.block_ids(request.fetching), trio.current_time())
         if request.added or request.removed or request.full:
             await self._write_report(name, request)
             # That may have taken a while: it is alive all the same, or has begun anew, and this answer is for nobody.
             name = workers.name_of(session)
             workers.heard(name, request.epoch, request.room_bytes, request.capacity_bytes)
         self.leases.end(name, [BlockId(each.key, each.block_index) for each in request.added])
-        self.leases.end(name, _blocks(request.released))
+        self.leases.end(name, m.block_ids(request.released))
         shared, sole = workers.take_standings(name, c.REPORTED_AT_ONCE)
-        return c.ReportReply(_names(shared), _names(sole), _names(moved))
+        return c.ReportReply(m.block_names(shared), m.block_names(sole), m.block_names(moved))
 
     async def _write_report(self, name: str, request: c.ReportBlocks) -> None:
         workers = self.workers
         added = [(BlockId(each.key, each.block_index), each.length) for each in request.added]
-        removed = _blocks(request.removed)
+        removed = m.block_ids(request.removed)
         complete = request.full and not request.more
 
         # What it holds counts, for others, once it has said all of it.
@@ -103,7 +103,7 @@ class Cluster:
 
     def ask_blocks(self, request: c.AskBlocks, session: Session) -> c.BlockPlaces:
         asker, now_s = self.workers.name_of(session), trio.current_time()
-        return c.BlockPlaces([self._place(block, asker, request, now_s) for block in _blocks(request.blocks)])
+        return c.BlockPlaces([self._place(block, asker, request, now_s) for block in m.block_ids(request.blocks)])
 
     def _place(self, block: BlockId, asker: str, request: c.AskBlocks, now_s: float) -> c.BlockPlace:
         holders = [
@@ -119,12 +119,12 @@ class Cluster:
         return c.BlockPlace([], holder if holder not in request.without else "")
 
     async def ask_drops(self, request: c.AskDrops, session: Session) -> c.Granted:
-        name, blocks, counting = self.workers.name_of(session), _blocks(request.blocks), self.workers.counting()
+        name, blocks, counting = self.workers.name_of(session), m.block_ids(request.blocks), self.workers.counting()
         granted, _ = await self._writer.run(
             lambda: self._store.grant_drops(name, blocks, counting),
             lambda result: self.workers.note(result[1]),
         )
-        return c.Granted(_names(granted))
+        return c.Granted(m.block_names(granted))
 
     async def locate(self, request: c.Locate, session: Session) -> c.Holders:
         return c.Holders(self._store.holders(BlockId(request.key, request.block_index)))
@@ -161,11 +161,3 @@ class Cluster:
     async def _count_again(self, name: str) -> None:
         counting = self.workers.counting()
         await self._writer.run(lambda: self._store.standings(name, counting), self.workers.note)
-
-
-def _blocks(names: list[m.BlockName]) -> list[BlockId]:
-    return [BlockId(key, index) for key, index in names]
-
-
-def _names(blocks: list[BlockId]) -> list[m.BlockName]:
-    return [(block.key, block.block_index) for block in blocks]

@@ -7,11 +7,12 @@ are `str`: keys and names that are not valid UTF-8 are hidden where they enter, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
 
-from cachefs.model import NO_INO, Attr, ContentKey, Entry, Geometry, Ino, MiB
+from cachefs.model import NO_INO, Attr, BlockId, ContentKey, Entry, Geometry, Ino, MiB
 from cachefs.wire.requests import Request, StreamRequest
 
 FETCH_LIMIT = 16 * MiB
@@ -28,6 +29,14 @@ PromoteMode = Literal["always", "if-space", "never"]
 
 BlockName = tuple[Key, Index]
 """A `BlockId` on the wire."""
+
+
+def block_names(blocks: Iterable[BlockId]) -> list[BlockName]:
+    return [(block.key, block.block_index) for block in blocks]
+
+
+def block_ids(names: Iterable[BlockName]) -> list[BlockId]:
+    return [BlockId(key, index) for key, index in names]
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):

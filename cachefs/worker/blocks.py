@@ -104,9 +104,7 @@ class Blocks:
 
     async def keep(self, block: BlockId, source: Source, mode: Promote, *, background: bool) -> bool:
         """Make a block local; False means not admitted. Raises as `Filler.fetch`."""
-        is_small = self._geometry.block_count(source.attr.size_bytes) == 1 and (
-            self._geometry.page_count(source.attr.size_bytes) <= 1
-        )
+        is_small = self._is_small(source)
         for attempt in range(_ATTEMPTS):
             if await self.is_sealed(block):
                 return True
@@ -258,15 +256,18 @@ class Blocks:
 
     def _has_room(self, length: int) -> bool:
         """Without evicting anything: nobody has asked for it yet."""
-        return self._config.promote is not Promote.NEVER and self._admission.has_room(length)
+        return self.keeps and self._admission.has_room(length)
+
+    def _is_small(self, source: Source) -> bool:
+        """It is one page, and so one block, or nothing."""
+        return self._geometry.page_count(source.attr.size_bytes) <= 1
 
     def _is_worth_fetching(self, source: Source) -> bool:
         """Whether it is a small content that is not here, nor on its way."""
         block = BlockId(source.attr.key, 0)
         is_here = self._store.is_sealed(block) or self._store.is_suspect(block)
-        is_small = self._geometry.page_count(source.attr.size_bytes) <= 1
         is_coming = block in self._jobs or block in self._opening or block in self._whole
-        return is_small and not is_here and not is_coming
+        return self._is_small(source) and not is_here and not is_coming
 
     async def _keep_ahead(
         self, wanted: Sequence[tuple[BlockId, Source]], claim: Claim, on_kept: Callable[[int], None]
@@ -320,8 +321,7 @@ class Blocks:
         source = await self._sources.resolve(ino)
         if source.attr.key != block.key:
             raise BlockMissingError(f"{block.filename}: inode {ino} is another content")
-        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        if self._geometry.block_count(source.attr.size_bytes) == 1 and self._geometry.page_count(length) <= 1:
+        if self._is_small(source):
             request = PromoteRequest(ino, self._mode_for_workers().value, background=True)
             if not (await self.promote(request, 0)).sealed:
                 raise CapacityError(f"{block.filename}: not admitted")
@@ -342,7 +342,7 @@ class Blocks:
 
     def _mode_for_workers(self) -> Promote:
         """Nothing of what this node's own readers use is evicted for others."""
-        return Promote.NEVER if self._config.promote is Promote.NEVER else Promote.IF_SPACE
+        return Promote.IF_SPACE if self.keeps else Promote.NEVER
 
     def doubt(self, block: BlockId) -> None:
         """Another worker got damaged bytes of it."""

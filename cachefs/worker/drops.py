@@ -10,6 +10,7 @@ import trio
 from cachefs.model import BlockId, CachefsError
 from cachefs.store import Store
 from cachefs.wire.cluster import ASKED_AT_ONCE, AskDrops
+from cachefs.wire.messages import block_ids, block_names
 from cachefs.worker.counters import Counters
 from cachefs.worker.master_link import MasterLink
 
@@ -41,14 +42,12 @@ class Drops:
                 return
             try:
                 with trio.fail_after(_ANSWER_TIMEOUT_S):
-                    asked = AskDrops([(block.key, block.block_index) for block in blocks])
+                    asked = AskDrops(block_names(blocks))
                     granted = (await self._link.call_now(asked)).message.blocks
             except (CachefsError, trio.TooSlowError) as error:
                 logger.info("no drops granted error=%r", error)
                 return
-            await trio.to_thread.run_sync(
-                self._give_up, [BlockId(key, index) for key, index in granted], limiter=self._disk
-            )
+            await trio.to_thread.run_sync(self._give_up, block_ids(granted), limiter=self._disk)
 
     def _give_up(self, blocks: Sequence[BlockId]) -> None:
         for block in blocks:

@@ -19,7 +19,7 @@ from cachefs.wire.cluster import (
     ReportBlocks,
     ReportReply,
 )
-from cachefs.wire.messages import BlockName
+from cachefs.wire.messages import block_ids, block_names
 
 logger = logging.getLogger(__name__)
 
@@ -225,16 +225,16 @@ class MasterLink:
             ReportBlocks(
                 epoch,
                 [HeldBlock(block.key, block.block_index, length) for block, length in added.items()],
-                _names(removed),
+                block_names(removed),
                 full,
                 more,
-                _names(reporting.fetching()),
-                _names(reporting.take_released()),
+                block_names(reporting.fetching()),
+                block_names(reporting.take_released()),
                 max(0, room_bytes),
                 capacity_bytes,
             ),
         )
-        reporting.answered(_blocks(answer.shared), _blocks(answer.sole), _blocks(answer.moved))
+        reporting.answered(block_ids(answer.shared), block_ids(answer.sole), block_ids(answer.moved))
 
     async def _send(self, peer: Peer, report: ReportBlocks) -> ReportReply:
         # After its restart a master has all of every worker to write.
@@ -244,11 +244,3 @@ class MasterLink:
                 return (await peer.call(report)).message
         except trio.TooSlowError as error:
             raise TransportError(f"{self._address}: no answer within {timeout_s:g} s") from error
-
-
-def _names(blocks: Iterable[BlockId]) -> list[BlockName]:
-    return [(block.key, block.block_index) for block in blocks]
-
-
-def _blocks(names: Iterable[BlockName]) -> list[BlockId]:
-    return [BlockId(key, index) for key, index in names]

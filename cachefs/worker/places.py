@@ -9,6 +9,7 @@ import trio
 
 from cachefs.model import BlockId, CachefsError
 from cachefs.wire.cluster import ASKED_AT_ONCE, REPORTED_AT_ONCE, AskBlocks, BlockPlace
+from cachefs.wire.messages import block_names
 from cachefs.worker.counters import Counters
 from cachefs.worker.master_link import MasterLink
 from cachefs.worker.members import Members
@@ -37,7 +38,7 @@ class Places:
         complete = False
         try:
             for start in range(0, len(blocks), ASKED_AT_ONCE):
-                part = [(block.key, block.block_index) for block in blocks[start : start + ASKED_AT_ONCE]]
+                part = block_names(blocks[start : start + ASKED_AT_ONCE])
                 with trio.fail_after(_ANSWER_TIMEOUT_S):
                     answer = await self._link.call_now(AskBlocks(part, lease, list(without)))
                 places += answer.message.places

@@ -114,7 +114,7 @@ class Worker:
             raise NamespaceChangedError("inode numbers of another namespace than this worker's master has")
 
     def opened(self, request: m.Opened, session: Session) -> m.OpenedReply:
-        follows = self._blocks.opened([BlockId(key, index) for key, index in request.blocks], session.id)
+        follows = self._blocks.opened(m.block_ids(request.blocks), session.id)
         self._passthrough_opens += request.counts.passthrough
         self._cached_opens += request.counts.cached
         return m.OpenedReply(follows, self._store.down)
@@ -127,7 +127,7 @@ class Worker:
         return self._blocks.status(BlockId(request.key, request.block_index))
 
     async def free(self, request: m.Free, session: Session) -> m.FreeReply:
-        return await self._blocks.free([BlockId(key, index) for key, index in request.blocks])
+        return await self._blocks.free(m.block_ids(request.blocks))
 
     async def verify(self, request: m.Verify, session: Session) -> AsyncGenerator[m.VerifyProgress, None]:
         async for progress in verify(self._store, self._counters, repair=request.repair):
