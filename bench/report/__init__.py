@@ -1,0 +1,1 @@
+"""Results as something that a person would rather look at than read: Markdown and plots, from the JSON files alone."""
