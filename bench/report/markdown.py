@@ -141,18 +141,19 @@ def folded(caption: str, table: list[str], *, fold: bool) -> list[str]:
 def where_others_are_ahead(results: Sequence[Results]) -> list[str]:
     lines = ["## Where others are ahead", ""]
     found = [each for run in results for each in ahead(run)]
+    several = len(results) > 1
     clear, rest = [each for each in found if each.clear], [each for each in found if not each.clear]
     if clear:
         lines += [
             "Their median is better, and what they usually reach has nothing in common with what cachefs does:",
             "",
         ]
-        lines += [*ahead_table(clear).markdown_of_words(), ""]
+        lines += [*ahead_table(clear, runs=several).markdown_of_words(), ""]
     else:
         lines += ["In no case that was measured, beyond the spread.", ""]
     if rest:
         caption = f"Their median is better, but within the spread of both: {_cases(len(rest))}"
-        lines += folded(caption, ahead_table(rest).markdown_of_words(), fold=True)
+        lines += folded(caption, ahead_table(rest, runs=several).markdown_of_words(), fold=True)
     return lines
 
 
@@ -170,7 +171,7 @@ def runs(results: Sequence[Results]) -> list[str]:
             f"{run.seconds / 60:.1f} minutes, revision {cell(run.revision)}; raw figures in "
             f"`bench/results/{cell(run.name)}.json`.",
             f"{cell(machine.cpu)}, {machine.processors} processors, {machine.memory_bytes / 2**30:.1f} GiB of memory, "
-            f"Linux {cell(machine.kernel)}, Python {cell(machine.python)}; caches and local files on "
+            f"{cell(machine.kernel)}, Python {cell(machine.python)}; caches and local files on "
             f"{cell(machine.medium)}.",
             "",
         ]

@@ -24,12 +24,9 @@ TITLES = {
 
 METRICS = {
     "bytes_per_s": "throughput",
-    "iops": "operations",
-    "files_per_s": "files",
-    "images_per_s": "images",
-    "samples_per_s": "samples",
+    "iops": "operations a second",
     "utilisation": "accelerator utilisation",
-    "stall_s": "seconds that the accelerator waited",
+    "stall_s": "time that the accelerator waited",
     "under_store_bytes": "bytes that the store sent",
     "read_bytes": "bytes that were read",
     "master_requests": "requests to the master",
@@ -47,7 +44,10 @@ def title_of(system: str) -> str:
 
 
 def metric_title(metric: str) -> str:
-    return METRICS.get(metric, metric.removesuffix("_per_s").removesuffix("_s").replace("_", " "))
+    if metric in METRICS:
+        return METRICS[metric]
+    what, rate = metric.removesuffix("_per_s"), metric.endswith("_per_s")
+    return f"{what.removesuffix('_s').replace('_', ' ')}{' a second' if rate else ''}"
 
 
 def order_of(system: str) -> tuple[int, str]:

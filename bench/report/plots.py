@@ -7,6 +7,7 @@ people can tell apart; everything is labelled where it is, and systems have mark
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 import textwrap
@@ -253,19 +254,30 @@ def epochs_of(measures: Sequence[Measure]) -> dict[str, list[Measure]]:
     return dict(zip(titles if len(set(titles)) == len(jobs) else map(", ".join, jobs), jobs.values(), strict=True))
 
 
+def common_end(cases: Sequence[str]) -> str:
+    """The words between commas that all cases end with, such as what is smaller than it really is."""
+    parts = zip(*(case.split(", ")[:0:-1] for case in cases), strict=False)
+    common = [each[0] for each in itertools.takewhile(lambda each: len(set(each)) == 1, parts)]
+    return ", ".join(reversed(common))
+
+
 def _job(measure: Measure) -> tuple[str, ...]:
     return tuple(value for name, value in measure.labels.items() if name not in ("epoch", "state", "input"))
 
 
 def _lines(workload: str, metric: str, panels: dict[str, list[Measure]], ceiling: float | None) -> Plot:
     """`ceiling`: of synthetic input."""
-    first = next(iter(panels.values()))[0]
-    size, unit = scale_of(max(each.median for found in panels.values() for each in found), first.unit)
+    everything = [each for found in panels.values() for each in found]
+    first = everything[0]
+    size, unit = scale_of(max(each.median for each in everything), first.unit)
     way = "higher" if first.better == "more" else "lower"
     what = metric_title(metric)
-    per = " a second" if unit == "/s" else f", {unit}" if unit else ""
-    title = f"{workload}: {what}{per}, by epoch; {way} is better"
+    named = "" if unit in ("", "/s") else f", {unit}"
+    accelerators = ", ".join(dict.fromkeys(each.labels.get("accelerator", "") for each in everything))
+    on = f" on {accelerators}" if accelerators else ""
+    title = f"{workload}{on}: {what}{named}, by epoch; {way} is better"
     figure, axes = _grid(title, len(panels), each_in=2.5)
+    figure.supxlabel(common_end([each.case for each in everything]), fontsize=8, color=GREY)
     for axis, (caption, found) in zip(axes, panels.items(), strict=False):
         epochs = sorted({int(each.labels["epoch"]) for each in found})
         ends: list[tuple[float, str]] = []
@@ -305,7 +317,9 @@ def _end_labels(axis: Axes, ends: list[tuple[float, str]], x: float, room: float
     for value, system in sorted(ends, key=lambda each: (each[0], order_of(each[1]))):
         alike.setdefault(number(value), []).append((value, system))
     texts = [
-        textwrap.wrap(f"{', '.join(title_of(system) for _, system in found)} {shown}", LABEL_CHARACTERS)
+        textwrap.wrap(
+            f"{', '.join(title_of(system) for _, system in found)} {shown}", LABEL_CHARACTERS, break_on_hyphens=False
+        )
         for shown, found in alike.items()
     ]
     values = [found[0][0] for found in alike.values()]

@@ -57,7 +57,7 @@ def first_of(runs: Iterable[dict[K, V]]) -> list[V]:
 
 def _where(results: Sequence[Results]) -> list[str]:
     machines = dict.fromkeys(
-        f"{run.machine.processors} processors ({run.machine.cpu}), Linux {run.machine.kernel}, caches and local files "
+        f"{run.machine.processors} processors ({run.machine.cpu}), {run.machine.kernel}, caches and local files "
         f"on {run.machine.medium}"
         for run in results
     )

@@ -27,6 +27,8 @@ from bench.results import Gap, Measure, Results
 SERVER = "server"
 """The workload that is the S3 server by itself."""
 NOTHING = "–"
+AHEAD_FROM = 1.01
+"""Times as good; below that it is the same."""
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -167,10 +169,11 @@ class Ahead(msgspec.Struct, frozen=True):
     """Metric -> times as good."""
     clear: bool
     """Beyond the spread of both in one of them at least."""
+    run: str
 
 
 def ahead(results: Results) -> list[Ahead]:
-    """By workload and case, as in the file; metrics where the medians are the same do not count."""
+    """By workload and case, as in the file."""
     everything = by_key(results)
     found: dict[tuple[str, str, str], list[tuple[Measure, float, bool]]] = {}
     for theirs in everything.values():
@@ -178,11 +181,16 @@ def ahead(results: Results) -> list[Ahead]:
         if ours is None or not is_peer(theirs.system) or ours.unit != theirs.unit:
             continue
         times = times_ahead(theirs, ours)
-        if times is not None and times > 1:
+        if times is not None and times >= AHEAD_FROM:
             clear = ratios.apart(theirs.values, ours.values)
             found.setdefault((theirs.workload, theirs.case, theirs.system), []).append((theirs, times, clear))
     return [
-        Ahead(each[0][0], {theirs.metric: times for theirs, times, _ in each}, any(clear for _, _, clear in each))
+        Ahead(
+            each[0][0],
+            {theirs.metric: times for theirs, times, _ in each},
+            any(clear for _, _, clear in each),
+            results.name,
+        )
         for each in found.values()
     ]
 
@@ -198,19 +206,14 @@ def times_ahead(theirs: Measure, ours: Measure) -> float | None:
     return times
 
 
-def ahead_table(found: Sequence[Ahead]) -> Table:
+def ahead_table(found: Sequence[Ahead], *, runs: bool = False) -> Table:
+    """`runs`: say which."""
     rows = []
     for each in found:
         theirs = each.theirs
         by = ", ".join(f"{cell(metric_short(metric))} {ratio_or_all(times)}" for metric, times in each.by.items())
-        rows.append(
-            [
-                f"{cell(theirs.workload)}: {cell(theirs.case)}",
-                cell(title_of(theirs.system)),
-                by,
-                cell(why_ahead(theirs)),
-            ]
-        )
+        case = f"{theirs.workload}: {theirs.case}{f' (run {each.run})' if runs else ''}"
+        rows.append([cell(case), cell(title_of(theirs.system)), by, cell(why_ahead(theirs))])
     return Table(["case", "who", "times as good as cachefs", "why"], rows)
 
 

@@ -15,12 +15,13 @@ from click.testing import CliRunner
 from bench.report.command import report as command
 from bench.report.markdown import BEGIN, END, NoPlace, report
 from bench.report.names import number, quantity, round_quantity, scale_of
+from bench.report.plots import common_end
 from bench.report.readme import write_readme
 from bench.report.reasons import REASONS, UNKNOWN, Reason, why_ahead
 from bench.report.tables import ahead, comparison, headline_metrics, of_workload
 from bench.results import Gap, Machine, Measure, Results, save
 
-MACHINE = Machine(kernel="6.18", cpu="A | B", processors=2, memory_bytes=8 << 30, medium="tmpfs", python="3.11.7")
+MACHINE = Machine(kernel="Linux 6.18", cpu="A | B", processors=2, memory_bytes=8 << 30, medium="tmpfs", python="3.11.7")
 SYSTEMS = {"native": 1.0, "cachefs": 0.9, "cachefs_pyfuse3": 0.3, "rclone": 0.2, "s3fs": 0.4, "juicefs": 0.5}
 
 
@@ -340,6 +341,12 @@ def test_by_default_all_results_are_reported(tmp_path: Path, monkeypatch: pytest
     done = CliRunner().invoke(command, [])
     assert done.exit_code == 0, done.output
     assert "run one" in Path("docs/performance.md").read_text() and "run two" in Path("docs/performance.md").read_text()
+
+
+def test_what_all_cases_end_with_is_said_once() -> None:
+    assert common_end(["a, x, epoch 1, cut", "a, y, epoch 2, cut", "cut"]) == ""
+    assert common_end(["a, x, epoch 1 (cold), small, cut", "a, y, epoch 2, small, cut"]) == "small, cut"
+    assert common_end(["a", "a"]) == ""
 
 
 def test_numbers_are_written_with_the_digits_that_count() -> None:
