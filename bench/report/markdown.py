@@ -148,12 +148,12 @@ def where_others_are_ahead(results: Sequence[Results]) -> list[str]:
             "Their median is better, and what they usually reach has nothing in common with what cachefs does:",
             "",
         ]
-        lines += [*ahead_table(clear, runs=several).markdown_of_words(), ""]
+        lines += [*ahead_table(clear, runs=several), ""]
     else:
         lines += ["In no case that was measured, beyond the spread.", ""]
     if rest:
         caption = f"Their median is better, but within the spread of both: {_cases(len(rest))}"
-        lines += folded(caption, ahead_table(rest, runs=several).markdown_of_words(), fold=True)
+        lines += folded(caption, ahead_table(rest, runs=several), fold=True)
     return lines
 
 

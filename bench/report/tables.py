@@ -21,7 +21,7 @@ from bench.report.names import (
     systems_of,
     title_of,
 )
-from bench.report.reasons import why_ahead
+from bench.report.reasons import UNKNOWN, why_ahead
 from bench.results import Gap, Measure, Results
 
 SERVER = "server"
@@ -206,15 +206,19 @@ def times_ahead(theirs: Measure, ours: Measure) -> float | None:
     return times
 
 
-def ahead_table(found: Sequence[Ahead], *, runs: bool = False) -> Table:
-    """`runs`: say which."""
+def ahead_table(found: Sequence[Ahead], *, runs: bool = False) -> list[str]:
+    """Lines: a table, and the reasons that it refers to by number. `runs`: say which."""
     rows = []
+    numbers: dict[str, int] = {}
     for each in found:
         theirs = each.theirs
         by = ", ".join(f"{cell(metric_short(metric))} {ratio_or_all(times)}" for metric, times in each.by.items())
         case = f"{theirs.workload}: {theirs.case}{f' (run {each.run})' if runs else ''}"
-        rows.append([cell(case), cell(title_of(theirs.system)), by, cell(why_ahead(theirs))])
-    return Table(["case", "who", "times as good as cachefs", "why"], rows)
+        why = why_ahead(theirs)
+        said = why if why == UNKNOWN else f"({numbers.setdefault(why, len(numbers) + 1)})"
+        rows.append([cell(case), cell(title_of(theirs.system)), by, said])
+    table = Table(["case", "who", "times as good as cachefs", "why"], rows)
+    return [*table.markdown_of_words(), "", *(f"{number}. {cell(why)}" for why, number in numbers.items())]
 
 
 def metric_short(metric: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.report.command import report as command
 from bench.report.markdown import BEGIN, END, NoPlace, report
@@ -18,7 +21,7 @@ from bench.report.names import number, quantity, round_quantity, scale_of
 from bench.report.plots import common_end
 from bench.report.readme import write_readme
 from bench.report.reasons import REASONS, UNKNOWN, Reason, why_ahead
-from bench.report.tables import ahead, comparison, headline_metrics, of_workload
+from bench.report.tables import Ahead, ahead, ahead_table, comparison, headline_metrics, of_workload
 from bench.results import Gap, Machine, Measure, Results, save
 
 MACHINE = Machine(kernel="Linux 6.18", cpu="A | B", processors=2, memory_bytes=8 << 30, medium="tmpfs", python="3.11.7")
@@ -152,6 +155,22 @@ def test_others_that_are_ahead_are_named_with_reasons() -> None:
     assert found["nothing at all"].by == {"bytes_per_s": float("inf")}
     assert why_ahead(found["clear"].theirs) == next(each.why for each in REASONS if each.workload == "fio")
     assert why_ahead(found["within"].theirs) == UNKNOWN
+
+
+def test_a_reason_is_written_once_and_referred_to() -> None:
+    found = [
+        Ahead(measure("a", "s3fs", [1.0], labels={"state": "cold"}), {"bytes_per_s": 2.0, "p99_s": 1.5}, True, "one"),
+        Ahead(measure("b", "s3fs", [1.0], labels={"state": "warm"}), {"p99.9_s": 1.25}, True, "one"),
+        Ahead(measure("c | d", "rclone", [1.0], labels={"state": "cold"}), {"bytes_per_s": float("inf")}, True, "two"),
+    ]
+    *table, between, reason = ahead_table(found, runs=True)
+    assert table[2:] == [
+        "| fio: a (run one) | s3fs-fuse | throughput 2.00, p99 1.50 | (1) |",
+        f"| fio: b (run one) | s3fs-fuse | p99.9 1.25 | {UNKNOWN} |",
+        "| fio: c \\| d (run two) | rclone | throughput ∞ | (1) |",
+    ]
+    assert between == "" and reason == f"1. {REASONS[0].why}"
+    assert "(run " not in str(ahead_table(found))
 
 
 def test_a_reason_may_be_about_one_system_and_some_labels() -> None:
@@ -347,6 +366,15 @@ def test_what_all_cases_end_with_is_said_once() -> None:
     assert common_end(["a, x, epoch 1, cut", "a, y, epoch 2, cut", "cut"]) == ""
     assert common_end(["a, x, epoch 1 (cold), small, cut", "a, y, epoch 2, small, cut"]) == "small, cut"
     assert common_end(["a", "a"]) == ""
+
+
+@given(st.floats(1e-4, 1e15) | st.floats(-1e15, -1e-4), st.sampled_from(["B/s", "B", "s", "1/s", ""]))
+def test_what_is_written_is_the_number_to_half_a_percent(value: float, unit: str) -> None:
+    for written in (quantity(value, unit), round_quantity(value, unit)):
+        digits, name = re.fullmatch(r"(-?[\d,]+(?:\.\d+)?) ?(\D*)", written).groups()
+        size, expected = scale_of(value, unit)
+        assert name == expected
+        assert float(digits.replace(",", "")) * size == pytest.approx(value, rel=0.0051)
 
 
 def test_numbers_are_written_with_the_digits_that_count() -> None:
