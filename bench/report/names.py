@@ -89,6 +89,8 @@ def number(value: float, unit: str = "B") -> str:
         return "0"
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
+    if not unit and abs(value) >= 10 and float(value).is_integer():
+        return f"{value:,.0f}"
     if abs(value) < 1e-4:
         return f"{value:.2g}"
     digits = 3 if not unit and 1 <= value < 10 else max(0, 2 - math.floor(math.log10(abs(value))))

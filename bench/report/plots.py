@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from bench.ratios import is_synthetic, reached
+from bench.ratios import OURS, is_synthetic, reached
 from bench.report.names import (
     TITLES,
     metric_title,
@@ -81,8 +81,8 @@ def available() -> bool:
 
 
 def colour_of(system: str) -> str:
-    """The same wherever the system is drawn."""
-    return COLOURS.get(system) or OTHER_COLOURS[sum(system.encode()) % len(OTHER_COLOURS)]
+    """The same wherever the system is drawn; where there are no systems, it is about ours."""
+    return COLOURS.get(system or OURS) or OTHER_COLOURS[sum(system.encode()) % len(OTHER_COLOURS)]
 
 
 def marker_of(system: str) -> str:

@@ -117,7 +117,7 @@ def test_what_is_not_there_has_no_ratio() -> None:
     assert comparison(run, "fio", metrics).rows == [
         ["alone (throughput)", "MB/s", "*crashed*", "1.00"],
         ["zero (throughput)", "B/s", "0", "6.00 (5.00–7.00)"],
-        ["explains (requests)", "–", "5.000", "10.0"],
+        ["explains (requests)", "–", "5.000", "10"],
     ]
     assert "empty" not in headline_metrics(of_workload(run, "fio"))
 
