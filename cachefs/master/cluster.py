@@ -67,6 +67,7 @@ class Cluster:
             # That may have taken a while: it is alive all the same, or has begun anew, and this answer is for nobody.
             name = workers.name_of(session)
             workers.heard(name, request.epoch, request.room_bytes, request.capacity_bytes)
+        workers.settles(name, request.unsettled)
         self.leases.end(name, [BlockId(each.key, each.block_index) for each in request.added])
         self.leases.end(name, m.block_ids(request.released))
         shared, sole = workers.take_standings(name, c.REPORTED_AT_ONCE)

@@ -2,7 +2,8 @@
 
 load   each file below the paths, each block: on enough workers already? else the block's homes copy it
 free   each file below the paths, each block: every worker that holds it drops it
-drain  each block of a worker that no other holds: another one with room copies it; until nothing is left to do
+drain  each block of a worker that no other holds: another one with room copies it; until it has said that it seals
+       nothing more, and nothing is left to do
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _SETTLED_S = 15.0
 loaded."""
 _REPORTED_S = 1.5
 """What a worker seals is reported by then."""
+_STALLED_S = 120.0
+"""A worker that was filling blocks when its drain began has got nothing for so long: it takes no part any more. Longer
+than the deadline of an under-store."""
 _LOOK_EVERY_S = 0.25
 
 
@@ -290,6 +294,7 @@ class Work:
             if not job.dry_run:
                 # What it took in before it heard of this, and what others did of what was moved, is reported by then.
                 await trio.sleep(_REPORTED_S)
+            settled = self._is_settled(name)
             job.progress.begin_again()
             before = job.progress.base.copies
             await self._move_all(job, name)
@@ -297,9 +302,45 @@ class Work:
             if job.dry_run:
                 return
             if job.progress.base.copies == before:
-                break
+                if settled:
+                    break
+                reason = await self._until_settled(job, name)
+                if reason:
+                    job.progress.fail(name, reason)
+                    break
+                if not self._is_settled(name):
+                    # It ended, and so did what it was doing.
+                    break
         if not job.progress.base.failed:
             await self._cluster.set_state(name, "drained")
+
+    def _is_settled(self, name: str) -> bool:
+        """It has said that it seals nothing more, and all that it sealed."""
+        unsettled = self._workers.unsettled(name)
+        return unsettled is not None and not unsettled.blocks
+
+    async def _until_settled(self, job: Job, name: str) -> str:
+        """Why that is not waited for any longer; empty when it is, or its worker is gone."""
+        known, since = None, trio.current_time()
+        while not self._is_settled(name):
+            unsettled, now = self._workers.unsettled(name), trio.current_time()
+            if unsettled != known:
+                known, since = unsettled, now
+            if self._workers.has_left(name):
+                what = f"worker {name}, which is away"
+                if now - since > _SETTLED_S:
+                    break
+            elif unsettled is None:
+                what = f"worker {name}, to say that it takes no new blocks"
+            else:
+                what = f"worker {name}, with blocks under way: {unsettled.blocks}"
+            if now - since > _STALLED_S:
+                job.waits_for = ""
+                return f"waited {_STALLED_S:g} s for {what}"
+            job.waits_for = what
+            await trio.sleep(_LOOK_EVERY_S)
+        job.waits_for = ""
+        return ""
 
     async def _move_all(self, job: Job, name: str) -> None:
         portion = job.progress.begin(Position())

@@ -11,7 +11,7 @@ import trio
 from cachefs.meta import KnownWorker, Standing
 from cachefs.model import AuthenticationError, BlockId, ConfigError, NotFoundError, StaleError
 from cachefs.net import Session
-from cachefs.wire.cluster import Member, Members, RegisterWorker, WorkerState
+from cachefs.wire.cluster import Member, Members, RegisterWorker, Unsettled, WorkerState
 from cachefs.wire.messages import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ class _Worker:
     capacity_bytes: int = 0
     pins_serial: int = 0
     """Of the pins that are in force there."""
+    unsettled: Unsettled | None = None
+    """As it reported last, and all that it sealed before is written."""
     standings: dict[BlockId, bool] = field(default_factory=dict)
     """Which of its blocks are shared with others, or no longer are, and it was not told yet."""
 
@@ -111,6 +113,20 @@ class Workers:
         worker = self._by_name.get(name)
         if worker is not None and worker.known.epoch == epoch:
             worker.counts = worker.alive
+
+    def settles(self, name: str, unsettled: Unsettled | None) -> None:
+        """It reported that, and the rest of its report is written."""
+        self._by_name[name].unsettled = unsettled
+
+    def unsettled(self, name: str) -> Unsettled | None:
+        """What a worker that takes no new blocks may seal yet, as it said last; None: not known, in this epoch."""
+        worker = self._by_name.get(name)
+        return worker.unsettled if worker is not None and not worker.left else None
+
+    def has_left(self, name: str) -> bool:
+        """It has no connection; one that is only silent has."""
+        worker = self._by_name.get(name)
+        return worker is None or worker.left
 
     async def run(self) -> None:
         """Notice who died. Runs until cancelled."""

@@ -90,6 +90,14 @@ class ReportReply(msgspec.Struct, frozen=True, array_like=True):
     """Of `fetching`: their origin lease is another worker's now."""
 
 
+class Unsettled(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker may seal yet although it takes no new blocks."""
+
+    blocks: Bytes
+    missing_bytes: Bytes
+    """Of blocks that are being filled, as far as is known: falls while something comes."""
+
+
 class ReportBlocks(Request[ReportReply], frozen=True):
     """The heartbeat: sealed blocks this worker has got or lost since its last report, and how it is. Sent every second;
     a worker that is not heard of for a while counts as dead, and its leases are given to others.
@@ -117,6 +125,8 @@ class ReportBlocks(Request[ReportReply], frozen=True):
     """What it would take in without giving up the last copy of anything that is in use."""
     capacity_bytes: Bytes = 0
     """Of the tiers that work."""
+    unsettled: Unsettled | None = None
+    """What it sealed before it said so is reported by then. None: it takes new blocks, or has more to report."""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):

@@ -29,6 +29,11 @@ class Admission:
         self._drops = drops
         self._counters = counters
 
+    @property
+    def takes_blocks(self) -> bool:
+        """This worker is neither drained nor being drained."""
+        return self._members.takes_blocks
+
     def has_room(self, length: int) -> bool:
         """For something nobody has asked for yet: nothing is evicted or given up for it."""
         return self._members.takes_blocks and self._store.admits(length, Promote.IF_SPACE, first_copy=False)

@@ -12,8 +12,8 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -22,6 +22,7 @@ from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, Tier
 from cachefs.ufs.files import Claim
+from cachefs.wire.cluster import Unsettled
 from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.admission import Admission
@@ -68,6 +69,8 @@ class Blocks:
         self._jobs: dict[BlockId, Job] = {}
         self._opening: Counter[BlockId] = Counter()
         """Those that will have a job, as soon as their files are made."""
+        self._admitting = 0
+        """What was asked to be admitted, or was and has no job, and has not ended."""
         self._doubted: set[BlockId] = set()
         """Sealed blocks that a reader could not read, while they are looked at: nobody is sent there meanwhile."""
         self._whole: Flights[BlockId, bool] = Flights(nursery)
@@ -275,20 +278,21 @@ class Blocks:
         """Contents that nobody waits for: nothing is evicted for them."""
         slots = max(1, self._config.ahead_slots)
         outcomes: list[Exception | None] = [CapacityError("not admitted")] * len(wanted)
-        routes = await self._admission.routes(wanted, Promote.IF_SPACE)
-        numbers = [number for number, route in enumerate(routes) if route is not None]
-        admitted = [route for route in routes if route is not None]
-        try:
-            found = await self._filler.keep_files(
-                admitted,
-                Promote.IF_SPACE,
-                at_once=slots,
-                claim=lambda number: claim(numbers[number]),
-                on_kept=lambda number: on_kept(numbers[number]),
-            )
-        finally:
-            for route in admitted:
-                self._supply.end(route)
+        with self._under_way():
+            routes = await self._admission.routes(wanted, Promote.IF_SPACE)
+            numbers = [number for number, route in enumerate(routes) if route is not None]
+            admitted = [route for route in routes if route is not None]
+            try:
+                found = await self._filler.keep_files(
+                    admitted,
+                    Promote.IF_SPACE,
+                    at_once=slots,
+                    claim=lambda number: claim(numbers[number]),
+                    on_kept=lambda number: on_kept(numbers[number]),
+                )
+            finally:
+                for route in admitted:
+                    self._supply.end(route)
         for number, error in zip(numbers, found, strict=True):
             outcomes[number] = error
         return outcomes
@@ -396,10 +400,37 @@ class Blocks:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
+    def unsettled(self) -> Unsettled:
+        """What may be sealed yet once this worker takes no new blocks: what it was admitting or filling before, and
+        blocks of an earlier boot that the scrub has not looked at.
+        """
+        filling = [job for job in self._jobs.values() if job.in_use]
+        blocks = len(filling) + self._filler.sealing + self._admitting
+        if self._config.scrub_bytes_per_s:
+            blocks += len(self._store.suspects())
+        return Unsettled(blocks, sum(job.partial.unwritten_bytes for job in filling))
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        self._admitting += 1
+        try:
+            yield
+        finally:
+            self._admitting -= 1
+
     async def _job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
-        """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment."""
+        """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment. To be
+        used without a checkpoint in between.
+        """
+        with self._under_way():
+            return await self._find_job(block, source, mode)
+
+    async def _find_job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
         job = self._jobs.get(block)
         if job is not None and not job.ended:
+            if not job.in_use and not self._admission.takes_blocks:
+                # Whatever nobody fills any more when this worker is to go stays as it is.
+                return None
             # The same content; under another namespace its object has another number to report a change by.
             job.route.source = source
             return job
@@ -436,14 +467,15 @@ class Blocks:
 
     async def _keep_whole(self, block: BlockId, source: Source, mode: Promote, *, loading: bool) -> bool:
         """Whether it was admitted; then it is sealed. Raises as `Filler.keep_whole`."""
-        route = await self._admission.route(block, source, mode)
-        if route is None:
-            return False
-        try:
-            await self._filler.keep_whole(route, mode, loading=loading)
-        finally:
-            self._supply.end(route)
-        return True
+        with self._under_way():
+            route = await self._admission.route(block, source, mode)
+            if route is None:
+                return False
+            try:
+                await self._filler.keep_whole(route, mode, loading=loading)
+            finally:
+                self._supply.end(route)
+            return True
 
     def _mode(self, request: Fetch | PromoteRequest, source: Source) -> Promote:
         mode = self._config.promote if request.promote is None else Promote(request.promote)

@@ -58,6 +58,11 @@ class Job:
             readahead = self._readers[reader] = Readahead(self.partial.page_count, config)
         return readahead.access(pages.start, pages.stop)
 
+    @property
+    def in_use(self) -> bool:
+        """It may be sealed, though nobody else joins it."""
+        return self.users > 0 or self.filling
+
     def touch(self) -> None:
         """Somebody else than a reader of this node asks for it."""
         self.last_asked = trio.current_time()
@@ -101,6 +106,8 @@ class Filler:
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
         self._on_sealed = on_sealed
+        self.sealing = 0
+        """Blocks, whether somebody waits for them still or not."""
 
     @property
     def slots(self) -> dict[str, trio.CapacityLimiter]:
@@ -298,13 +305,16 @@ class Filler:
             raise CapacityError(f"{partial.block.filename}: the tier fails: {error}") from error
 
     async def _seal(self, job: Job) -> None:
+        self.sealing += 1
         try:
             await trio.to_thread.run_sync(self._seal_now, job.partial, limiter=self._disk)
+            self._count_sealed(job.block, job.partial.length)
         except BlockCorruptError:
             self._counters.corrupt += 1
             job.ended = True
             raise
-        self._count_sealed(job.block, job.partial.length)
+        finally:
+            self.sealing -= 1
 
     async def _join(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
         await self._pages.join((job.partial.serial, page), lambda: self._fetch(job, page, slots))

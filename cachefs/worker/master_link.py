@@ -18,6 +18,7 @@ from cachefs.wire.cluster import (
     RegisterWorker,
     ReportBlocks,
     ReportReply,
+    Unsettled,
 )
 from cachefs.wire.messages import block_ids, block_names
 
@@ -50,6 +51,9 @@ class Reporting(Protocol):
 
     def room(self) -> tuple[int, int]:
         """(bytes it would take in, capacity in bytes)."""
+
+    def unsettled(self) -> Unsettled | None:
+        """What may be sealed yet; None: it takes new blocks."""
 
     def answered(self, shared: Iterable[BlockId], sole: Iterable[BlockId], moved: Iterable[BlockId]) -> None:
         """As of `ReportReply`."""
@@ -220,6 +224,7 @@ class MasterLink:
         more: bool = False,
     ) -> None:
         room_bytes, capacity_bytes = reporting.room()
+        complete = not more and not self._added
         answer = await self._send(
             peer,
             ReportBlocks(
@@ -232,6 +237,7 @@ class MasterLink:
                 block_names(reporting.take_released()),
                 max(0, room_bytes),
                 capacity_bytes,
+                reporting.unsettled() if complete else None,
             ),
         )
         reporting.answered(block_ids(answer.shared), block_ids(answer.sole), block_ids(answer.moved))

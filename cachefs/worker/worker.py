@@ -14,7 +14,6 @@ import trio
 from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
 from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
-from cachefs.policy import Promote
 from cachefs.store import Store, Tier, TierState, open_store, running_boot_id
 from cachefs.wire import cluster as c
 from cachefs.wire import control
@@ -162,11 +161,11 @@ def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
 class _Reporting:
     """What the master is told of this worker, and what becomes of its answers."""
 
-    def __init__(self, store: Store, places: Places, takes_blocks: bool) -> None:
-        """`takes_blocks`: whether it keeps what others have no room for."""
+    def __init__(self, store: Store, places: Places, members: Members, blocks: Blocks) -> None:
         self._store = store
         self._places = places
-        self._takes_blocks = takes_blocks
+        self._members = members
+        self._blocks = blocks
 
     def held(self) -> list[tuple[BlockId, int]]:
         return self._store.blocks()
@@ -178,7 +177,11 @@ class _Reporting:
         return self._places.take_released()
 
     def room(self) -> tuple[int, int]:
-        return self._store.room_bytes() if self._takes_blocks else 0, self._store.capacity_bytes()
+        """Without any for others where it keeps nothing."""
+        return self._store.room_bytes() if self._blocks.keeps else 0, self._store.capacity_bytes()
+
+    def unsettled(self) -> c.Unsettled | None:
+        return None if self._members.takes_blocks else self._blocks.unsettled()
 
     def answered(self, shared: Iterable[BlockId], sole: Iterable[BlockId], moved: Iterable[BlockId]) -> None:
         self._store.share(list(shared), True)
@@ -313,7 +316,7 @@ async def run_worker(
                     background.start_soon(
                         partial(serve_on, public_service, [public], hello=hello, security=config.security)
                     )
-                    link.begin(_Reporting(store, places, config.promote is not Promote.NEVER))
+                    link.begin(_Reporting(store, places, members, blocks))
                     tasks.begin(geometry, sources, blocks, peers)
                     task_status.started([public.address, local.address])
             finally:

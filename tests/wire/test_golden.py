@@ -241,10 +241,14 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x93\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x00\x90\x91\x92\xc4\x10kkkkkkkkkkkkkkkk\x01",
     ),
     (
-        c.ReportBlocks(7, [c.HeldBlock(KEY, 0, 9)], [(KEY, 1)], True, True, [(KEY, 2)], [], 5, 6),
-        b"\x8a\xa1q\xacReportBlocks\xa5epoch\x07\xa5added\x91\x93\xc4\x10kkkkkkkkkkkkkkkk\x00\t\xa7removed\x91"
+        c.Unsettled(2, 70000),
+        b"\x92\x02\xce\x00\x01\x11p",
+    ),
+    (
+        c.ReportBlocks(7, [c.HeldBlock(KEY, 0, 9)], [(KEY, 1)], True, True, [(KEY, 2)], [], 5, 6, c.Unsettled(1, 2)),
+        b"\x8b\xa1q\xacReportBlocks\xa5epoch\x07\xa5added\x91\x93\xc4\x10kkkkkkkkkkkkkkkk\x00\t\xa7removed\x91"
         b"\x92\xc4\x10kkkkkkkkkkkkkkkk\x01\xa4full\xc3\xa4more\xc3\xa8fetching\x91\x92\xc4\x10kkkkkkkkkkkkkkk"
-        b"k\x02\xa8released\x90\xaaroom_bytes\x05\xaecapacity_bytes\x06",
+        b"k\x02\xa8released\x90\xaaroom_bytes\x05\xaecapacity_bytes\x06\xa9unsettled\x92\x01\x02",
     ),
     (
         c.Member("w", "h:1", {"rack": "r"}, 2, 1, "active"),
