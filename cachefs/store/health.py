@@ -95,7 +95,7 @@ class Health:
         return self.state is not TierState.HEALTHY and now >= self._probe_at
 
     def probed(self, good: bool | None, now: float) -> None:
-        """What a probe found that was due; None: nothing, as the disk is full."""
+        """What a probe found that was due; None: nothing, as the disk is full, or it could not be tried."""
         if self.state is TierState.HEALTHY:
             return
         if good is None:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError, div_up
 from cachefs.store import sums
+from cachefs.store.blame import is_of_the_process
 from cachefs.store.diskfull import capacity_errors
 from cachefs.store.layout import READ_FLAGS, Layout, data_name, sums_name, unlink_if_exists
 from cachefs.store.sums import Buffer, page_checksum
@@ -264,7 +265,8 @@ def create_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
 def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, serial: int) -> Partial:
     """A partial of this boot, as far as it got.
 
-    Raises BlockCorruptError when it cannot be used for this block, length and page size; the caller drops it.
+    Raises BlockCorruptError when it cannot be used for this block, length and page size; the caller drops it. OSError
+    for want of descriptors or memory.
     """
     known = sums.read(block, sums_name(block), layout.partial_fd)
     if (known.length, known.page_size) != (length, page_size):
@@ -281,6 +283,8 @@ def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
             os.close(write_fd)
             raise
     except OSError as error:
+        if is_of_the_process(error):
+            raise
         raise BlockCorruptError(f"{block.filename}: partial cannot be opened: {error.strerror}") from error
     return Partial(
         layout,

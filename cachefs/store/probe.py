@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from cachefs.model import BlockCorruptError
@@ -12,31 +11,6 @@ from cachefs.store.partial import open_uncached, read_into, scratch, write_all
 
 _NAME = "staging/probe"
 _BYTES = 64 * 1024
-
-_OF_THE_PROCESS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-_OF_THE_MEDIUM = frozenset(
-    (
-        errno.EIO,
-        errno.ENODEV,
-        errno.ENXIO,
-        errno.ENODATA,
-        errno.EBADMSG,
-        errno.EUCLEAN,
-        errno.EREMOTEIO,
-        errno.ETIMEDOUT,
-        errno.ESHUTDOWN,
-    )
-)
-
-
-def is_of_the_medium(error: BaseException | None) -> bool:
-    """Whether a read failed because of what is below the file system."""
-    return isinstance(error, OSError) and error.errno in _OF_THE_MEDIUM
-
-
-def is_of_the_process(error: BaseException | None) -> bool:
-    """Whether something failed for want of descriptors or memory: that says nothing about the disk or what it holds."""
-    return isinstance(error, OSError) and error.errno in _OF_THE_PROCESS
 
 
 def try_disk(tier_fd: int) -> None:

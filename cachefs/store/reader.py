@@ -9,6 +9,7 @@ import stat
 from collections.abc import Sequence
 
 from cachefs.model import BlockId, TierError
+from cachefs.store.blame import is_of_the_process
 from cachefs.store.layout import READ_FLAGS, SUMS_SUFFIX, TIER_FILE, data_name, load_tier_file, running_boot_id
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,13 @@ class SealedReader:
 
         Five system calls, none of which waits for the disk once the directory is cached: called inline.
         """
+        try:
+            return self.find(block, length)
+        except OSError:
+            return None
+
+    def find(self, block: BlockId, length: int) -> int | None:
+        """As `open`, for whom a miss is damage. Raises OSError for want of descriptors or memory: that is no miss."""
         if self._unproven:
             self._prove()
         name = data_name(block)
@@ -69,7 +77,9 @@ class SealedReader:
     def _open(self, path: str, length: int) -> int | None:
         try:
             fd = os.open(path, READ_FLAGS)
-        except OSError:
+        except OSError as error:
+            if is_of_the_process(error):
+                raise
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -83,8 +93,10 @@ class SealedReader:
                 and os.access(path + SUMS_SUFFIX, os.F_OK)
             ):
                 return fd
-        except OSError:
-            pass
+        except OSError as error:
+            if is_of_the_process(error):
+                os.close(fd)
+                raise
         os.close(fd)
         return None
 
@@ -93,7 +105,10 @@ class SealedReader:
             where = os.path.join(path, TIER_FILE)
             try:
                 tier_file = load_tier_file(where, where)
-            except TierError:
+            except TierError as error:
+                cause = error.__cause__
+                if isinstance(cause, OSError) and is_of_the_process(cause):
+                    raise cause from error
                 continue
             if tier_file is not None and tier_file.boot_id == self._boot_id:
                 self._unproven.remove(path)

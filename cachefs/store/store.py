@@ -20,11 +20,11 @@ from contextlib import ExitStack, contextmanager
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, ConfigError, Geometry
 from cachefs.policy import Promote, admits
+from cachefs.store.blame import is_of_the_process
 from cachefs.store.config import TierConfig
 from cachefs.store.health import Health, HealthConfig, TierState
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
-from cachefs.store.probe import is_of_the_process
 from cachefs.store.sums import Sums
 from cachefs.store.tier import Tier, open_tier
 
@@ -87,7 +87,7 @@ class Store:
         return next((tier.held_bytes(block) for tier in self._served if tier.is_sealed(block)), 0)
 
     def checksums(self, block: BlockId) -> Sums:
-        """Of the pages of a sealed block. Reads a small file. Raises BlockCorruptError, BlockMissingError."""
+        """Of the pages of a sealed block. Reads a small file. Raises BlockMissingError; as `Tier.checksums`."""
         for tier in self._served:
             if tier.is_sealed(block):
                 return tier.checksums(block)
@@ -203,12 +203,15 @@ class Store:
             raise CapacityError(f"no tier has room for a block of {length} bytes")
 
     def _open_in(self, tier: Tier, block: BlockId, length: int, *, evict: bool) -> Partial | None:
-        """None if that tier cannot take it."""
+        """None if that tier cannot take it. Raises CapacityError if none can now."""
         try:
             partial = tier.open_partial(block, length, evict=evict)
         except CapacityError:
             return None
         except OSError as error:
+            if is_of_the_process(error):
+                # No other tier fares better, and nothing is to be evicted there for that.
+                raise CapacityError(f"{block.filename}: cannot be filled now: {error}") from error
             self._disk_failed(tier, error, False)
             return None
         if partial is not None:
@@ -255,6 +258,9 @@ class Store:
             self._disk_failed(tier, error, False)
 
     def _disk_failed(self, tier: Tier, error: OSError, reading: bool) -> None:
+        if is_of_the_process(error):
+            logger.info("no fault of the tier path=%s error=%s", tier.config.path, error)
+            return
         health = self._health[tier]
         self._judge(tier, health.read_failed if reading else health.write_failed, error)
 
@@ -267,7 +273,7 @@ class Store:
         return [tier for tier in self.tiers if self._health[tier].probe_due(now)]
 
     def probed(self, tier: Tier, good: bool | None, reason: object = "") -> None:
-        """What trying its disk has shown; None: nothing, it is full. Blocks on the disk."""
+        """What trying its disk has shown; None: nothing. Blocks on the disk."""
         self._judge(tier, functools.partial(self._health[tier].probed, good), reason)
 
     def _judge(self, tier: Tier, happened: Callable[[float], None], reason: object) -> None:

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import xxhash
 
 from cachefs.model import BlockCorruptError, BlockId, Geometry
+from cachefs.store.blame import is_of_the_process
 
 _MAGIC = b"cfsums\r\n"
 _VERSION = 1
@@ -129,7 +130,9 @@ def _decode_header(data: bytes, block: BlockId) -> tuple[int, int]:
 
 
 def read(block: BlockId, name: str, dir_fd: int) -> Sums:
-    """Read and parse a file. Raises BlockCorruptError, also when it is missing or cannot be read."""
+    """Read and parse a file. Raises BlockCorruptError, also when it is missing or cannot be read; OSError for want of
+    descriptors or memory.
+    """
     try:
         # O_NONBLOCK: a FIFO in its place would hold us up.
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
@@ -145,6 +148,8 @@ def read(block: BlockId, name: str, dir_fd: int) -> Sums:
         finally:
             os.close(fd)
     except OSError as error:
+        if is_of_the_process(error):
+            raise
         raise BlockCorruptError(f"{block.filename}: checksums cannot be read: {error.strerror}") from error
     return decode(bytes(data), block)
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
 from cachefs.policy import IdleGroups, Sieve
 from cachefs.store import recovery, sums
+from cachefs.store.blame import is_of_the_medium, is_of_the_process
 from cachefs.store.config import TierConfig, check_capacity, check_medium
 from cachefs.store.layout import (
     FORMAT_VERSION,
@@ -45,7 +46,7 @@ from cachefs.store.layout import (
 )
 from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
 from cachefs.store.pinned import PinnedKeys
-from cachefs.store.probe import is_of_the_medium, try_disk
+from cachefs.store.probe import try_disk
 from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
@@ -525,12 +526,21 @@ class Tier:
         return block in self._suspect
 
     def restore(self, block: BlockId) -> bool:
-        """Verify a suspect block and put it back, or drop it; whether it is sealed now. Blocks on the disk."""
+        """Verify a suspect block and put it back, or drop it; whether it is sealed now. Blocks on the disk.
+
+        For want of descriptors or memory it stays suspect.
+        """
         with self._lock:
             size = self._suspect.pop(block, None)
         if size is None:
             return self.is_sealed(block)
-        good = self._verify_in(self._layout.suspect_fd, block)
+        try:
+            good = self._verify_in(self._layout.suspect_fd, block)
+        except OSError as error:
+            logger.info("suspect still block=%s error=%s", block.filename, error)
+            with self._lock:
+                self._suspect[block] = size
+            return False
         with self._lock:
             self._space.used -= size
             if not good or block in self._open or block in self._sealed:
@@ -550,16 +560,22 @@ class Tier:
     def check(self, block: BlockId) -> bool:
         """Read a sealed block from the medium and compare; False only if it is damaged. Blocks on the disk.
 
-        Nothing is changed: `drop` it then. A block that goes meanwhile is not damaged.
+        Nothing is changed: `drop` it then. A block that goes meanwhile is not damaged, nor is one that cannot be read
+        for want of descriptors or memory.
         """
-        good = self._verify_in(self._layout.sealed_fd, block)
+        try:
+            good = self._verify_in(self._layout.sealed_fd, block)
+        except OSError as error:
+            logger.info("not checked block=%s error=%s", block.filename, error)
+            return True
         return good or not self.is_sealed(block)
 
     def checksums(self, block: BlockId) -> sums.Sums:
-        """Of a sealed block. Raises BlockCorruptError, also when it is not sealed any more."""
+        """Of a sealed block. Raises BlockCorruptError, also when it is not sealed any more; OSError as `sums.read`."""
         return sums.read(block, sums_name(block), self._layout.sealed_fd)
 
     def _verify_in(self, directory_fd: int, block: BlockId) -> bool:
+        """Raises OSError for want of descriptors or memory."""
         try:
             expected = sums.read(block, sums_name(block), directory_fd)
             with open_uncached(data_name(block), directory_fd) as fd:
@@ -568,6 +584,8 @@ class Tier:
                     raise BlockCorruptError(f"{block.filename}: has another length than its checksums")
                 verify_pages(block, fd, expected)
         except (BlockCorruptError, OSError) as error:
+            if is_of_the_process(error):
+                raise
             logger.info("block is damaged block=%s error=%s", block.filename, error)
             for each in (error, error.__cause__):
                 if isinstance(each, OSError) and is_of_the_medium(each):
@@ -603,6 +621,8 @@ class Tier:
         except (BlockCorruptError, OSError) as error:
             if not self.is_sealed(block):
                 raise BlockMissingError(f"{block.filename}: went away") from error
+            if is_of_the_process(error):
+                raise
             raise BlockCorruptError(f"{block.filename}: cannot be read: {error}") from error
         try:
             partial = other.open_partial(block, known.length, evict=evict)
@@ -639,9 +659,12 @@ class Tier:
         lost = []
         while self._unsynced:
             block = self._unsynced.popleft()
+            opened = False
             try:
                 for name in (data_name(block), sums_name(block)):
+                    opened = False
                     fd = os.open(name, READ_FLAGS, dir_fd=self._layout.sealed_fd)
+                    opened = True
                     try:
                         os.fsync(fd)
                     finally:
@@ -649,6 +672,10 @@ class Tier:
             except FileNotFoundError:
                 continue
             except OSError as error:
+                if not opened and is_of_the_process(error):
+                    # Next time. What fails while it is written is told only once, whatever the reason.
+                    self._unsynced.appendleft(block)
+                    break
                 logger.warning("block dropped, the disk failed to write it block=%s error=%s", block.filename, error)
                 self.on_failed(error, False)
                 self.drop(block)
@@ -713,11 +740,13 @@ class Tier:
 
 
 def _read_page(fd: int, known: sums.Sums, page: int, block: BlockId) -> bytes:
-    """Raises BlockCorruptError for what is cut off or cannot be read."""
+    """Raises BlockCorruptError for what is cut off or cannot be read; OSError for want of memory."""
     offset, span = known.geometry.page_span(known.length, page)
     try:
         data = os.pread(fd, span, offset)
     except OSError as error:
+        if is_of_the_process(error):
+            raise
         raise BlockCorruptError(f"{block.filename}: page {page} cannot be read: {error.strerror}") from error
     if len(data) != span:
         raise BlockCorruptError(f"{block.filename}: page {page} is cut off")

@@ -178,7 +178,11 @@ class Blocks:
                     break
                 if await self.is_sealed(block):
                     self._sealed_files.avoid(self._store.down)
-                    fd = self._sealed_files.open(block, length)
+                    try:
+                        fd = self._sealed_files.find(block, length)
+                    except OSError as error:
+                        logger.info("cannot be opened now block=%s error=%s", block.filename, error)
+                        break
                     if fd is not None:
                         self._store.visited(block)
                         return self._confirm_sealed(fd, length)

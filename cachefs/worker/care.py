@@ -10,6 +10,7 @@ import trio
 
 from cachefs.model import BlockCorruptError, CapacityError
 from cachefs.store import Store, Tier
+from cachefs.store.blame import is_of_the_process
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 
@@ -67,7 +68,7 @@ class Care:
             except CapacityError as error:
                 good, reason = None, error
             except (BlockCorruptError, OSError) as error:
-                reason = error
+                good, reason = (None if is_of_the_process(error) else False), error
         await trio.to_thread.run_sync(self._store.probed, tier, good, reason, limiter=self._judging)
 
     async def _until_nothing_is_fetched(self) -> None:

@@ -11,7 +11,7 @@ import trio
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, NamespaceChangedError
 from cachefs.net import Answer, FileSlice, Flights, Session
 from cachefs.store import SealedReader, Store, page_checksum
-from cachefs.store.probe import is_of_the_process
+from cachefs.store.blame import is_of_the_process
 from cachefs.store.sums import Sums
 from cachefs.wire.cluster import BlockBytes, DoubtBlock, ReadBlock
 from cachefs.wire.control import BlockLength, MeasureBlock
@@ -91,7 +91,7 @@ class Giving:
         try:
             sums = await self._sums_of(block)
         except (BlockCorruptError, BlockMissingError, OSError) as error:
-            if is_of_the_process(error) or is_of_the_process(error.__cause__):
+            if is_of_the_process(error):
                 raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error
             logger.warning("block dropped, its checksums cannot be read block=%s error=%s", block.filename, error)
             await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)

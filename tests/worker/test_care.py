@@ -15,6 +15,7 @@ from cachefs.net import TcpAddress
 from cachefs.store import HealthConfig, TierConfig, TierState, open_store
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path, some
 from cachefs.testing.disks import broken, small_disk
+from cachefs.testing.shortage import few_descriptors
 from cachefs.worker import care
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
@@ -106,6 +107,27 @@ async def test_a_disk_is_judged_when_everybody_else_waits_for_threads(tmp_path: 
         store.close(partial)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(care.Care(store, Counters(), config).run)
+            with trio.fail_after(1000):
+                while store.state(store.tiers[0]) is not TierState.HEALTHY:
+                    await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+async def test_a_disk_that_cannot_be_tried_for_want_of_descriptors_is_not_worse_for_it(tmp_path: Path) -> None:
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+    nowhere = TcpAddress("127.0.0.1", 0)
+    config = WorkerConfig(name="w", master=nowhere, listen=nowhere, socket=str(tmp_path / "socket"), tiers=(tier,))
+    health = HealthConfig(probe_every_s=0.01, longest_pause_s=0.02, bad_probes=1)
+    with open_store((tier,), GEOMETRY, CLUSTER, health=health) as store:
+        partial = some(store.open_partial(block(0), PAGE))
+        store.failed(partial, OSError(errno.EIO, "it hangs no more"))
+        store.close(partial)
+        async with trio.open_nursery() as nursery:
+            with few_descriptors():
+                nursery.start_soon(care.Care(store, Counters(), config).run)
+                await trio.sleep(20)
+                assert store.state(store.tiers[0]) is TierState.LIMITED
             with trio.fail_after(1000):
                 while store.state(store.tiers[0]) is not TierState.HEALTHY:
                     await trio.sleep(1)

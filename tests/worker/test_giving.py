@@ -13,11 +13,12 @@ import pytest
 import trio
 
 from cachefs.model import Attr, BlockMissingError
-from cachefs.net import Peer, Session, open_peer
-from cachefs.store import sums
+from cachefs.net import Peer, Session, UnixAddress, open_peer
+from cachefs.store import reader, sums
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.wire import Hello
 from cachefs.wire.cluster import ReadBlock
+from cachefs.wire.messages import Fetch
 
 CONTENT = random.Random(1).randbytes(3 * PAGE)
 
@@ -76,10 +77,17 @@ async def test_a_lack_of_descriptors_or_memory_costs_no_block(
         def __getattr__(self, name: str) -> object:
             return getattr(os, name)
 
-    async with scene(tmp_path) as (_, peer, attr):
+    async with scene(tmp_path) as (cluster, peer, attr):
         request = ReadBlock(attr.key, 0, 0, PAGE, "held")
         with monkeypatch.context() as patch:
             patch.setattr(sums, "os", Lacking())
             with pytest.raises(BlockMissingError, match="cannot be read now"):
                 await peer.call(request)
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "os", Lacking())
+            # A mount gets the bytes themselves.
+            async with open_peer(UnixAddress(cluster.worker_config.socket), Hello("client")) as mount:
+                assert (await mount.call(Fetch(attr.ino, 0, 0, PAGE, 0))).payload == CONTENT[:PAGE]
         assert (await peer.call(request)).payload == CONTENT[:PAGE]
+        # From here, not fetched again.
+        assert (await cluster.worker_status()).counters.blocks_sealed == 1
