@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import outcome
@@ -202,6 +202,10 @@ class Peer:
         with suppress(TransportError):
             await self._channel.send(self._channel.connection.head(Kind.CANCEL, request_id))
 
+    def end(self) -> None:
+        """Close the connection; what is under way is lost."""
+        self._nursery.cancel_scope.cancel()
+
     async def _receive(self) -> None:
         """Deliver what arrives until the connection ends."""
         try:
@@ -389,16 +393,36 @@ class Pool:
         self._pause_s = 0.0
         self._not_before = 0.0
         self._last_error = TransportError(f"{address}: not connected")
+        self._users = 0
+        self._retired = False
 
     async def call(self, request: Request[R]) -> Answer[R]:
         """As `Peer.call`; TransportError also when there is no connection to be had."""
-        return await (await self.peer()).call(request)
+        with self._used():
+            return await (await self.peer()).call(request)
 
     @asynccontextmanager
     async def stream(self, request: StreamRequest[R]) -> AsyncGenerator[AsyncIterator[R], None]:
         """As `Peer.stream`; TransportError also when there is no connection to be had."""
-        async with (await self.peer()).stream(request) as items:
-            yield items
+        with self._used():
+            async with (await self.peer()).stream(request) as items:
+                yield items
+
+    def retire(self) -> None:
+        """Another one takes its place: its connection is closed as soon as nothing is under way."""
+        self._retired = True
+        with self._used():
+            pass
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._retired and not self._users and self._peer is not None:
+                self._peer.end()
 
     async def peer(self) -> Peer:
         """The live connection. Raises TransportError."""

@@ -134,6 +134,13 @@ class Peers:
         known = self._pools.get(name)
         if known is not None and known[0] == member.address and known[1] == hello:
             return known[2]
+        if known is not None:
+            known[2].retire()
+        self._forget_who_left()
         pool = Pool(parse_address(member.address), hello, CONNECT_TIMEOUT_S, self._nursery, security=self._security)
         self._pools[name] = member.address, hello, pool
         return pool
+
+    def _forget_who_left(self) -> None:
+        for name in [name for name in self._pools if name not in self._members.others]:
+            self._pools.pop(name)[2].retire()
