@@ -6,6 +6,7 @@ Pure; times are seconds of any clock that never goes back.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class Leases:
 
     def __init__(self, is_alive: Callable[[str], bool]) -> None:
         self._is_alive = is_alive
-        self._leases: dict[BlockId, _Lease] = {}
+        self._leases: OrderedDict[BlockId, _Lease] = OrderedDict()
+        """In the order in which they end: each is granted for as long."""
         self._moved: dict[str, set[BlockId]] = {}
         """By the worker that lost it, until it was told."""
 
@@ -53,7 +55,8 @@ class Leases:
                 return holder
             self._moved.setdefault(holder, set()).add(block)
         self._moved.get(asker, set()).discard(block)
-        self._leases[block] = _Lease(asker, now_s + LEASE_S)
+        self._grant(block, asker, now_s)
+        self._forget_ended(now_s)
         return asker
 
     def renew(self, worker: str, blocks: Iterable[BlockId], now_s: float) -> list[BlockId]:
@@ -65,8 +68,18 @@ class Leases:
             if block in moved or holder not in ("", worker):
                 lost.append(block)
             else:
-                self._leases[block] = _Lease(worker, now_s + LEASE_S)
+                self._grant(block, worker, now_s)
+        self._forget_ended(now_s)
         return lost
+
+    def _grant(self, block: BlockId, worker: str, now_s: float) -> None:
+        self._leases[block] = _Lease(worker, now_s + LEASE_S)
+        self._leases.move_to_end(block)
+
+    def _forget_ended(self, now_s: float) -> None:
+        """Those that were granted and never reported, as the answer was lost, nobody may ever ask for again."""
+        while self._leases and next(iter(self._leases.values())).until_s < now_s:
+            self._leases.popitem(last=False)
 
     def end(self, worker: str, blocks: Iterable[BlockId]) -> None:
         """These are sealed there, or given up."""

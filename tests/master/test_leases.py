@@ -62,6 +62,12 @@ class LeasesModel(RuleBasedStateMachine):
         self.model = {each: held for each, held in self.model.items() if held[0] != name}
 
     @invariant()
+    def none_is_kept_for_long(self) -> None:
+        """Workers report every second."""
+        self.leases.renew("nobody", [], self.now)
+        assert len(self.leases) == sum(until >= self.now for _, until in self.model.values())
+
+    @invariant()
     def both_say_the_same(self) -> None:
         assert [self.leases.holder(each, self.now) for each in BLOCKS] == [self.holder(each) for each in BLOCKS]
 
@@ -83,3 +89,13 @@ def test_a_master_that_was_restarted_takes_over_what_is_in_use() -> None:
     leases = Leases(lambda name: True)
     assert leases.renew("a", BLOCKS, 0) == []
     assert leases.take(BLOCKS[0], "b", 1) == "a"
+
+
+def test_those_that_nobody_reports_or_asks_for_are_forgotten() -> None:
+    leases = Leases(lambda name: True)
+    blocks = [BlockId(ContentKey(n.to_bytes(16, "big")), 0) for n in range(1000)]
+    for block in blocks:
+        assert leases.take(block, "a", 0) == "a"
+    assert leases.renew("a", blocks[:10], LEASE_S) == [] and len(leases) == 1000
+    assert leases.renew("a", blocks[:5], LEASE_S + 0.1) == [] and len(leases) == 10
+    assert leases.renew("b", [], 2 * LEASE_S + 0.05) == [] and len(leases) == 5
