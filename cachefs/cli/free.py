@@ -12,11 +12,11 @@ from rich.console import Console
 from cachefs.cli import params
 from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.following import has_worker_here, run_job
-from cachefs.cli.loading import count
+from cachefs.cli.loading import count, failures_of
 from cachefs.cli.progress import HowFar, shown
 from cachefs.cli.walk import File, Walk
 from cachefs.client import Client
-from cachefs.model import BlockId, ConfigError, format_size
+from cachefs.model import BlockId, ConfigError, TransportError, format_size
 from cachefs.net import Address
 from cachefs.wire.control import JobSpec
 
@@ -43,6 +43,7 @@ def free(
         return
     blocks = freed_bytes = in_use = pinned = 0
     failed: list[tuple[str, str]] = []
+    unconfirmed: list[tuple[str, str]] = []
 
     async def run(client: Client) -> None:
         nonlocal blocks, freed_bytes, in_use, pinned
@@ -56,7 +57,16 @@ def free(
 
         async def send() -> None:
             nonlocal blocks, freed_bytes, in_use, pinned
-            reply = await client.free(batch)
+            if unconfirmed:
+                # It has been waited for once.
+                batch.clear()
+                return
+            try:
+                reply = await client.free(batch)
+            except TransportError as error:
+                chosen = client.workers.chosen
+                unconfirmed.append((chosen.candidate.name if chosen is not None else "", str(error)))
+                return
             blocks += reply.freed_blocks
             freed_bytes += reply.freed_bytes
             in_use += reply.in_use
@@ -96,7 +106,8 @@ def free(
     run_with_client(master_address, run, with_worker=True, admin=True)
     if as_json:
         facts = {"blocks": blocks, "bytes": freed_bytes, "in_use": in_use, "pinned": pinned, "dry_run": dry_run}
-        print(json.dumps({**facts, "failed": [{"path": path, "reason": reason} for path, reason in failed]}))
+        told = {"unconfirmed": [name for name, _ in unconfirmed], "failed": failures_of(failed)}
+        print(json.dumps({**facts, **told}))
     else:
         would = "would be freed" if dry_run else "freed"
         print(f"{blocks} blocks, {format_size(freed_bytes)} {would}")
@@ -106,7 +117,9 @@ def free(
             print(f"{pinned} are pinned and stay; see cachefs pin --list")
         for path, reason in failed:
             click.echo(f"{path}: {reason}", err=True)
-    if failed:
+    for _, reason in unconfirmed:
+        click.echo(f"{reason}: what is counted is what it has confirmed, the rest may be freed or not", err=True)
+    if failed or unconfirmed:
         raise SystemExit(1)
 
 

@@ -66,6 +66,8 @@ _WATCH_PAUSE_S = 0.1
 _WATCH_LONGEST_PAUSE_S = 1.0
 _WATCH_REFUSED_PAUSE_S = 5.0
 _CONNECT_TIMEOUT_S = 5.0
+_FREED_WITHIN_S = 60.0
+"""By a worker that is alive: removing hundreds of large files takes some disks a while."""
 
 
 class Client:
@@ -338,9 +340,16 @@ class Client:
         return (await self._master.call(StartJob(spec, dry_run))).message
 
     async def free(self, blocks: list[BlockId]) -> FreeReply:
-        """Have this node's worker drop blocks that nobody reads. Raises TransportError, UnavailableError."""
+        """Have this node's worker drop blocks that nobody reads.
+
+        Raises TransportError, which names the worker when it says nothing: what of them it drops is not known then.
+        UnavailableError.
+        """
         request = Free(block_names(blocks))
-        return (await self.worker.call(request)).message
+        chosen = await self.workers.get()
+        with trio.move_on_after(_FREED_WITHIN_S), chosen.calling():
+            return (await self.worker.call(request)).message
+        raise TransportError(f"{chosen.candidate} does not answer within {_FREED_WITHIN_S:g} s")
 
     async def report_opens(self) -> None:
         """Tell the worker now and then what was opened. Runs until cancelled."""

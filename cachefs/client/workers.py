@@ -300,7 +300,8 @@ class Workers:
                 status = (await peer.call(GetWorkerStatus())).message
             tiers = tuple(tier.path for tier in status.tiers) if candidate.is_local else ()
             return ChosenWorker(candidate._replace(name=status.name), tiers)
-        raise TransportError(f"{candidate.address}: no answer within {timeout_s:g} s")
+        who = candidate if candidate.name else candidate.address
+        raise TransportError(f"{who}: no answer within {timeout_s:g} s")
 
     def _avoid(self, address: Address) -> None:
         self._avoided_until[address] = trio.current_time() + _AVOIDED_S

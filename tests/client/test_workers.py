@@ -14,7 +14,7 @@ import trio
 
 from cachefs.client import Client, ranked
 from cachefs.meta import MetaStore
-from cachefs.model import CapacityError, TransportError
+from cachefs.model import BlockId, CapacityError, TransportError
 from cachefs.net import Role, Security, Session, TcpAddress, UnixAddress, open_peer
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.processes import running
@@ -315,6 +315,9 @@ async def test_the_only_one_hangs_and_it_is_an_error_after_patience_whoever_read
                     for client in (anywhere, here):
                         with pytest.raises(TransportError, match=r"worker only .* does not answer"):
                             await contents(client, "/large", len(LARGE))
+                    attr = await here.metadata.resolve("/small")
+                    with pytest.raises(TransportError, match="worker only of this host does not answer, and"):
+                        await here.free([BlockId(attr.key, 0)])
                 finally:
                     only.process.send_signal(signal.SIGCONT)
             await trio.to_thread.run_sync(only.end)
