@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 COUNTED_EVERY_S = 60.0
 """Counting what workers hold looks at all of it, and writes wait meanwhile: a fifth of a second for a million."""
+
+WRITTEN_EVERY_S = 5.0
+"""At most so often the database is written for whoever asks whether it can be."""
 
 
 @dataclass
@@ -101,20 +105,39 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
 )
 
 
+class _Database:
+    """Whether it can be read, and was written a moment ago."""
+
+    def __init__(self, store: MetaStore, writer: Writer) -> None:
+        self._store = store
+        self._writer = writer
+        self._one = trio.Lock()
+        self._write_again_at = -math.inf
+        self._unwritten: str | None = None
+        """Why it could not be written the last time."""
+
+    async def why_not(self) -> str | None:
+        """Cancelled before a write is done, it is not known for a while whether it can be."""
+        async with self._one:
+            try:
+                self._store.fact("geometry")
+                if trio.current_time() < self._write_again_at:
+                    # It writes nothing, but waits behind all that do: one that hangs is found out by the time it takes.
+                    await self._writer.run(lambda: None)
+                    return self._unwritten
+                self._write_again_at = trio.current_time() + WRITTEN_EVERY_S
+                self._unwritten = "a write of the database takes long"
+                await self._writer.run(self._store.prove_writable)
+                self._unwritten = None
+            except Exception as error:
+                self._unwritten = f"the database fails: {error}"
+            return self._unwritten
+
+
 async def watch_master(monitor: Monitor, parts: MasterParts) -> None:
     """Show it from now on. Runs until cancelled."""
-
-    async def why_not_ready() -> str | None:
-        try:
-            parts.store.fact("geometry")
-            # It writes nothing, but waits behind all that do: one that hangs is found out by the time it takes.
-            await parts.writer.run(lambda: None)
-        except Exception as error:
-            return f"the database fails: {error}"
-        return None
-
     monitor.watch(MASTER_METRICS, parts)
-    monitor.ready_if(why_not_ready)
+    monitor.ready_if(_Database(parts.store, parts.writer).why_not)
     while True:
         try:
             parts.held = await parts.writer.run(parts.store.replica_totals)

@@ -124,6 +124,13 @@ class MetaStore:
         with self._transaction() as db:
             db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
 
+    def prove_writable(self) -> None:
+        """Write something of no use, to see that it can be done."""
+        now = str(time.time_ns())
+        with self._transaction() as db:
+            if not db.execute("UPDATE facts SET value = ? WHERE name = 'written_ns'", (now,)).rowcount:
+                db.execute("INSERT INTO facts VALUES ('written_ns', ?)", (now,))
+
     def attach(self, told: Iterable[tuple[str, str]]) -> list[Mount]:
         """Make the (path, origin) pairs that the master was told at its start the mounts of this namespace, with those
         that were added by hand; returns them all, those told first, in that order.
