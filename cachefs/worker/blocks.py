@@ -329,12 +329,12 @@ class Blocks:
         source = await self._sources.resolve(ino)
         if source.attr.key != block.key:
             raise BlockMissingError(f"{block.filename}: inode {ino} is another content")
+        mode = self._mode_for_workers(source)
         if self._is_small(source):
-            request = PromoteRequest(ino, self._mode_for_workers().value, background=True)
-            if not (await self.promote(request, 0)).sealed:
+            if not await self.keep(block, source, mode, background=True):
                 raise CapacityError(f"{block.filename}: not admitted")
             return
-        job = await self._job(block, source, self._mode_for_workers())
+        job = await self._job(block, source, mode)
         if job is None:
             if self._store.is_sealed(block):
                 return
@@ -348,9 +348,9 @@ class Blocks:
             job.users -= 1
             self._end_if_done(job)
 
-    def _mode_for_workers(self) -> Promote:
-        """Nothing of what this node's own readers use is evicted for others."""
-        return Promote.IF_SPACE if self.keeps else Promote.NEVER
+    def _mode_for_workers(self, source: Source) -> Promote:
+        """Nothing of what this node's own readers use is evicted for others, but for what is pinned."""
+        return self._pinned_first(Promote.IF_SPACE if self.keeps else Promote.NEVER, source)
 
     def doubt(self, block: BlockId) -> None:
         """Another worker got damaged bytes of it."""
@@ -483,8 +483,11 @@ class Blocks:
 
     def _mode(self, request: Fetch | PromoteRequest, source: Source) -> Promote:
         mode = self._config.promote if request.promote is None else Promote(request.promote)
+        return self._pinned_first(mode, source)
+
+    def _pinned_first(self, mode: Promote, source: Source) -> Promote:
+        """What is pinned goes before what is not."""
         if mode is Promote.IF_SPACE and self._store.is_pinned(BlockId(source.attr.key, 0)):
-            # What is pinned goes before what is not.
             return Promote.ALWAYS
         return mode
 

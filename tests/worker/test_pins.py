@@ -19,7 +19,7 @@ from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire import Hello
-from cachefs.wire.cluster import RegisterWorker
+from cachefs.wire.cluster import ReadBlock, RegisterWorker
 
 KEPT = {f"keep/{number}": random.Random(number).randbytes(6 * PAGE) for number in range(5)}
 OTHERS = {f"other/{number:02}": random.Random(-1 - number).randbytes(6 * PAGE) for number in range(12)}
@@ -118,6 +118,36 @@ async def test_what_has_no_room_beside_pins_is_read_through_and_takes_nothing_aw
         assert b"".join([bytes(part) async for part in client.read_file("/large", PAGE)]) == content
         assert sealed(client, [*kept, *small]) == 6
         assert (await cluster.worker_status()).counters.not_admitted > 0
+
+
+@pytest.mark.parametrize("pages", [1, 6])
+async def test_what_is_pinned_goes_before_what_is_not_for_other_workers_too(tmp_path: Path, pages: int) -> None:
+    async with scene(tmp_path, promote=Promote.IF_SPACE) as (cluster, client, data):
+        content = random.Random("wanted").randbytes(pages * PAGE - 7)
+        for name in ("keep/wanted", "other/wanted"):
+            (data / name).write_bytes(content)
+        fill = [*OTHERS, *(f"other/page{number}" for number in range(6))]
+        for name in fill[len(OTHERS) :]:
+            (data / name).write_bytes(bytes(PAGE))
+        await list_all(client)
+        for attr in await attrs_of(client, fill):
+            await client.promote(attr.ino)
+        before = sealed(client, await attrs_of(client, fill))
+        assert len(OTHERS) > before > 6
+        await client.pin(["/keep/wanted"])
+        async with open_peer(cluster.worker_address, Hello("worker", "", client.cluster.namespace_id)) as peer:
+
+            def asked(attr: Attr) -> ReadBlock:
+                return ReadBlock(attr.key, 0, 0, min(PAGE, len(content)), "home", attr.ino)
+
+            (kept, other) = await attrs_of(client, ["keep/wanted", "other/wanted"])
+            with pytest.raises(CapacityError):
+                await peer.call(asked(other))
+            assert (await peer.call(asked(kept))).payload == content[:PAGE]
+        with trio.fail_after(20):
+            while not sealed(client, [kept]):
+                await trio.sleep(0.01)
+        assert sealed(client, await attrs_of(client, fill)) < before
 
 
 async def test_every_block_of_a_pinned_content_stays(tmp_path: Path) -> None:
