@@ -41,6 +41,7 @@ class Care:
             nursery.start_soon(self._keep_room_and_sync)
             nursery.start_soon(self._try_disks)
             if self._config.scrub_bytes_per_s:
+                nursery.start_soon(self._restore)
                 nursery.start_soon(self._scrub)
 
     async def _keep_room_and_sync(self) -> None:
@@ -80,11 +81,17 @@ class Care:
                 return
             await trio.sleep(_EVERY_S)
 
-    async def _scrub(self) -> None:
-        """Blocks of an earlier boot first: until they are verified, nobody reads them without waiting."""
+    async def _restore(self) -> None:
+        """Blocks of an earlier boot, or of a disk that is back, at once: until they are verified, nobody reads them
+        without waiting, and a drain waits for them.
+        """
         while True:
             for block in self._store.suspects():
                 await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
+            await trio.sleep(_EVERY_S)
+
+    async def _scrub(self) -> None:
+        while True:
             for block, size in self._store.blocks():
                 # Slept before, so that what was sealed a moment ago is not read again at once.
                 await trio.sleep(max(size / self._config.scrub_bytes_per_s, 0.001))

@@ -18,11 +18,19 @@ from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.wire.cluster import RegisterWorker, ReportBlocks, Unsettled
 from cachefs.wire.control import GetJob, JobInfo, JobSpec
+from cachefs.worker import master_link
 
 pytestmark = pytest.mark.anyio
 
 FILES = {name: random.Random(name).randbytes(6 * PAGE) for name in ("slow", "looked-at")}
 EARLY = 2
+
+
+async def until(client: Client, job: JobInfo, so: Callable[[JobInfo], bool]) -> JobInfo:
+    with trio.fail_after(60):
+        while not so(info := await client.ask(GetJob(job.job_id))):
+            await trio.sleep(0.02)
+    return info
 
 
 class Scene:
@@ -55,15 +63,20 @@ class Scene:
         return await self.client.start_job(JobSpec("drain", workers=["w2"]))
 
     async def until(self, job: JobInfo, so: Callable[[JobInfo], bool]) -> JobInfo:
-        while not so(info := await self.client.ask(GetJob(job.job_id))):
-            await trio.sleep(0.02)
-        return info
+        return await until(self.client, job, so)
 
     async def state(self) -> str:
         return {info.name: info.state for info in (await self.client.master_status()).workers}["w2"]
 
     async def sealed_there(self) -> int:
         return sum(tier.blocks for tier in (await self.cluster.worker_status("w2")).tiers)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten reports in the time of one."""
+    monkeypatch.setattr(master_link, "REPORT_EVERY_S", 0.1)
+    monkeypatch.setattr(work, "_REPORTED_S", 0.15)
 
 
 @asynccontextmanager
@@ -92,9 +105,11 @@ async def test_what_is_under_way_when_it_begins_is_moved_too(tmp_path: Path, s3_
         assert (job.state, job.counts.failed, job.counts.copies) == ("done", 0, 1)
         assert (await each.state(), await each.sealed_there()) == ("drained", 1)
         assert (await each.client.holders(await each.client.metadata.resolve("/slow"), 0)) == ["w2", "worker"]
-        # Nor is that partial gone on with: read it is, but not kept.
+        # Nor is that partial gone on with: what is read here is kept by the other one.
         assert await each.read("/looked-at", 6 * PAGE) == FILES["looked-at"]
-        await trio.testing.wait_all_tasks_blocked(0.2)
+        attr = await each.client.metadata.resolve("/looked-at")
+        while await each.client.holders(attr, 0) != ["worker"]:
+            await trio.sleep(0.02)
         assert await each.sealed_there() == 1
 
 
@@ -110,19 +125,16 @@ async def test_what_does_not_go_on_ends_the_drain_and_is_told(
         each.store.release()
 
 
-async def test_a_worker_that_goes_away_is_not_waited_for_long(
-    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_that_goes_away_is_not_waited_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "_SETTLED_S", 0.5)
-    async with scene(tmp_path, s3_bucket) as each:
-        address = each.cluster.master_address
-        async with open_peer(address, Hello("worker", name="w3")) as peer:
+    async with running_cluster(tmp_path, tmp_path.as_uri()) as cluster, cluster.client() as client:
+        async with open_peer(cluster.master_address, Hello("worker", name="w3")) as peer:
             epoch = (await peer.call(RegisterWorker("w3", "127.0.0.1:1", "", "boot"))).message.epoch
             await peer.call(ReportBlocks(epoch, [], [], full=True))
-            job = await each.client.start_job(JobSpec("drain", workers=["w3"]))
-            job = await each.until(job, lambda info: bool(info.waits_for))
+            job = await client.start_job(JobSpec("drain", workers=["w3"]))
+            job = await until(client, job, lambda info: bool(info.waits_for))
             assert job.waits_for == "worker w3, to say that it takes no new blocks"
             await peer.call(ReportBlocks(epoch, [], [], unsettled=Unsettled(2, 3 * PAGE)))
-            job = await each.until(job, lambda info: info.waits_for.endswith("w3, with blocks under way: 2"))
-        job = await each.until(job, lambda info: bool(info.ended_ns))
+            job = await until(client, job, lambda info: info.waits_for.endswith("w3, with blocks under way: 2"))
+        job = await until(client, job, lambda info: bool(info.ended_ns))
         assert (job.state, job.counts.failed) == ("done", 0)

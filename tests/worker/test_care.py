@@ -62,6 +62,31 @@ async def test_the_scrub_finds_damage_once_nothing_is_fetched_or_after_a_while(
         assert counters.corrupt == 1
 
 
+async def test_what_becomes_suspect_does_not_wait_for_the_scrub_to_come_round(tmp_path: Path) -> None:
+    tier = TierConfig("ssd", str(tmp_path / "tier"), 64 * PAGE)
+    nowhere = TcpAddress("127.0.0.1", 0)
+    config = WorkerConfig(
+        name="w",
+        master=nowhere,
+        listen=nowhere,
+        socket=str(tmp_path / "socket"),
+        tiers=(tier,),
+        scrub_bytes_per_s=1,
+    )
+    with open_store((tier,), GEOMETRY, CLUSTER) as store:
+        for number in range(3):
+            seal(store, block(number), content(number, 2 * PAGE))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(care.Care(store, Counters(), config).run)
+            await trio.sleep(10)
+            store.tiers[0].distrust()
+            with trio.fail_after(60):
+                while store.suspects():
+                    await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+        assert len(store.blocks()) == 3
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a disk of its own")
 @pytest.mark.expect_warnings("a disk that fails is told")
 async def test_a_disk_that_breaks_is_tried_until_it_is_well_and_what_it_holds_comes_back(tmp_path: Path) -> None:
