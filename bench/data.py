@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from bench.jobs import decode
+
 PIECE = 1 << 20
 UPLOADS = 16
 MULTIPART_BYTES = 64 << 20
@@ -97,7 +99,7 @@ async def upload(job: Job) -> None:
 def main() -> None:
     from bench.workloads.registry import loaded
 
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    job = decode(sys.stdin.buffer.read(), Job)
     workload = loaded(job.workload, job.scale, job.options)
     write_native(job.native, job.files, job.seed, getattr(workload, "content", None))
     asyncio.run(upload(job))

@@ -96,9 +96,13 @@ def random_bytes(seed: str, size: int) -> bytes:
 
 
 def terminate_as_interrupt() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s. (SIGINT is ignored in a background job.)"""
+    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s, which no second signal disturbs. (SIGINT is
+    ignored in a background job.)
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)

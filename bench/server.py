@@ -1,4 +1,4 @@
-"""The S3 server that all systems read from: a real one, which counts itself what it sends, and what it can give at most.
+"""The S3 server that all systems read from: a real one, which counts itself what it sends; and what it can give.
 
 SeaweedFS tells its counters at `/metrics` of a port of its own. `bucket_traffic_sent_bytes_total` has the bytes of the
 bodies of GETs and nothing else: a range of a thousand bytes is a thousand, HEAD and LIST are none; of a body that its
@@ -30,6 +30,12 @@ SMALL_BYTES = 112_000
 RANGE_BYTES = 8 * MIB
 CONCURRENCIES = (4, 8, 16, 32)
 _TIMEOUT_S = 10.0
+_CEILING = {
+    Scale.SMOKE: (16 * MIB, 2, 32),
+    Scale.STANDARD: (64 * MIB, 4, 500),
+    Scale.FULL: (128 * MIB, 4, 1000),
+}
+"""Bytes of a large object, how many, and how many small ones."""
 _SENT = re.compile(r'^SeaweedFS_s3_bucket_traffic_sent_bytes_total\{bucket="([^"]*)"\} (\S+)$', re.MULTILINE)
 _GETS = re.compile(
     r'^SeaweedFS_s3_request_total\{bucket="([^"]*)",code="20[06]",type="GET"\} (\S+)$',
@@ -87,18 +93,15 @@ class Ceiling:
     def __init__(self, s3: S3Server, scale: Scale) -> None:
         self._s3 = s3
         self._rounds = 1 if scale is Scale.SMOKE else 3
-        large, count, small = {
-            Scale.SMOKE: (16 * MIB, 2, 32),
-            Scale.STANDARD: (64 * MIB, 4, 500),
-            Scale.FULL: (128 * MIB, 4, 1000),
-        }[scale]
-        self._large_bytes, self._larges, self._smalls = large, count, small
+        self._large_bytes, self._larges, self._smalls = _CEILING[scale]
         self._speeds: dict[str, list[float]] = {"large": [], "small": []}
         self._concurrency: dict[str, int] = {}
 
-    @property
-    def needs_bytes(self) -> int:
-        return self._large_bytes * self._larges + self._smalls * SMALL_BYTES
+    @staticmethod
+    def bytes_at(scale: Scale) -> int:
+        """Of its objects."""
+        large, count, small = _CEILING[scale]
+        return large * count + small * SMALL_BYTES
 
     def measure(self) -> None:
         """Once more; before the first workload, and after the last."""
@@ -110,7 +113,9 @@ class Ceiling:
             keys = (f"small/{number:04}" for number in range(self._smalls))
             self._s3.put_objects(CEILING_BUCKET, ((key, random_bytes(key, SMALL_BYTES)) for key in keys))
             for kind in self._speeds:
-                self._concurrency[kind] = max(CONCURRENCIES, key=lambda count, kind=kind: self._speed(kind, count))
+                tried = CONCURRENCIES if self._rounds > 1 else CONCURRENCIES[1:2]
+                speeds = {count: self._speed(kind, count) for count in tried}
+                self._concurrency[kind] = max(speeds, key=speeds.__getitem__)
         for _ in range(self._rounds):
             for kind, speeds in self._speeds.items():
                 speeds.append(self._speed(kind, self._concurrency[kind]))

@@ -6,6 +6,7 @@ Its metadata, SQLite on the local disk, counts as local: each mount works on a c
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -58,7 +59,7 @@ def _fill(source: Source, place: Path, filled: Path) -> None:
     bucket = f"{source.endpoint}/juicefs-{source.bucket}"
     name = f"bench-{source.native.name}".replace("_", "-").lower()
     command = [juicefs, "format", "--storage", "s3", "--bucket", bucket, "--trash-days", "0", f"sqlite3://{database}"]
-    environment = {"ACCESS_KEY": source.key, "SECRET_KEY": source.secret, "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "ACCESS_KEY": source.key, "SECRET_KEY": source.secret}
     done = subprocess.run([*command, name], env=environment, capture_output=True, text=True, timeout=FILL_LIMIT_S)
     if done.returncode != 0:
         raise RuntimeError(f"juicefs format failed: {(done.stdout + done.stderr)[-500:]}")

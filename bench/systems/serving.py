@@ -1,4 +1,4 @@
-"""A FUSE file system's program in the foreground: started, waited for, and ended in bounded time whatever became of it."""
+"""The program of a FUSE file system: started, waited for, and ended in bounded time whatever became of it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""Whether a run has room, before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.machine import medium_of, memory
+from bench.server import Ceiling
+from bench.workloads.base import Alone, Scale, Workload
+
+SHARED_MEMORY = Path("/dev/shm")
+OVERHEAD = 1.05
+"""File systems' blocks, and what caches keep beside the data."""
+SPARE_BYTES = 256 << 20
+"""Logs, databases, and what others write meanwhile."""
+PROCESSES_BYTES: Mapping[Scale, int] = {Scale.SMOKE: 512 << 20, Scale.STANDARD: 1 << 30, Scale.FULL: 2 << 30}
+"""Memory of the processes that serve and read."""
+
+
+class TooLittle(Exception):
+    """Says what is needed, what is there, and what would fit."""
+
+
+class Needs(NamedTuple):
+    disk: int
+    """In the run's directory: data natively, in the bucket, and in the cache of one system at a time."""
+    bucket: int
+    """Of that, what the server keeps."""
+
+
+def needs(workloads: Iterable[Workload | Alone], systems: Iterable[str]) -> Needs:
+    sets: dict[str, int] = {}
+    caches = alone = ceiling = 0
+    copies = 1 + ("juicefs" in systems)
+    for workload in workloads:
+        if isinstance(workload, Alone):
+            alone = max(alone, workload.needs_bytes())
+            continue
+        data = workload.data()
+        sets[data.name] = data.size_bytes
+        ceiling = Ceiling.bytes_at(workload.scale)
+        caches = max(caches, min(data.size_bytes, workload.cache_bytes()))
+    bucket = copies * sum(sets.values()) + ceiling
+    at_once = sum(sets.values()) + bucket + max(caches, alone)
+    return Needs(int(at_once * OVERHEAD) + SPARE_BYTES, int(bucket * OVERHEAD))
+
+
+def free(directory: Path) -> int:
+    found = os.statvfs(directory)
+    room = found.f_bavail * found.f_frsize
+    return min(room, memory("MemAvailable")) if medium_of(directory) == "tmpfs" else room
+
+
+def server_fits_memory(bucket: int, scale: Scale) -> bool:
+    """Whether the server's objects may lie in shared memory: dropping the page cache, which measuring readers do, then
+    does not make the server read a disk. They may take a third of the memory that is free.
+    """
+    try:
+        if medium_of(SHARED_MEMORY) != "tmpfs" or not os.access(SHARED_MEMORY, os.W_OK):
+            return False
+        return bucket < min(free(SHARED_MEMORY) - PROCESSES_BYTES[scale], memory("MemAvailable") // 3)
+    except OSError:
+        return False
+
+
+def check(directory: Path, scale: Scale, workloads: Sequence[Workload | Alone], systems: Sequence[str]) -> None:
+    """Raises TooLittle."""
+    available = memory("MemAvailable")
+    if available < PROCESSES_BYTES[scale]:
+        raise TooLittle(
+            f"{human(PROCESSES_BYTES[scale])} of memory are needed at scale {scale}, and {human(available)} are there"
+            + _smaller(scale, lambda each: PROCESSES_BYTES[each] <= available)
+        )
+    room = free(directory)
+    wanted = needs(workloads, systems).disk
+    if wanted <= room:
+        return
+    single = {each.name: needs([each], systems).disk for each in workloads}
+    fitting = [f"{name} ({human(size)})" for name, size in single.items() if size <= room]
+    what = f"{human(wanted)} are needed in {directory}, and {human(room)} are there"
+    if len(workloads) > 1 and fitting:
+        what += f". By itself would fit: {', '.join(fitting)}"
+
+    def fits(each: Scale) -> bool:
+        return needs([type(one)(each, one.chosen) for one in workloads], systems).disk <= room
+
+    raise TooLittle(what + _smaller(scale, fits))
+
+
+def _smaller(scale: Scale, fits: object) -> str:
+    order = list(Scale)
+    for each in reversed(order[: order.index(scale)]):
+        if callable(fits) and fits(each):
+            return f". --scale {each} would fit"
+    return ". Nothing smaller would fit"
+
+
+def human(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
