@@ -94,7 +94,7 @@ def measured(task: Task, limit_s: float, log: Path, unblock: Callable[[], None])
         try:
             status = process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise HungError(f"it did not end in {limit_s:g} s") from None
+            raise HungError(f"it did not end after {limit_s:g} s") from None
         if status != 0:
             tail = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
             raise FailedError(f"the measuring process ended with status {status}: {tail}")
@@ -107,7 +107,7 @@ def _lines(fd: int, deadline: float, limit_s: float) -> Iterator[bytes]:
     while True:
         readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
         if not readable:
-            raise HungError(f"nothing came back for {limit_s:g} s" if not rest else f"cut off after {limit_s:g} s")
+            raise HungError(f"it was not done after {limit_s:g} s")
         data = os.read(fd, 1 << 16)
         if not data:
             return

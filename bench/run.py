@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,18 +20,19 @@ from pathlib import Path
 
 import msgspec
 
-from bench import data, machine, space
+from bench import data, machine, server, space
 from bench.children import scratch
 from bench.jobs import encode
 from bench.measuring import ROOT, FailedError, HungError, Task, measured
 from bench.results import Figure, Gap, Measure, Results
-from bench.server import Ceiling, Server, make_bucket, running_server
+from bench.server import Ceiling, make_bucket
 from bench.systems.base import Missing, Mounted, Source, System
-from bench.systems.serving import end_of_log
+from bench.systems.serving import end_of_log, is_running
 from bench.workloads.base import Alone, Data, Scale, Workload
 from bench.workloads.registry import address_of
 from cachefs.fuse import MountError, abort, find_mount
 from cachefs.model import CachefsError
+from cachefs.testing.s3server import S3Server
 
 PREFIX = "data"
 SEED = 1
@@ -83,11 +85,13 @@ class Collected:
     def measure(self, measure: Measure) -> None:
         self.measures[measure.workload, measure.case, measure.system, measure.metric] = measure
 
-    def gap(self, gap: Gap) -> None:
-        """Once, whatever many rounds say so."""
+    def gap(self, gap: Gap) -> bool:
+        """Once, however many rounds say so; then false."""
         same = (gap.workload, gap.system, gap.kind, gap.case)
-        if all((each.workload, each.system, each.kind, each.case) != same for each in self.gaps):
-            self.gaps.append(gap)
+        if any((each.workload, each.system, each.kind, each.case) == same for each in self.gaps):
+            return False
+        self.gaps.append(gap)
+        return True
 
 
 def run(plan: Plan) -> Results:
@@ -122,7 +126,7 @@ class Runner:
         self._directory = directory
         self._stack = stack
         self._sources: dict[str, Source] = {}
-        self._server: Server | None = None
+        self._server: S3Server | None = None
         self._missing: dict[str, str] = {}
         self.versions: dict[str, str] = {}
         self.flags: dict[str, list[str]] = {}
@@ -134,7 +138,7 @@ class Runner:
         ceiling = None
         if shared:
             self._server = self._start_server(shared)
-            ceiling = Ceiling(self._server.s3, self._plan.scale)
+            ceiling = Ceiling(self._server, self._plan.scale)
             self._measure_ceiling(ceiling)
         for workload in self._plan.workloads:
             begin = time.monotonic()
@@ -157,17 +161,17 @@ class Runner:
                 self._missing[name] = str(error)
                 self._plan.say(f"{name} is missing: {error}")
 
-    def _start_server(self, workloads: Sequence[Workload]) -> Server:
+    def _start_server(self, workloads: Sequence[Workload]) -> S3Server:
         bucket = space.needs(workloads, list(self._plan.systems)).bucket
         place = self._directory / "server"
         if in_memory := space.server_fits_memory(bucket, self._plan.scale):
             place = self._stack.enter_context(scratch(space.SHARED_MEMORY, "cachefs-bench"))
-        server = self._stack.enter_context(running_server(place))
+        running = self._stack.enter_context(server.running_server(place))
         medium = "memory" if in_memory else machine.medium_of(place)
-        self.versions["seaweedfs"] = server.version
+        self.versions["seaweedfs"] = server.version()
         self.flags["server"] = [f"objects in {medium}"]
         self._plan.say(f"the S3 server is up, its objects in {medium}")
-        return server
+        return running
 
     def _measure_ceiling(self, ceiling: Ceiling) -> None:
         try:
@@ -270,6 +274,7 @@ class Runner:
                     yield found
         except HungError as error:
             what = "the measurement was ended"
+            _kill(mounted)
             self._keep_gap(
                 Gap(workload=workload, system=system, kind="hung", why=_with_log(f"{error}; {what}", mounted))
             )
@@ -283,7 +288,8 @@ class Runner:
         self._keep_gap(msgspec.convert({"workload": workload.name, "system": name, "kind": kind, "why": why}, Gap))
 
     def _keep_gap(self, gap: Gap) -> None:
-        self.collected.gap(gap)
+        if not self.collected.gap(gap):
+            return
         case = f" ({gap.case})" if gap.case else ""
         self._plan.say(f"{gap.workload} {gap.system}{case} {gap.kind}: {gap.why}")
 
@@ -304,7 +310,7 @@ class Runner:
 
     def _make(self, workload: Workload, wanted: Data) -> Source:
         assert self._server is not None
-        s3 = self._server.s3
+        s3 = self._server
         bucket = "bench-" + re.sub(r"[^a-z0-9]+", "-", wanted.name.lower()).strip("-")
         make_bucket(s3, bucket)
         native = self._directory / "native" / wanted.name
@@ -340,7 +346,7 @@ class Runner:
             native=native,
             size_bytes=wanted.size_bytes,
             files=len(wanted.files),
-            traffic_url=self._server.traffic_url,
+            traffic_url=s3.metrics_url,
         )
 
 
@@ -365,15 +371,17 @@ def _abort(path: Path | None) -> None:
             abort(mounted.connection)
 
 
+def _kill(mounted: Mounted | None) -> None:
+    """What hangs does not end politely."""
+    for pid in mounted.pids if mounted is not None else ():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _what_is_gone(mounted: Mounted) -> str:
     """Of a system that failed: what shows that it crashed; empty if it has not."""
-    for pid in mounted.pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            state = "X"
-        if state in "XZ":
-            return "its process ended while it was read"
+    if not all(is_running(pid) for pid in mounted.pids):
+        return "its process ended while it was read"
     if mounted.pids and find_mount(mounted.path) is None:
         return "its mount went away while it was read"
     return ""

@@ -15,14 +15,13 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from bench.harness import random_bytes
 from bench.results import Measure
 from bench.workloads.base import Scale
-from cachefs.testing.s3server import S3Server, free_ports, running_s3_server
+from cachefs.testing.s3server import S3Server, running_s3_server
 
 MIB = 1 << 20
 CEILING_BUCKET = "ceiling"
@@ -41,12 +40,6 @@ _GETS = re.compile(
     r'^SeaweedFS_s3_request_total\{bucket="([^"]*)",code="20[06]",type="GET"\} (\S+)$',
     re.MULTILINE,
 )
-
-
-class Server(NamedTuple):
-    s3: S3Server
-    traffic_url: str
-    version: str
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -69,20 +62,20 @@ def traffic(url: str) -> Traffic:
 
 
 @contextmanager
-def running_server(directory: Path) -> Iterator[Server]:
+def running_server(directory: Path) -> Iterator[S3Server]:
     """A server that keeps its objects in `directory`. Raises CachefsError when it is not installed."""
-    (port,) = free_ports(1)
-    flags = [f"-metricsPort={port}", "-metricsIp=127.0.0.1"]
     # Volumes are given to buckets one by one, seven at first, and take no room before they are filled.
-    flags += ["-volume.max=1000", "-master.volumeSizeLimitMB=1024"]
-    with running_s3_server(directory, flags) as s3:
-        yield Server(s3, f"http://127.0.0.1:{port}/metrics", _version())
+    with running_s3_server(directory, ["-volume.max=1000", "-master.volumeSizeLimitMB=1024"]) as s3:
+        yield s3
 
 
 def make_bucket(s3: S3Server, name: str) -> None:
+    """See to it that there is one of this name."""
     client = s3.client()
     try:
         client.create_bucket(Bucket=name)
+    except (client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+        pass
     finally:
         client.close()
 
@@ -159,7 +152,8 @@ def bare_client(s3: S3Server, bucket: str, ranges: Sequence[tuple[str, int, int]
     return float(done.stdout)
 
 
-def _version() -> str:
+def version() -> str:
+    """Of SeaweedFS."""
     program = Path(sys.executable).with_name("weed")
     done = subprocess.run([program if program.exists() else "weed", "version"], capture_output=True, text=True)
     # "version 8000GB 4.48 pypi linux amd64": first comes the size a volume may have.

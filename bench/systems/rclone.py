@@ -38,6 +38,7 @@ class Rclone(System):
             "RCLONE_CONFIG_BENCH_SECRET_ACCESS_KEY": source.secret,
             "RCLONE_CONFIG": str(place / "rclone.conf"),
         }
+        (place / "rclone.conf").touch()
         mountpoint = place / "mnt"
         command = [program("rclone", HOW), "mount", f"bench:{source.bucket}/{source.prefix}", str(mountpoint)]
         command += [*self.flags(), "--cache-dir", str(place / "cache"), "--vfs-cache-max-size", f"{cache_bytes}B"]

@@ -20,6 +20,7 @@ from cachefs.fuse import MountError, abort, find_mount, unmount
 START_LIMIT_S = 60.0
 END_LIMIT_S = 15.0
 LOG_TAIL_BYTES = 800
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,7 +57,7 @@ def serving(
     command: Sequence[str], mountpoint: Path, place: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[list[int]]:
     """Run `command`, which mounts on `mountpoint` and stays in the foreground; yields its processes. What it says is
-    in `place`/log.
+    in `place`/log. It is asked to end where all went well, and killed where not.
 
     Raises RuntimeError, with the end of the log, when it does not mount.
     """
@@ -64,6 +65,7 @@ def serving(
     name = Path(command[0]).name
     process = None
     connection = None
+    polite_s = 0.0
     try:
         with (place / "log").open("ab") as output:
             process = subprocess.Popen(
@@ -85,20 +87,20 @@ def serving(
             time.sleep(0.05)
         connection = mounted.connection
         yield group_members(process.pid)
+        polite_s = END_LIMIT_S
     finally:
         while find_mount(mountpoint) is not None:
             unmount(mountpoint, lazy=True)
         if process is not None:
-            _end(process, connection)
+            _end(process, connection, polite_s)
 
 
-def _end(process: subprocess.Popen[bytes], connection: int | None) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(END_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        pass
+def _end(process: subprocess.Popen[bytes], connection: int | None, polite_s: float) -> None:
+    if polite_s:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(polite_s)
     if connection is not None:
         # Gone already, where all went well.
         with suppress(MountError):
@@ -124,10 +126,19 @@ def group_members(group: int) -> list[int]:
     return sorted(members)
 
 
+def is_running(pid: int) -> bool:
+    """False for one that has ended, also if nobody has asked for its status yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "XZ"
+
+
 def end_of_log(place: Path) -> str:
     """The end of what the system behind a mount in this directory said."""
     try:
         content = (place / "log").read_bytes()
     except OSError:
         return ""
-    return content[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    return _COLOURS.sub("", content[-LOG_TAIL_BYTES:].decode(errors="replace")).strip()

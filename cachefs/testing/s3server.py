@@ -39,6 +39,7 @@ _PORTS = (
     "filer.port",
     "filer.port.grpc",
     "s3.port.grpc",
+    "metricsPort",
     "s3.port",
 )
 
@@ -49,6 +50,8 @@ class S3Server:
     key: str
     secret: str
     pid: int
+    metrics_url: str = ""
+    """Its counters, for Prometheus; empty where it tells none."""
 
     @property
     def ufs_options(self) -> dict[str, str]:
@@ -116,6 +119,7 @@ def running_s3_server(data_dir: Path, flags: Sequence[str] = ()) -> Iterator[S3S
         "-volume.max=100",
         "-master.volumeSizeLimitMB=64",
         "-master.telemetry=false",
+        "-metricsIp=127.0.0.1",
         # Two services nobody here asks for, on fixed ports that a second server would find taken.
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
@@ -129,7 +133,7 @@ def running_s3_server(data_dir: Path, flags: Sequence[str] = ()) -> Iterator[S3S
     try:
         endpoint = f"http://127.0.0.1:{ports[-1]}"
         _wait_until_up(endpoint, process, log)
-        yield S3Server(endpoint, key, secret, process.pid)
+        yield S3Server(endpoint, key, secret, process.pid, f"http://127.0.0.1:{ports[-2]}/metrics")
     finally:
         _end(process)
         for port in ports:

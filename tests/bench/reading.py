@@ -1,50 +1,101 @@
-"""A workload for the tests of the runner: reads everything once, and does what its option says meanwhile."""
+"""A workload and systems for the tests of the runner: what real ones do once in a while, done on purpose."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from bench.results import Figure, Gap
-from bench.systems.base import Mounted
-from bench.workloads.base import Data, Workload
+from bench.systems.base import Missing, Mounted, Source, System
+from bench.systems.serving import is_running, serving
+from bench.workloads.base import Data, Scale, Workload
 
 
 class Reading(Workload):
+    """Reads everything once; then does what its option for the system says."""
+
     name = "reading"
     what = "every file once"
-    options: Mapping[str, str] = {"do": "what happens on a system: SYSTEM:stop, :kill, :raise, :gap; none by default"}
+    options: Mapping[str, str] = {"do": "SYSTEM:stop, :kill, :raise or :gap for each system, with commas"}
+
+    def __init__(self, scale: Scale, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(scale, options)
+        self.hangs = False
 
     def data(self) -> Data:
-        return Data(name="reading_data", files={"a/1": 100_000, "a/2": 3, "b/empty": 0, "large": 3_000_000})
+        return Data(name="reading", files={"one": 100_000, "own": 3, "empty": 0, "large": 3_000_000})
 
     def content(self, path: str, size: int) -> bytes | None:
-        return b"own" if path == "a/2" else None
-
-    def limit_s(self) -> float:
-        return float(self.chosen.get("limit_s", "60"))
+        return b"own" if path == "own" else None
 
     def measure(self, mounted: Mounted, round_: int) -> Iterator[Figure | Gap]:
         total = 0
         begin = time.perf_counter()
         for path, size in self.data().files.items():
             content = (mounted.path / path).read_bytes()
-            assert content == (mounted.source.native / path).read_bytes()
-            assert len(content) == size
+            if content != (mounted.source.native / path).read_bytes() or len(content) != size:
+                raise ValueError(f"{path} is another file")
             total += size
         spent = time.perf_counter() - begin
         yield Figure(case="all", metric="bytes_per_s", value=total / spent, unit="B/s", better="more")
-        system, _, what = self.chosen.get("do", "").partition(":")
-        if system != mounted.system:
-            return
+        yield Figure(case="all", metric="round", value=round_, unit="", better="")
+        what = dict(each.split(":") for each in self.chosen.get("do", "").split(",") if each).get(mounted.system)
         if what == "gap":
             yield Gap(workload=self.name, system="", kind="skipped", why="asked for", case="other")
         elif what == "raise":
             raise ValueError("asked to fail")
-        else:
-            os.kill(mounted.pids[0], {"stop": 19, "kill": 9}[what])
-            if what == "kill":
-                while os.path.exists(f"/proc/{mounted.pids[0]}/exe"):
-                    time.sleep(0.01)
+        elif what is not None:
+            _signal_all(mounted, {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[what])
+            (mounted.source.native.parent / "reached").touch()
             os.stat(mounted.path / "was never there")
+
+
+def _signal_all(mounted: Mounted, number: signal.Signals) -> None:
+    for pid in mounted.pids:
+        os.kill(pid, number)
+    while number == signal.SIGKILL and any(is_running(pid) for pid in mounted.pids):
+        time.sleep(0.01)
+
+
+class Bare(System):
+    """A real FUSE mount of the native files, by the least there is of a server."""
+
+    title = "bare"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self) -> str:
+        return "1"
+
+    def flags(self) -> list[str]:
+        return ["--bare"]
+
+    @contextmanager
+    def mounted(self, source: Source, place: Path, cache_bytes: int) -> Iterator[Mounted]:
+        mountpoint = place / "mnt"
+        # The measuring process runs it, too, and is at home in the tree; this one's directory is the mount's.
+        command = [sys.executable, "-m", "bench.bare_fuse", str(source.native), str(mountpoint)]
+        environment = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+        with serving(command, mountpoint, place, environment) as pids:
+            yield Mounted(system=self.name, path=mountpoint, source=source, place=place, facts={}, pids=pids)
+
+
+class Absent(Bare):
+    def check(self) -> str:
+        raise Missing("buy it")
+
+
+class Broken(Bare):
+    """Its program ends instead of mounting."""
+
+    @contextmanager
+    def mounted(self, source: Source, place: Path, cache_bytes: int) -> Iterator[Mounted]:
+        with serving(["sh", "-c", "echo no such mount; exit 3"], place / "mnt", place):
+            raise AssertionError("not reached")
+        yield
