@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from bench.children import scratch
 from bench.jobs import encode
 from bench.measuring import ROOT, FailedError, HungError, Task, measured
 from bench.results import Figure, Gap, Measure, Results
-from bench.server import Ceiling, make_bucket
+from bench.server import Ceiling, make_bucket, remove_buckets
 from bench.systems.base import Missing, Mounted, Source, System
 from bench.systems.serving import end_of_log, is_running
 from bench.workloads.base import Alone, Data, Scale, Workload
@@ -140,12 +141,13 @@ class Runner:
             self._server = self._start_server(shared)
             ceiling = Ceiling(self._server, self._plan.scale)
             self._measure_ceiling(ceiling)
-        for workload in self._plan.workloads:
+        for number, workload in enumerate(self._plan.workloads):
             begin = time.monotonic()
             if isinstance(workload, Alone):
                 self._measure_alone(workload)
             else:
                 self._measure_on_systems(workload)
+                self._forget_data(self._plan.workloads[number + 1 :])
             self._plan.say(f"{workload.name} took {time.monotonic() - begin:.0f} s")
         if ceiling is not None:
             self._measure_ceiling(ceiling)
@@ -348,6 +350,15 @@ class Runner:
             files=len(wanted.files),
             traffic_url=s3.metrics_url,
         )
+
+    def _forget_data(self, to_come: Sequence[Workload | Alone]) -> None:
+        """Take away what none of these will read."""
+        wanted = {each.data().name for each in to_come if isinstance(each, Workload)}
+        for name in [each for each in self._sources if each not in wanted]:
+            source = self._sources.pop(name)
+            assert self._server is not None
+            remove_buckets(self._server, source.bucket)
+            shutil.rmtree(source.native)
 
 
 def in_turn(names: Sequence[str], round_: int) -> list[str]:

@@ -31,21 +31,32 @@ class Needs(NamedTuple):
     """Of that, what the server keeps."""
 
 
-def needs(workloads: Iterable[Workload | Alone], systems: Iterable[str]) -> Needs:
-    sets: dict[str, int] = {}
-    caches = alone = ceiling = 0
+def needs(workloads: Sequence[Workload | Alone], systems: Iterable[str]) -> Needs:
+    """At most at a time: a data set is there from the first workload that wants it to the last one."""
     copies = 1 + ("juicefs" in systems)
-    for workload in workloads:
-        if isinstance(workload, Alone):
-            alone = max(alone, workload.needs_bytes())
-            continue
-        data = workload.data()
-        sets[data.name] = data.size_bytes
-        ceiling = Ceiling.bytes_at(workload.scale)
-        caches = max(caches, min(data.size_bytes, workload.cache_bytes()))
-    bucket = copies * sum(sets.values()) + ceiling
-    at_once = sum(sets.values()) + bucket + max(caches, alone)
-    return Needs(int(at_once * OVERHEAD) + SPARE_BYTES, int(bucket * OVERHEAD))
+    data = [each.data() if isinstance(each, Workload) else None for each in workloads]
+    names = [each.name if each is not None else None for each in data]
+    most = most_of_server = 0
+    for number, workload in enumerate(workloads):
+        there = {
+            each.name: each.size_bytes
+            for each in data
+            if each is not None and names.index(each.name) <= number <= _last(names, each.name)
+        }
+        of_server = copies * sum(there.values())
+        own = workload.needs_bytes() if isinstance(workload, Alone) else _cached(workload)
+        most = max(most, sum(there.values()) + of_server + own)
+        most_of_server = max(most_of_server, of_server)
+    ceiling = max((Ceiling.bytes_at(each.scale) for each in workloads if isinstance(each, Workload)), default=0)
+    return Needs(int((most + ceiling) * OVERHEAD) + SPARE_BYTES, int((most_of_server + ceiling) * OVERHEAD))
+
+
+def _last(names: Sequence[str | None], name: str) -> int:
+    return len(names) - 1 - list(reversed(names)).index(name)
+
+
+def _cached(workload: Workload) -> int:
+    return min(workload.data().size_bytes, workload.cache_bytes())
 
 
 def free(directory: Path) -> int:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from bench.harness import Up, running_up
+import msgspec
+import trio
+
+from bench.harness import running_up
 from bench.machine import medium_of
 from bench.systems.base import Missing, Mounted, Source, System
 from bench.systems.serving import end_of_log
 from cachefs import __version__
 from cachefs.fuse import probe
 from cachefs.model import CachefsError
+from cachefs.net import Hello, UnixAddress, open_peer, parse_address
+from cachefs.wire.messages import GetWorkerStatus, ListWorkers, WorkerStatus
 
 SETTLE_LIMIT_S = 300.0
+SEALED_S = 0.3
 QUIET_S = 1.5
 """When nothing has been fetched or sealed for so long, what is not whole stays so: nobody has asked for the rest."""
+ASK_LIMIT_S = 20.0
 
 
 class Cachefs(System):
@@ -62,11 +67,11 @@ class Cachefs(System):
         deadline = time.monotonic() + SETTLE_LIMIT_S
         before, since = None, time.monotonic()
         while True:
-            status = self._status(mounted)
-            now = (status["counters"], [(tier["blocks"], tier["partials"]) for tier in status["tiers"]])
+            status = worker_status(mounted)
+            now = (status.counters, [(tier.blocks, tier.partials) for tier in status.tiers])
             if now != before:
                 before, since = now, time.monotonic()
-            elif not any(partials for _, partials in now[1]) or time.monotonic() - since > QUIET_S:
+            elif time.monotonic() - since > (QUIET_S if any(tier.partials for tier in status.tiers) else SEALED_S):
                 break
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not everything was sealed after {SETTLE_LIMIT_S:g} s")
@@ -74,14 +79,25 @@ class Cachefs(System):
         super().settle(mounted)
 
     def explain(self, mounted: Mounted) -> Iterator[tuple[str, float]]:
-        status = self._status(mounted)
-        for name, value in (*status["counters"].items(), *status["opens"].items()):
-            yield name, float(value)
+        status = worker_status(mounted)
+        for each in (status.counters, status.opens):
+            for name, value in msgspec.to_builtins(each).items():
+                yield name, float(value)
 
-    def _status(self, mounted: Mounted) -> dict[str, Any]:
-        try:
-            report = Up(mounted.path, mounted.facts["master"]).report()
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"cachefs report failed: {error.stderr.decode(errors='replace')[-500:]}") from error
-        status: dict[str, Any] = report["workers"][0]["status"]
-        return status
+
+def worker_status(mounted: Mounted) -> WorkerStatus:
+    """What the only worker of this `cachefs up` says of itself. Raises RuntimeError."""
+    hello = Hello(role="client")
+
+    async def ask() -> WorkerStatus:
+        async with open_peer(parse_address(mounted.facts["master"]), hello, timeout_s=ASK_LIMIT_S) as master:
+            (worker,) = (await master.call(ListWorkers())).message.workers
+        async with open_peer(UnixAddress(worker.socket), hello, timeout_s=ASK_LIMIT_S) as peer:
+            return (await peer.call(GetWorkerStatus())).message
+
+    try:
+        return trio.run(ask)
+    except CachefsError as error:
+        raise RuntimeError(f"cachefs does not answer: {error}") from error
+    except ExceptionGroup as group:
+        raise RuntimeError(f"cachefs does not answer: {group.exceptions}") from group
