@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import tempfile
 import time
@@ -17,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import space
+from bench.compare import command as compare
 from bench.harness import terminate_as_interrupt
+from bench.report.command import report
 from bench.results import Results, save
 from bench.run import Plan
 from bench.run import run as run_plan
@@ -37,14 +38,8 @@ def main() -> None:
     """Measure cachefs beside local files and other file systems: the same server, data, and medium of caches."""
 
 
-def _add(name: str, module: str, command: str) -> None:
-    if find_spec(module) is not None:
-        main.add_command(getattr(importlib.import_module(module), command), name)
-
-
-if find_spec("bench.report") is not None:
-    _add("report", "bench.report.command", "report")
-_add("compare", "bench.compare", "command")
+main.add_command(report, "report")
+main.add_command(compare, "compare")
 
 
 @main.command("list")
