@@ -30,12 +30,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every workload in its standard size, on every file system that can be had here; and the whole matrix, which takes hours.
+# Every workload in its standard size, on every file system that can be had here, and again as long as there is time; and the
+# whole matrix, which takes hours.
 # For example: make bench WORKLOADS="fio small_files" BENCH_FLAGS="--systems native,cachefs --dir /mnt/disk"
 WORKLOADS ?=
 BENCH_FLAGS ?=
 bench: $(PYFUSE3) $(PEERS)
-	$(BIN)/python -m bench run $(WORKLOADS) --scale standard $(BENCH_FLAGS)
+	$(BIN)/python -m bench run $(WORKLOADS) --scale standard --minutes 8 $(BENCH_FLAGS)
 	$(BIN)/python -m bench report bench/results/standard.json
 
 bench-full: $(PYFUSE3) $(PEERS)

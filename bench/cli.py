@@ -81,6 +81,12 @@ def list_() -> None:
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=None, help="Default: as each workload wants.")
 @click.option(
+    "--minutes",
+    type=click.FloatRange(0),
+    default=None,
+    help="Leave out further rounds of what would end later. The first rounds are measured in any case.",
+)
+@click.option(
     "--dir",
     "directory",
     type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
@@ -102,6 +108,7 @@ def run(
     systems: str,
     scale: str,
     rounds: int | None,
+    minutes: float | None,
     directory: Path | None,
     name: str | None,
     options: tuple[str, ...],
@@ -134,6 +141,7 @@ def run(
         directory=directory or Path(tempfile.gettempdir()),
         command=["python", "-m", "bench", *sys.argv[1:]],
         rounds=rounds,
+        minutes=minutes,
         say=say,
     )
     if dry_run:
@@ -193,11 +201,12 @@ def _show_plan(plan: Plan) -> None:
         size = space.human(each.data().size_bytes)
         table.add_row(each.name, ", ".join(names), str(plan.rounds or each.rounds()), size, each.what)
     console.print(table)
-    wanted = space.needs(plan.workloads, list(plan.systems)).disk
+    order = [each for each, _ in plan.turns()]
+    wanted = space.needs(order, list(plan.systems)).disk
     room = space.free(plan.directory)
     console.print(f"{space.human(wanted)} of {space.human(room)} free in {plan.directory}", soft_wrap=True)
     try:
-        space.check(plan.directory, plan.scale, plan.workloads, list(plan.systems))
+        space.check(plan.directory, plan.scale, order, list(plan.systems))
     except space.TooLittle as error:
         raise click.ClickException(str(error)) from None
 

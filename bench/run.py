@@ -55,8 +55,19 @@ class Plan:
     command: Sequence[str]
     rounds: int | None = None
     """None: as many as each workload wants."""
+    minutes: float | None = None
+    """No further round is begun that would end later than this after the run's beginning, going by the one before; the
+    first rounds are measured in any case. Then rounds go over all workloads, or else workload by workload, so that one
+    data set need not be there together with the next.
+    """
     say: Callable[[str], None] = lambda line: None
     """Shown what happens, a line at a time."""
+
+    def turns(self) -> list[tuple[Workload | Alone, int]]:
+        """Which round of which workload is measured after which."""
+        rounds = {each.name: 1 if isinstance(each, Alone) else self.rounds or each.rounds() for each in self.workloads}
+        turns = [(each, round_) for each in self.workloads for round_ in range(rounds[each.name])]
+        return sorted(turns, key=lambda turn: turn[1]) if self.minutes is not None else turns
 
 
 @dataclass
@@ -99,7 +110,7 @@ def run(plan: Plan) -> Results:
     """Do it. Ends everything that it started, and takes away what it made, whatever happens. Raises TooLittle before it
     starts; CachefsError when the S3 server does not come up.
     """
-    space.check(plan.directory, plan.scale, plan.workloads, list(plan.systems))
+    space.check(plan.directory, plan.scale, [each for each, _ in plan.turns()], list(plan.systems))
     began, clock = datetime.now(UTC), time.monotonic()
     with ExitStack() as stack:
         directory = stack.enter_context(scratch(plan.directory.resolve(), "cachefs-bench"))
@@ -129,26 +140,35 @@ class Runner:
         self._sources: dict[str, Source] = {}
         self._server: S3Server | None = None
         self._missing: dict[str, str] = {}
+        self._began = time.monotonic()
+        self._took_s: dict[str, float] = {}
+        """The last round of a workload."""
+        self._out_of_time: set[str] = set()
+        self._names: dict[str, list[str]] = {}
+        """Workload -> the systems that are still measured with it."""
         self.versions: dict[str, str] = {}
         self.flags: dict[str, list[str]] = {}
         self.collected = Collected()
 
     def run(self) -> None:
         self._check_systems()
-        shared = [each for each in self._plan.workloads if isinstance(each, Workload)]
         ceiling = None
-        if shared:
-            self._server = self._start_server(shared)
+        if any(isinstance(each, Workload) for each in self._plan.workloads):
+            self._server = self._start_server()
             ceiling = Ceiling(self._server, self._plan.scale)
             self._measure_ceiling(ceiling)
-        for number, workload in enumerate(self._plan.workloads):
+        turns = self._plan.turns()
+        for number, (workload, round_) in enumerate(turns):
             begin = time.monotonic()
+            if not self._has_time(workload, round_):
+                continue
             if isinstance(workload, Alone):
                 self._measure_alone(workload)
             else:
-                self._measure_on_systems(workload)
-                self._forget_data(self._plan.workloads[number + 1 :])
-            self._plan.say(f"{workload.name} took {time.monotonic() - begin:.0f} s")
+                self._measure_round(workload, round_)
+                self._forget_data([each for each, _ in turns[number + 1 :]])
+            self._took_s[workload.name] = time.monotonic() - begin
+            self._plan.say(f"{workload.name} {round_ + 1} took {self._took_s[workload.name]:.0f} s")
         if ceiling is not None:
             self._measure_ceiling(ceiling)
 
@@ -163,7 +183,8 @@ class Runner:
                 self._missing[name] = str(error)
                 self._plan.say(f"{name} is missing: {error}")
 
-    def _start_server(self, workloads: Sequence[Workload]) -> S3Server:
+    def _start_server(self) -> S3Server:
+        workloads = [each for each, _ in self._plan.turns()]
         bucket = space.needs(workloads, list(self._plan.systems)).bucket
         place = self._directory / "server"
         if in_memory := space.server_fits_memory(bucket, self._plan.scale):
@@ -205,7 +226,29 @@ class Runner:
                 assert isinstance(found, Measure)
                 self.collected.measure(found)
 
-    def _measure_on_systems(self, workload: Workload) -> None:
+    def _has_time(self, workload: Workload | Alone, round_: int) -> bool:
+        if self._plan.minutes is None or round_ == 0:
+            return True
+        if workload.name in self._out_of_time:
+            return False
+        end = time.monotonic() - self._began + self._took_s[workload.name]
+        if end <= self._plan.minutes * 60:
+            return True
+        self._out_of_time.add(workload.name)
+        why = f"{self._plan.minutes:g} minutes were given, and it would have taken until {end / 60:.1f}"
+        case = f"round {round_ + 1} and later"
+        self._keep_gap(Gap(workload=workload.name, system="", kind="skipped", why=why, case=case))
+        return False
+
+    def _measure_round(self, workload: Workload, round_: int) -> None:
+        if round_ == 0:
+            self._names[workload.name] = self._to_measure(workload)
+        for name in in_turn(self._names[workload.name], round_):
+            if not self._measure_one(workload, name, round_):
+                self._names[workload.name].remove(name)
+
+    def _to_measure(self, workload: Workload) -> list[str]:
+        """The systems that are there, once the data is."""
         names = [name for name in workload.systems(list(self._plan.systems)) if name in self._plan.systems]
         for name in names:
             if name in self._missing:
@@ -213,21 +256,16 @@ class Runner:
                     Gap(workload=workload.name, system=name, kind="missing", why=self._missing[name]),
                 )
         names = [name for name in names if name not in self._missing]
-        if not names:
-            return
         try:
-            source = self._source(workload)
+            if names:
+                self._source(workload)
         except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
             for name in names:
                 self._leave_out(workload, name, "failed", f"its data could not be made: {_words(error)}")
-            return
-        rounds = self._plan.rounds or workload.rounds()
-        for round_ in range(rounds):
-            for name in in_turn(names, round_):
-                if not self._measure_one(workload, source, name, round_, rounds):
-                    names = [each for each in names if each != name]
+            return []
+        return names
 
-    def _measure_one(self, workload: Workload, source: Source, name: str, round_: int, rounds: int) -> bool:
+    def _measure_one(self, workload: Workload, name: str, round_: int) -> bool:
         """False: the system is left out from here on."""
         system = self._plan.systems[name]
         begin = time.monotonic()
@@ -235,7 +273,7 @@ class Runner:
         count = 0
         with scratch(self._directory, f"{workload.name}-{round_}-{name}") as place:
             try:
-                with system.mounted(source, place, workload.cache_bytes()) as mounted:
+                with system.mounted(self._source(workload), place, workload.cache_bytes()) as mounted:
                     ready = time.monotonic()
                     _write_back(self._directory)
                     task = Task(
@@ -259,7 +297,7 @@ class Runner:
         if any((each.workload, each.system) == (workload.name, name) for each in gaps):
             return False
         self._plan.say(
-            f"{workload.name} {round_ + 1}/{rounds} {name}: {count} figures in {spent:.1f} s, "
+            f"{workload.name} {round_ + 1} {name}: {count} figures in {spent:.1f} s, "
             f"{time.monotonic() - begin - spent:.1f} s around it"
         )
         return True

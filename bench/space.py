@@ -32,7 +32,9 @@ class Needs(NamedTuple):
 
 
 def needs(workloads: Sequence[Workload | Alone], systems: Iterable[str]) -> Needs:
-    """At most at a time: a data set is there from the first workload that wants it to the last one."""
+    """At most at a time, when they are measured in this order, in which one can come again: a data set is there from
+    the first workload that wants it to the last one.
+    """
     copies = 1 + ("juicefs" in systems)
     data = [each.data() if isinstance(each, Workload) else None for each in workloads]
     names = [each.name if each is not None else None for each in data]
@@ -92,7 +94,7 @@ def check(directory: Path, scale: Scale, workloads: Sequence[Workload | Alone], 
     single = {each.name: needs([each], systems).disk for each in workloads}
     fitting = [f"{name} ({human(size)})" for name, size in single.items() if size <= room]
     what = f"{human(wanted)} are needed in {directory}, and {human(room)} are there"
-    if len(workloads) > 1 and fitting:
+    if len(single) > 1 and fitting:
         what += f". By itself would fit: {', '.join(fitting)}"
 
     def fits(each: Scale) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.results import Figure, Gap
+from bench.results import Figure, Gap, Measure
 from bench.systems.base import Missing, Mounted, Source, System
 from bench.systems.serving import is_running, serving
-from bench.workloads.base import Data, Scale, Workload
+from bench.workloads.base import Alone, Data, Scale, Workload
 
 
 class Reading(Workload):
@@ -60,6 +61,30 @@ def _signal_all(mounted: Mounted, number: signal.Signals) -> None:
         os.kill(pid, number)
     while number == signal.SIGKILL and any(is_running(pid) for pid in mounted.pids):
         time.sleep(0.01)
+
+
+class Leaving(Alone):
+    """Finds something, and fails with a process of its own still there, and a mount."""
+
+    name = "leaving"
+    what = "leaves things behind"
+
+    def needs_bytes(self) -> int:
+        return 1000
+
+    def run(self, directory: Path) -> Iterator[Measure | Gap]:
+        yield Measure(workload=self.name, case="one", system="", metric="n", unit="", better="more", values=[1.0])
+        yield Gap(workload=self.name, system="", kind="skipped", why="not today", case="two")
+        (directory / "files").mkdir()
+        (directory / "files" / "file").write_bytes(b"content")
+        mountpoint = directory / "mnt"
+        mountpoint.mkdir()
+        command = [sys.executable, "-m", "bench.bare_fuse", str(directory / "files"), str(mountpoint)]
+        # A session of its own: it is in no process group that anybody knows of.
+        subprocess.Popen(command, start_new_session=True)
+        while not (mountpoint / "file").exists():
+            time.sleep(0.01)
+        raise ValueError(f"left {mountpoint}")
 
 
 class Bare(System):

@@ -23,7 +23,7 @@ from bench.systems.native import Native
 from bench.workloads.base import Data, Scale
 from cachefs.fuse import all_mounts, probe
 from cachefs.testing.s3server import S3Server
-from tests.bench.reading import Absent, Bare, Broken, Reading
+from tests.bench.reading import Absent, Bare, Broken, Leaving, Reading
 
 ROOT = Path(__file__).parent.parent.parent
 needs_mounts = pytest.mark.skipif(not probe().passthrough_possible, reason="the bare server of these tests needs it")
@@ -174,6 +174,74 @@ def test_interrupted_in_a_mount_that_hangs_it_leaves_nothing(tmp_path: Path, s3_
     assert list(tmp_path.iterdir()) == []
     assert not [each for each in all_mounts() if each.mountpoint.startswith(f"{tmp_path}/")]
     assert processes_about(str(tmp_path)) == []
+
+
+@needs_mounts
+def test_what_a_workload_on_its_own_leaves_is_taken_away(tmp_path: Path) -> None:
+    plan = Plan(
+        name="test",
+        workloads=[Leaving(Scale.SMOKE)],
+        systems={},
+        scale=Scale.SMOKE,
+        directory=tmp_path,
+        command=[],
+    )
+    results = run(plan)
+    assert [(each.case, each.values) for each in results.measures] == [("one", [1.0])]
+    assert [(each.kind, each.case) for each in results.gaps] == [("skipped", "two"), ("failed", "")]
+    assert f"left {tmp_path}" in results.gaps[1].why
+    assert list(tmp_path.iterdir()) == []
+    assert not [each for each in all_mounts() if each.mountpoint.startswith(f"{tmp_path}/")]
+    assert processes_about(str(tmp_path)) == []
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_without_time_only_first_rounds_are_measured(tmp_path: Path) -> None:
+    plan = Plan(
+        name="test",
+        workloads=[Reading(Scale.SMOKE)],
+        systems={"native": Native()},
+        scale=Scale.SMOKE,
+        directory=tmp_path,
+        command=[],
+        rounds=3,
+        minutes=0,
+    )
+    results = run(plan)
+    assert [each.values for each in results.measures if each.metric == "round"] == [[0]]
+    assert [(each.workload, each.kind, each.case) for each in results.gaps] == [
+        ("reading", "skipped", "round 2 and later")
+    ]
+
+
+def test_with_a_limit_of_time_each_workload_has_its_first_round_first(tmp_path: Path) -> None:
+    first, second = Reading(Scale.STANDARD), Reading(Scale.STANDARD)
+    second.name = "second"
+    alone = Leaving(Scale.STANDARD)
+
+    def turns(minutes: float | None) -> list[tuple[str, int]]:
+        plan = Plan(
+            name="test",
+            workloads=[first, second, alone],
+            systems={},
+            scale=Scale.STANDARD,
+            directory=tmp_path,
+            command=[],
+            rounds=2,
+            minutes=minutes,
+        )
+        return [(each.name, round_) for each, round_ in plan.turns()]
+
+    assert turns(None) == [("reading", 0), ("reading", 1), ("second", 0), ("second", 1), ("leaving", 0)]
+    assert turns(5) == [("reading", 0), ("second", 0), ("leaving", 0), ("reading", 1), ("second", 1)]
+
+
+def test_data_takes_room_only_while_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Reading(Scale.SMOKE), Reading(Scale.SMOKE)
+    monkeypatch.setattr(second, "data", lambda: Data(name="other", files={"one": 3_000_000}))
+    one = space.needs([first], ["native"]).disk
+    assert space.needs([first, second], ["native"]).disk == one
+    assert space.needs([first, second, first], ["native"]).disk > one + 6_000_000
 
 
 def processes_about(text: str) -> list[str]:
