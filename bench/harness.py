@@ -96,14 +96,17 @@ def random_bytes(seed: str, size: int) -> bytes:
 
 
 def terminate_as_interrupt() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s, which no second signal disturbs. (SIGINT is
-    ignored in a background job.)
+    """Let SIGTERM, or a terminal that goes away, end this process as Ctrl-C does: through the `finally`s, which no
+    second signal disturbs. (SIGINT is ignored in a background job.)
     """
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
 
     def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    for each in numbers:
+        signal.signal(each, interrupt)
