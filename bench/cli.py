@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -147,6 +148,8 @@ def run(
     if dry_run:
         _show_plan(plan)
         return
+    path = RESULTS / f"{name}.json"
+    _check_writable(path)
     terminate_as_interrupt()
     try:
         results = run_plan(plan)
@@ -155,7 +158,6 @@ def run(
         sys.exit(INTERRUPTED)
     except (space.TooLittle, CachefsError) as error:
         raise click.ClickException(str(error)) from None
-    path = RESULTS / f"{name}.json"
     save(results, path)
     say(_summary(results))
     click.echo(_shown(path), err=as_json)
@@ -170,6 +172,16 @@ def _chosen(what: str, names: Iterable[str], known: Mapping[str, T]) -> dict[str
         if name not in known:
             raise click.UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
     return {name: known[name] for name in names}
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work is done that it is wanted for."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"{path.parent} cannot be made: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise click.ClickException(f"{path} cannot be written; --name chooses another file in {path.parent}")
 
 
 def _options(given: Sequence[str], kinds: Mapping[str, type[Workload] | type[Alone]]) -> dict[str, dict[str, str]]:

@@ -199,7 +199,7 @@ class Runner:
     def _measure_ceiling(self, ceiling: Ceiling) -> None:
         try:
             ceiling.measure()
-        except (subprocess.SubprocessError, CachefsError) as error:
+        except (OSError, subprocess.SubprocessError, CachefsError) as error:
             self.collected.gap(Gap(workload="server", system="", kind="failed", why=_words(error)))
             return
         for measure in ceiling.measures():

@@ -70,6 +70,14 @@ def test_list_shows_workloads_and_systems() -> None:
         assert each in result.output
 
 
+def test_results_that_could_not_be_written_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results").write_text("in the way")
+    monkeypatch.setattr(cli, "run_plan", lambda plan: pytest.fail("it was measured"))
+    result = bench("run", "--scale", "smoke", "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'results'} cannot be made" in result.output
+
+
 def test_results_are_written_and_printed(tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def running(directory: Path) -> Iterator[S3Server]:
