@@ -42,3 +42,16 @@ def process_of(directory: Path, role: str) -> int:
                 if role in arguments and any(str(directory) in each for each in arguments):
                     return int(process.name)
     raise ProcessLookupError(f"the {role} is not there")
+
+
+def busiest_of(group: int) -> int:
+    """Of a process group the one that does the work. Raises ValueError when there is none."""
+    members = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdecimal()]
+    return max((pid for pid in members if _in_group(pid, group)), key=lambda pid: all_processor_seconds([pid]))
+
+
+def _in_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
