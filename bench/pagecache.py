@@ -19,13 +19,3 @@ def drop_page_cache() -> None:
         _DROP.write_text("1")
     except OSError as error:
         raise CannotDrop(f"the page cache can be dropped by root alone ({_DROP}: {error.strerror})") from None
-
-
-def forget(path: Path) -> None:
-    """One file's pages, where its file system has another place for them than memory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

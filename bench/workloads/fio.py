@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from bench.pagecache import CannotDrop, drop_page_cache, forget
+from bench.pagecache import CannotDrop, drop_page_cache
 from bench.processes import all_processor_seconds
-from bench.results import Figure, Gap
+from bench.results import Better, Figure, Gap
 from bench.systems.base import Mounted
 from bench.workloads.base import Data, Scale, Workload
 from bench.workloads.settling import settle
@@ -133,10 +133,7 @@ class Fio(Workload):
             return
         filled = warmed = False
         for case in sorted(self.cases, key=lambda each: STATES.index(each.state)):
-            if case.state == "cold":
-                # Where the native file is what is read.
-                forget(mounted.source.native / cold_file(case))
-            elif not filled:
+            if case.state != "cold" and not filled:
                 filled = True
                 if self._read_all(mounted) != self._read_all(mounted, native=True):
                     yield self._gap(mounted, "failed", "WRONG BYTES in the file that was read", case)
@@ -193,7 +190,7 @@ class Fio(Workload):
             "state": case.state,
         }
         percentiles = {float(name): value / 1e9 for name, value in latency["percentile"].items()}
-        for metric, value, unit, better in (
+        figures: Sequence[tuple[str, float, str, Better]] = (
             ("bytes_per_s", read["io_bytes"] / seconds, "B/s", "more"),
             ("iops", read["total_ios"] / seconds, "1/s", "more"),
             ("p50_s", percentiles[50.0], "s", "less"),
@@ -201,7 +198,8 @@ class Fio(Workload):
             ("p99.9_s", percentiles[99.9], "s", "less"),
             ("reading_processors", (job["usr_cpu"] + job["sys_cpu"]) / 100 * jobs, "", ""),
             ("serving_processors", served / seconds, "", ""),
-        ):
+        )
+        for metric, value, unit, better in figures:
             yield Figure(case=str(case), metric=metric, value=value, unit=unit, better=better, labels=labels)
 
     def _environment(self, mounted: Mounted, case: Case, round_: int) -> dict[str, str]:

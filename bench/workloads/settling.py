@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bench.systems.base import Mounted
-from bench.systems.registry import system_named
+from bench.systems.registry import SYSTEMS
 
 
 def settle(mounted: Mounted) -> None:
     """See `System.settle`. Raises TimeoutError."""
-    system_named(mounted.system).settle(mounted)
+    SYSTEMS[mounted.system]().settle(mounted)

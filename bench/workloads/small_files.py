@@ -15,10 +15,11 @@ import msgspec
 import xxhash
 
 from bench.epoch import Epoch, ReadingFailed, look_epoch, read_epoch
-from bench.pagecache import CannotDrop, drop_page_cache, forget
+from bench.pagecache import CannotDrop, drop_page_cache
 from bench.results import Better, Figure, Gap
 from bench.server import traffic
 from bench.systems.base import Mounted
+from bench.systems.native import forget_pages
 from bench.workloads.base import Data, Scale, Workload
 from bench.workloads.settling import settle
 
@@ -27,6 +28,7 @@ SIGMA = 0.6
 """Of the sizes' logarithms."""
 SMALLEST, LARGEST = 2_000, 2_000_000
 PER_DIRECTORY = 50
+SUFFIX = ".jpg"
 LOOKING = 4
 """Processes of a storm of stat(2)."""
 
@@ -73,7 +75,9 @@ class SmallFiles(Workload):
     def _measure(self, mounted: Mounted, round_: int) -> Iterator[Figure | Gap]:
         yield from self._walk(mounted, "find", "first")
         shares = len(self.shape.cold)
-        epochs = [(readers, "cold", share) for share, readers in enumerate(self.shape.cold)]
+        epochs: list[tuple[int, str, int | None]] = [
+            (readers, "cold", share) for share, readers in enumerate(self.shape.cold)
+        ]
         epochs += [(readers, "cached", None) for readers in self.shape.cached]
         epochs += [(readers, "warm", None) for readers in self.shape.warm]
         checksums = self._checksums(mounted.source.native)
@@ -111,13 +115,14 @@ class SmallFiles(Workload):
 
     def _walk(self, mounted: Mounted, work: str, state: str) -> Iterator[Figure]:
         """The whole tree, by one of the usual programs."""
-        command = ["find", mounted.path, "-type", "f"] if work == "find" else ["ls", "-lR", mounted.path]
+        # Some systems have files of their own at the top.
+        path = str(mounted.path)
+        command = ["find", path, "-type", "f", "-name", f"*{SUFFIX}"] if work == "find" else ["ls", "-lR", path]
         case = f"{work}, {state}"
         begin = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
         seconds = time.perf_counter() - begin
-        # Of `ls` the lines of files, which begin with the kind and mode.
-        found = sum(line.startswith("-") or work == "find" for line in done.stdout.splitlines())
+        found = sum(line.endswith(SUFFIX) for line in done.stdout.splitlines())
         if done.returncode or found != len(self.files):
             why = f"{work} found {found} of {len(self.files)} files {done.stderr[-200:]}".strip()
             raise _Failed(self._gap(mounted, "failed", why, case))
@@ -143,8 +148,7 @@ class SmallFiles(Workload):
     def _checksums(self, native: Path) -> dict[str, str]:
         """Of what was made, which is what has to be read. The native files are not in the page cache afterwards."""
         checksums = {each: xxhash.xxh3_64_hexdigest((native / each).read_bytes()) for each in self.files}
-        for each in self.files:
-            forget(native / each)
+        forget_pages(native)
         return checksums
 
     def _sent(self, mounted: Mounted) -> int | None:
@@ -177,7 +181,7 @@ def files_of(count: int, per_directory: int) -> dict[str, int]:
     random_ = random.Random(f"small files {count}")
     mu = math.log(MEAN_BYTES) - SIGMA**2 / 2
     return {
-        f"{number // per_directory:04}/{number:07}.jpg": min(
+        f"{number // per_directory:04}/{number:07}{SUFFIX}": min(
             max(int(random_.lognormvariate(mu, SIGMA)), SMALLEST), LARGEST
         )
         for number in range(count)
