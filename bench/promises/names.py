@@ -35,7 +35,7 @@ def listed_twice(place: Place) -> Iterator[Measure]:
     count = place.amounts.listed_files
     first: list[float] = []
     second: list[float] = []
-    for _ in range(place.amounts.rounds):
+    for _ in range(place.amounts.listings):
         with huge_mount(place, count) as (up, _):
             for spent in (first, second):
                 begin = time.perf_counter()
