@@ -15,7 +15,7 @@ import pytest
 from bench.data import write_native
 from bench.epoch import ReadingFailed, look_epoch, read_epoch
 from bench.results import Figure, Gap
-from bench.server import Server, make_bucket, running_server
+from bench.server import make_bucket
 from bench.systems.base import Mounted, Source
 from bench.systems.registry import SYSTEMS
 from bench.workloads import fio, small_files
@@ -23,6 +23,7 @@ from bench.workloads.base import Scale, Workload
 from bench.workloads.fio import Fio, FioFailed, run_fio
 from bench.workloads.small_files import SmallFiles
 from cachefs.fuse import probe
+from cachefs.testing.s3server import S3Server
 
 BUCKET, PREFIX = "workloads", "all"
 needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
@@ -30,20 +31,19 @@ needs_mount = pytest.mark.skipif(not probe().can_mount, reason="nothing can be m
 
 
 @contextmanager
-def cold_mounts(directory: Path) -> Iterator[dict[str, Mounted]]:
+def cold_mounts(directory: Path, s3: S3Server) -> Iterator[dict[str, Mounted]]:
     """Name of a workload -> its data on cachefs. It is one mount, with a directory for each."""
     place = directory / "place"
     place.mkdir()
     workloads: list[Workload] = [Fio(Scale.SMOKE), SmallFiles(Scale.SMOKE)]
-    with running_server(directory / "s3") as server:
-        make_bucket(server.s3, BUCKET)
-        sources = {each.name: made(each, directory / "native" / each.name, server) for each in workloads}
-        whole = msgspec.structs.replace(sources["fio"], prefix=PREFIX, native=directory / "native")
-        with SYSTEMS["cachefs"]().mounted(whole, place, 4 << 30) as mounted:
-            yield {
-                name: msgspec.structs.replace(mounted, source=source, path=mounted.path / name)
-                for name, source in sources.items()
-            }
+    make_bucket(s3, BUCKET)
+    sources = {each.name: made(each, directory / "native" / each.name, s3) for each in workloads}
+    whole = msgspec.structs.replace(sources["fio"], prefix=PREFIX, native=directory / "native")
+    with SYSTEMS["cachefs"]().mounted(whole, place, 4 << 30) as mounted:
+        yield {
+            name: msgspec.structs.replace(mounted, source=source, path=mounted.path / name)
+            for name, source in sources.items()
+        }
 
 
 @pytest.fixture
@@ -62,22 +62,22 @@ class Measured:
         return {each.case: each.value for each in self.figures if each.metric == metric}
 
 
-def made(workload: Workload, native: Path, server: Server | None = None) -> Source:
+def made(workload: Workload, native: Path, s3: S3Server | None = None) -> Source:
     data = workload.data()
     write_native(native, data.files, seed=0)
-    if server is not None:
+    if s3 is not None:
         objects = ((f"{PREFIX}/{native.name}/{path}", (native / path).read_bytes()) for path in data.files)
-        server.s3.put_objects(BUCKET, objects)
+        s3.put_objects(BUCKET, objects)
     return Source(
-        endpoint=server.s3.endpoint if server else "",
-        key=server.s3.key if server else "",
-        secret=server.s3.secret if server else "",
+        endpoint=s3.endpoint if s3 else "",
+        key=s3.key if s3 else "",
+        secret=s3.secret if s3 else "",
         bucket=BUCKET,
         prefix=f"{PREFIX}/{native.name}",
         native=native,
         size_bytes=data.size_bytes,
         files=len(data.files),
-        traffic_url=server.traffic_url if server else "",
+        traffic_url=s3.metrics_url if s3 else "",
     )
 
 
@@ -129,9 +129,9 @@ def test_fio_measures_every_case_on_local_files(tmp_path: Path) -> None:
 
 @needs_mount
 @pytest.mark.usefixtures("dropping")
-def test_on_a_mount_all_is_measured_and_the_bytes_of_the_under_store_too(tmp_path: Path) -> None:
+def test_on_a_mount_all_is_measured_and_the_bytes_of_the_under_store_too(tmp_path: Path, s3_server: S3Server) -> None:
     workload = SmallFiles(Scale.SMOKE)
-    with cold_mounts(tmp_path) as mounts:
+    with cold_mounts(tmp_path, s3_server) as mounts:
         if shutil.which("fio") is not None:
             assert_fio_measured_every_case(split(Fio(Scale.SMOKE), mounts["fio"]))
         found = split(workload, mounts["small_files"])
