@@ -232,7 +232,7 @@ def cases_of(scale: Scale) -> Sequence[Case]:
     if scale is Scale.STANDARD:
         return STANDARD
     matrix = [Case(*each) for each in itertools.product(PATTERNS, SIZES, JOBS, ENGINES, STATES)]
-    return [*matrix, Case("random", "4k", HANGS_AT, "psync", "warm")]
+    return [*matrix, Case("random", "4k", HANGS_AT, "psync", "cached")]
 
 
 def cold_file(case: Case) -> str:

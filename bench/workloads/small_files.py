@@ -43,7 +43,7 @@ class Shape(msgspec.Struct, frozen=True):
 
 SHAPES = {
     Scale.SMOKE: Shape(20, (4,), (2,), (1, 4)),
-    Scale.STANDARD: Shape(1_500, (8,), (4,), (1, 4, 8)),
+    Scale.STANDARD: Shape(1_000, (8,), (4,), (1, 4, 8)),
     Scale.FULL: Shape(10_000, (1, 4, 8), (1, 4, 8), (1, 4, 8)),
 }
 
@@ -52,7 +52,7 @@ class SmallFiles(Workload):
     name = "small_files"
     what = "files of 112 KB in directories: shuffled epochs by 1, 4 and 8 processes, find, ls -lR, storms of stat"
     axes = ("work", "readers", "state")
-    options: Mapping[str, str] = {"files": "1500 in the standard scale; any number from 20 on"}
+    options: Mapping[str, str] = {"files": "1000 in the standard scale; any number from 20 on"}
 
     def __init__(self, scale: Scale, options: Mapping[str, str] | None = None) -> None:
         """Raises ValueError for an option that makes no sense."""
