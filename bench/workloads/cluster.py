@@ -64,7 +64,7 @@ class Cluster(Alone):
 
     def _with_bucket(self, name: str, directory: Path, bucket: Bucket) -> Iterator[Measure]:
         if name == cold_start.__name__ and self.scale is Scale.SMOKE:
-            return cold_start(directory, bucket, (2,), DataSet("cold", 2, {64 * KiB: 10}), mounts=False)
+            return cold_start(directory, bucket, (2,), DataSet("cold", 2, {64 * KiB: 40}), mounts=False)
         if name == cold_start.__name__ and self.scale is Scale.STANDARD:
             return cold_start(directory, bucket, STANDARD_NODES)
         return WITH_BUCKET[name](directory, bucket)

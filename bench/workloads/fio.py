@@ -190,14 +190,17 @@ class Fio(Workload):
             "state": case.state,
         }
         percentiles = {float(name): value / 1e9 for name, value in latency["percentile"].items()}
+        gigabytes = read["io_bytes"] / 1e9
+        # Of fio's processes on average, in percent.
+        reading = (job["usr_cpu"] + job["sys_cpu"]) / 100 * jobs * read["runtime"] / 1e3
         figures: Sequence[tuple[str, float, str, Better]] = (
             ("bytes_per_s", read["io_bytes"] / seconds, "B/s", "more"),
             ("iops", read["total_ios"] / seconds, "1/s", "more"),
             ("p50_s", percentiles[50.0], "s", "less"),
             ("p99_s", percentiles[99.0], "s", "less"),
             ("p99.9_s", percentiles[99.9], "s", "less"),
-            ("reading_processors", (job["usr_cpu"] + job["sys_cpu"]) / 100 * jobs, "", ""),
-            ("serving_processors", served / seconds, "", ""),
+            ("reading_s_per_gb", reading / gigabytes, "s", ""),
+            ("serving_s_per_gb", served / gigabytes, "s", ""),
         )
         for metric, value, unit, better in figures:
             yield Figure(case=str(case), metric=metric, value=value, unit=unit, better=better, labels=labels)

@@ -97,7 +97,7 @@ def split(workload: Workload, mounted: Mounted) -> Measured:
 def assert_consistent(found: Measured) -> None:
     assert len({(each.case, each.metric) for each in found.figures}) == len(found.figures)
     for each in found.figures:
-        assert each.value >= 0 and (each.value > 0 or not each.metric.endswith("_s")), each
+        assert each.value >= 0 and (each.value > 0 or not each.better or each.unit == "B"), each
     middle, high = found.of("p50_s"), found.of("p99_s")
     assert all(middle[case] <= high[case] for case in middle)
 
@@ -110,7 +110,7 @@ def assert_fio_measured_every_case(found: Measured) -> None:
     assert_consistent(found)
     wanted = {str(each) for each in Fio(Scale.SMOKE).cases if each.state != "cached" or can_drop()}
     assert {each.kind for each in found.gaps} <= {"skipped"}
-    for metric in ("bytes_per_s", "iops", "p50_s", "p99_s", "p99.9_s", "reading_processors", "serving_processors"):
+    for metric in ("bytes_per_s", "iops", "p50_s", "p99_s", "p99.9_s", "reading_s_per_gb", "serving_s_per_gb"):
         assert set(found.of(metric)) == wanted, metric
     tail = found.of("p99.9_s")
     assert all(value <= tail[case] for case, value in found.of("p99_s").items())
