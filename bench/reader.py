@@ -1,4 +1,4 @@
-"""One reading process: takes a job as JSON on standard input, prints what it measured as JSON.
+"""One reading process: takes a job as JSON in a line of standard input, prints what it measured as JSON.
 
 Only opening, reading and closing is timed; comparing checksums is not.
 """
@@ -19,6 +19,7 @@ import xxhash
 CHUNK = 1 << 20
 TURN = 50
 """Files in a turn."""
+READY = "ready"
 
 
 def read_files(job: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,53 @@ def read_files(job: dict[str, Any]) -> dict[str, Any]:
         if digest.hexdigest() != expected:
             wrong.append(path)
     return {"seconds": spent, "bytes": int(total), "files": len(job["files"]), "wrong": wrong}
+
+
+def read_each(job: dict[str, Any]) -> dict[str, Any]:
+    """`files`: list of [path, xxh3_64 in hex, or "" where none is compared]. Waits to be started; opens, reads and
+    closes each in that order. The seconds that each took, without comparing.
+    """
+    buffer = bytearray(CHUNK)
+    view, into = memoryview(buffer), [buffer]
+    taken: list[float] = []
+    wrong: list[str] = []
+    total = 0
+    clock, open_, readv, close = time.perf_counter, os.open, os.readv, os.close
+    wait_to_be_started()
+    for path, expected in job["files"]:
+        digest = xxhash.xxh3_64() if expected else None
+        comparing = 0.0
+        begin = clock()
+        fd = open_(path, os.O_RDONLY)
+        while count := readv(fd, into):
+            total += count
+            if digest is not None:
+                paused = clock()
+                digest.update(view[:count])
+                comparing += clock() - paused
+        close(fd)
+        taken.append(clock() - begin - comparing)
+        if digest is not None and digest.hexdigest() != expected:
+            wrong.append(path)
+    return {"taken": taken, "bytes": total, "wrong": wrong}
+
+
+def look_at_each(job: dict[str, Any]) -> dict[str, Any]:
+    """`files`: paths, of which each is looked at by stat(2), in that order, when started. The seconds each took."""
+    taken: list[float] = []
+    clock, stat = time.perf_counter, os.stat
+    wait_to_be_started()
+    for path in job["files"]:
+        begin = clock()
+        stat(path)
+        taken.append(clock() - begin)
+    return {"taken": taken}
+
+
+def wait_to_be_started() -> None:
+    """Tells that this process is up, so that all of them begin at once."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +213,9 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
 
 
 TURNS = {"sequential": sequential_turns, "random": random_turns, "mapped": mapped_turns, "small": small_turns}
-JOBS = {each.__name__: each for each in (read_files, read_blindly, read_at_random, look, compare)}
+WORK = (read_files, read_each, read_blindly, read_at_random, look, look_at_each, compare)
+JOBS = {each.__name__: each for each in WORK}
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
+    given = json.loads(sys.stdin.readline())
     json.dump(JOBS[given["job"]](given), sys.stdout)

@@ -1,1 +1,1 @@
-"""What a cluster promises, measured with real processes: see `__main__`."""
+"""What a cluster promises, measured with real processes: see `bench.workloads.cluster`."""

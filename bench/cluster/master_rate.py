@@ -11,7 +11,8 @@ from pathlib import Path
 import trio
 import xxhash
 
-from bench.cluster.row import Row
+from bench.cluster.row import row
+from bench.results import Measure
 from cachefs.model import ContentKey
 from cachefs.net import Hello, Peer, open_peer, parse_address
 from cachefs.testing.processes import Running, running
@@ -39,7 +40,7 @@ class Measured:
     told_again_per_s: float = 0.0
 
 
-def master_rate(directory: Path) -> Iterator[Row]:
+def master_rate(directory: Path) -> Iterator[Measure]:
     place = directory / "rate"
     (place / "data").mkdir(parents=True)
     measured = Measured()
@@ -61,18 +62,20 @@ def master_rate(directory: Path) -> Iterator[Row]:
         started_bytes = resident_bytes(process.process.pid)
         trio.run(tell_again, process.facts["listen"], measured)
         told_bytes = resident_bytes(process.process.pid)
-    yield Row(
+    yield row(
         "blocks reported to the master a second, 10,000 at a time, until it knows a million",
         REQUIRED,
         measured.reported_per_s,
         at_most=False,
+        unit="1/s",
         note=f"{measured.told_again_per_s:,.0f}/s when a worker says it all again after a restart of the master",
     )
-    yield Row(
+    yield row(
         "blocks looked up at the master a second, 1,000 at a time, among a million",
         REQUIRED,
         measured.looked_up_per_s,
         at_most=False,
+        unit="1/s",
         note=f"memory {mib(empty_bytes)} empty, {mib(full_bytes)} with a million, {mib(started_bytes)} when started, "
         f"{mib(told_bytes)} when told again; database {mib(size)}; started in {full_s:.1f} s, empty in {empty_s:.1f} s",
     )

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.cluster.row import Row
+from bench.cluster.row import row
 from bench.harness import random_bytes, run_readers
+from bench.results import Measure
 from cachefs.model import GiB, MiB
 from cachefs.testing.processes import running
 
@@ -32,7 +33,7 @@ RECEIVED_AT_ONCE = 8 * MiB
 LOOPBACK = ["--insecure", "--listen", "127.0.0.1:0", "--log-level", "WARNING"]
 
 
-def peer_read(directory: Path) -> Iterator[Row]:
+def peer_read(directory: Path) -> Iterator[Measure]:
     place = directory / "peer"
     place.mkdir()
     source = place / "data"
@@ -66,7 +67,7 @@ def peer_read(directory: Path) -> Iterator[Row]:
     peers, plain = result["peer_s"], result["plain_s"]
     ratios = [two / one for one, two in zip(peers, plain, strict=True)]
     rate, plain_rate = (BLOCK_BYTES / statistics.median(each) / 1e6 for each in (peers, plain))
-    yield Row(
+    yield row(
         "reading a sealed block from a worker / plain sendfile to recv",
         0.7,
         statistics.median(ratios),

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bench.results import Measure
+
+WORKLOAD = "cluster"
 
 
-@dataclass
-class Row:
-    what: str
-    required: float
-    measured: float
-    at_most: bool = True
-    note: str = ""
-
-    @property
-    def reached(self) -> bool:
-        return self.measured <= self.required if self.at_most else self.measured >= self.required
-
-    @property
-    def must(self) -> str:
-        return f"{'<=' if self.at_most else '>='} {self.required:,.10g}"
+def row(
+    case: str, required: float, measured: float, *, at_most: bool = True, unit: str = "", note: str = ""
+) -> Measure:
+    """`unit`: "1/s" for a rate, "" for a ratio or share."""
+    return Measure(
+        workload=WORKLOAD,
+        case=case,
+        system="",
+        metric="per_s" if unit else "ratio",
+        unit=unit,
+        better="less" if at_most else "more",
+        values=[measured],
+        required=required,
+        note=note,
+    )

@@ -30,8 +30,8 @@ METRICS = {
     "under_store_bytes": "bytes that the store sent",
     "read_bytes": "bytes that were read",
     "master_requests": "requests to the master",
-    "reading_processors": "processors busy with reading",
-    "serving_processors": "processors busy with serving",
+    "reading_s_per_gb": "processor time of reading a gigabyte",
+    "serving_s_per_gb": "processor time of serving a gigabyte",
     "ratio": "ratio",
 }
 

@@ -71,8 +71,9 @@ class Workload(ABC):
         return {Scale.SMOKE: 1, Scale.STANDARD: 3, Scale.FULL: 5}[self.scale]
 
     def cache_bytes(self) -> int:
-        """Of each system: room for everything."""
-        return 2 * self.data().size_bytes + (1 << 30)
+        """Of each system: room for everything. cachefs keeps no block that takes more than a quarter of its tier."""
+        data = self.data()
+        return max(2 * data.size_bytes, 5 * max(data.files.values(), default=0)) + (1 << 30)
 
     def limit_s(self) -> float:
         """One measurement of one system may take so long; then it hangs."""

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ _PORTS = (
     "filer.port",
     "filer.port.grpc",
     "s3.port.grpc",
+    "metricsPort",
     "s3.port",
 )
 
@@ -49,6 +50,8 @@ class S3Server:
     key: str
     secret: str
     pid: int
+    metrics_url: str = ""
+    """Its counters, for Prometheus; empty where it tells none."""
 
     @property
     def ufs_options(self) -> dict[str, str]:
@@ -86,14 +89,15 @@ def _session() -> Any:
 
 
 @contextmanager
-def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
-    """Start a server that keeps its data in `data_dir`, wait until it answers, and end it with the block.
+def running_s3_server(data_dir: Path, flags: Sequence[str] = ()) -> Iterator[S3Server]:
+    """Start a server that keeps its data in `data_dir`, wait until it answers, and end it with the block. `flags` are
+    further ones of `weed server`, and win over those given here.
 
     Raises CachefsError when the program is not installed or does not come up.
     """
     program = _find_program()
     data_dir.mkdir(parents=True, exist_ok=True)
-    ports = _free_ports(len(_PORTS))
+    ports = free_ports(len(_PORTS))
     key, secret = "cachefs-test", "cachefs-test-secret"
     credentials = [{"accessKey": key, "secretKey": secret}]
     (data_dir / "s3.json").write_text(
@@ -115,10 +119,12 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
         "-volume.max=100",
         "-master.volumeSizeLimitMB=64",
         "-master.telemetry=false",
+        "-metricsIp=127.0.0.1",
         # Two services nobody here asks for, on fixed ports that a second server would find taken.
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         *(f"-{name}={port}" for name, port in zip(_PORTS, ports, strict=True)),
+        *flags,
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -127,13 +133,14 @@ def running_s3_server(data_dir: Path) -> Iterator[S3Server]:
     try:
         endpoint = f"http://127.0.0.1:{ports[-1]}"
         _wait_until_up(endpoint, process, log)
-        yield S3Server(endpoint, key, secret, process.pid)
+        yield S3Server(endpoint, key, secret, process.pid, f"http://127.0.0.1:{ports[-2]}/metrics")
     finally:
         _end(process)
         for port in ports:
             # Killed, it leaves the unix sockets that it keeps beside each port.
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left.unlink(missing_ok=True)
+                with suppress(OSError):  # another user's, who had this port before
+                    left.unlink()
 
 
 def _find_program() -> str:
@@ -144,7 +151,8 @@ def _find_program() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """TCP ports of loopback that nobody listens on now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:

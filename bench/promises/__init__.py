@@ -1,0 +1,1 @@
+"""What was promised of speed and memory, group by group: see `bench.workloads.promises`."""
