@@ -6,6 +6,7 @@ A process of its own: takes a job as JSON on standard input, prints a line of JS
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -65,8 +66,11 @@ def train(given: RealJob) -> Iterator[Trained]:
     from bench.training.torch_loader import TorchLoader
 
     torch.manual_seed(1)
+    # One processor is for the loader and the file system: threads that wait for each other at each layer are slow where
+    # one of them has to wait for a processor.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    named = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    named = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
     model = resnet50(CLASSES).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     entropy = torch.nn.CrossEntropyLoss()

@@ -278,3 +278,28 @@ def test_pytorch_has_the_same_batches_in_the_same_order(tmp_path: Path, kind: Ki
         for each in tmp_path.iterdir():
             each.write_bytes(formats.write_tar([("short", b"")]) if kind == "tar" else formats.write_tfrecord([b""]))
         orders(theirs, 1)
+
+
+@pytest.mark.slow
+def test_the_real_model_is_resnet_50() -> None:
+    """25,557,032 parameters, as torchvision's has."""
+    torch = pytest.importorskip("torch")
+    from bench.training.resnet50 import resnet50
+
+    model = resnet50().eval()
+    assert sum(each.numel() for each in model.parameters()) == 25_557_032
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
+
+
+@pytest.mark.slow
+def test_real_training_learns_from_each_input(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from bench.training.real import Input, RealJob, train
+
+    job = msgspec.structs.replace(make_job(tmp_path, "files", workers=1, batch=6), delivered=224 * 224 * 3)
+    synthetic = msgspec.structs.replace(job, layout=msgspec.structs.replace(job.layout, kind="synthetic"))
+    inputs = [Input(name="files", job=job), Input(name="synthetic", job=synthetic)]
+    trained = list(train(RealJob(inputs=inputs, steps=4, side=64, parent=os.getppid())))
+    assert [(each.name, each.steps, each.images) for each in trained] == [("files", 4, 23), ("synthetic", 4, 23)]
+    assert all(each.compute_s > 0 and each.stall_s > 0 for each in trained)
