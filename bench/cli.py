@@ -46,7 +46,7 @@ main.add_command(compare, "compare")
 @main.command("list")
 def list_() -> None:
     """Show which workloads, systems and accelerators there are."""
-    console = _console(sys.stdout)
+    console = _console()
     table = Table("workload", "what", "options", title="workloads", title_justify="left")
     for name, kind in known_workloads().items():
         options = "\n".join(f"{option}: {about}" for option, about in kind.options.items())
@@ -203,7 +203,7 @@ def _options(given: Sequence[str], kinds: Mapping[str, type[Workload] | type[Alo
 
 
 def _show_plan(plan: Plan) -> None:
-    console = _console(sys.stdout)
+    console = _console()
     table = Table("workload", "systems", "rounds", "data", "what")
     for each in plan.workloads:
         if isinstance(each, Alone):
@@ -237,5 +237,5 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _console(stream: object) -> Console:
+def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,10 @@ import msgspec
 import xxhash
 
 from bench.jobs import decode
+from bench.workloads.base import Workload
+from bench.workloads.registry import loaded
 
+Content = Callable[[str, int], bytes | None]
 PIECE = 1 << 20
 UPLOADS = 16
 MULTIPART_BYTES = 64 << 20
@@ -55,12 +58,12 @@ def _pool() -> bytes:
     return random.Random(0).randbytes(_POOL_PIECES * PIECE)
 
 
-def write_native(native: Path, files: Mapping[str, int], seed: int, content: object = None) -> None:
-    """`content`: a function of path and size -> bytes, or None where random ones do."""
+def write_native(native: Path, files: Mapping[str, int], seed: int, content: Content | None = None) -> None:
+    """`content`: of path and size; None where random bytes do. Raises ValueError for content of another size."""
     for path, size in files.items():
         target = native / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        own = content(path, size) if callable(content) else None
+        own = content(path, size) if content is not None else None
         if own is not None and len(own) != size:
             raise ValueError(f"{path}: {len(own)} bytes were made instead of the {size} that were announced")
         with target.open("wb", buffering=0) as file:
@@ -97,11 +100,10 @@ async def upload(job: Job) -> None:
 
 
 def main() -> None:
-    from bench.workloads.registry import loaded
-
     job = decode(sys.stdin.buffer.read(), Job)
     workload = loaded(job.workload, job.scale, job.options)
-    write_native(job.native, job.files, job.seed, getattr(workload, "content", None))
+    assert isinstance(workload, Workload)
+    write_native(job.native, job.files, job.seed, workload.content)
     asyncio.run(upload(job))
     sys.stdout.flush()
     sys.stderr.flush()

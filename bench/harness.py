@@ -48,9 +48,9 @@ def running_up(
     with ExitStack() as stack:
         output = stack.enter_context(log.open("wb")) if log is not None else None
         mountpoint = stack.enter_context(mountpoint_below(directory))
-        state = ["--state-dir", directory / "state", "--tier", tier, "--log-level", "WARNING"]
-        given = ["up", url, mountpoint, *state, *flags]
-        up = stack.enter_context(running(*given, environment=environment, stderr=output))
+        state = ["--state-dir", str(directory / "state"), "--tier", tier, "--log-level", "WARNING"]
+        started = running("up", url, mountpoint, *state, *flags, environment=environment, stderr=output)
+        up = stack.enter_context(started)
         pid = up.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         yield Up(mountpoint, up.facts["master"], [pid, *map(int, children)])

@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -111,7 +113,7 @@ def run(plan: Plan) -> Results:
     starts; CachefsError when the S3 server does not come up.
     """
     space.check(plan.directory, plan.scale, [each for each, _ in plan.turns()], list(plan.systems))
-    began, clock = datetime.now(UTC), time.monotonic()
+    began, clock, revision = datetime.now(UTC), time.monotonic(), machine.revision()
     with ExitStack() as stack:
         directory = stack.enter_context(scratch(plan.directory.resolve(), "cachefs-bench"))
         runner = Runner(plan, directory, stack)
@@ -122,7 +124,7 @@ def run(plan: Plan) -> Results:
         began=began.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - clock, 1),
         command=list(plan.command),
-        revision=machine.revision(),
+        revision=revision,
         machine=about,
         versions={**runner.versions, **machine.library_versions()},
         flags=runner.flags,
@@ -162,11 +164,16 @@ class Runner:
             begin = time.monotonic()
             if not self._has_time(workload, round_):
                 continue
-            if isinstance(workload, Alone):
-                self._measure_alone(workload)
-            else:
-                self._measure_round(workload, round_)
-                self._forget_data([each for each, _ in turns[number + 1 :]])
+            try:
+                if isinstance(workload, Alone):
+                    self._measure_alone(workload)
+                else:
+                    self._measure_round(workload, round_)
+                    self._forget_data([each for each, _ in turns[number + 1 :]])
+            except Exception:
+                # A mistake of ours. Hours of other results are not lost for it, and it is seen in them.
+                why = f"the runner failed: {traceback.format_exc()[-800:]}"
+                self._keep_gap(Gap(workload=workload.name, system="", kind="failed", why=why))
             self._took_s[workload.name] = time.monotonic() - begin
             self._plan.say(f"{workload.name} {round_ + 1} took {self._took_s[workload.name]:.0f} s")
         if ceiling is not None:
@@ -320,12 +327,11 @@ class Runner:
             )
         except FailedError as error:
             gone = _what_is_gone(mounted) if mounted is not None else ""
-            kind = "crashed" if gone else "failed"
             why = _with_log(f"{gone}; {error}" if gone else str(error), mounted)
-            self._keep_gap(Gap(workload=workload, system=system, kind=kind, why=why))
+            self._keep_gap(Gap(workload=workload, system=system, kind="crashed" if gone else "failed", why=why))
 
-    def _leave_out(self, workload: Workload, name: str, kind: str, why: str) -> None:
-        self._keep_gap(msgspec.convert({"workload": workload.name, "system": name, "kind": kind, "why": why}, Gap))
+    def _leave_out(self, workload: Workload, name: str, kind: Literal["missing", "failed"], why: str) -> None:
+        self._keep_gap(Gap(workload=workload.name, system=name, kind=kind, why=why))
 
     def _keep_gap(self, gap: Gap) -> None:
         if not self.collected.gap(gap):

@@ -118,8 +118,8 @@ class Ceiling:
             self._s3.put_objects(CEILING_BUCKET, ((key, random_bytes(key, SMALL_BYTES)) for key in keys))
             for kind in self._speeds:
                 tried = CONCURRENCIES if self._rounds > 1 else CONCURRENCIES[1:2]
-                speeds = {count: self._speed(kind, count) for count in tried}
-                self._concurrency[kind] = max(speeds, key=speeds.__getitem__)
+                found = {count: self._speed(kind, count) for count in tried}
+                self._concurrency[kind] = max(found, key=found.__getitem__)
         for _ in range(self._rounds):
             for kind, speeds in self._speeds.items():
                 speeds.append(self._speed(kind, self._concurrency[kind]))

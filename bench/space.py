@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,10 +103,10 @@ def check(directory: Path, scale: Scale, workloads: Sequence[Workload | Alone], 
     raise TooLittle(what + _smaller(scale, fits))
 
 
-def _smaller(scale: Scale, fits: object) -> str:
+def _smaller(scale: Scale, fits: Callable[[Scale], bool]) -> str:
     order = list(Scale)
     for each in reversed(order[: order.index(scale)]):
-        if callable(fits) and fits(each):
+        if fits(each):
             return f". --scale {each} would fit"
     return ". Nothing smaller would fit"
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from bench.children import MARK
 from bench.machine import medium_of
 from bench.results import Gap, Results, load, save
 from bench.run import Plan, in_turn, run
-from bench.systems.base import System
+from bench.systems.base import Mounted, Source, System
 from bench.systems.native import Native
 from bench.workloads.base import Data, Scale
 from cachefs.fuse import all_mounts, probe
@@ -124,8 +124,8 @@ class Stuck(Bare):
         self._monkeypatch = monkeypatch
 
     @contextmanager
-    def mounted(self, *arguments: object) -> Iterator[object]:
-        with super().mounted(*arguments) as mounted, self._monkeypatch.context() as patched:  # type: ignore[arg-type]
+    def mounted(self, source: Source, place: Path, cache_bytes: int) -> Iterator[Mounted]:
+        with super().mounted(source, place, cache_bytes) as mounted, self._monkeypatch.context() as patched:
             patched.setattr(Reading, "limit_s", lambda self: 4.0)
             yield mounted
 
@@ -193,6 +193,22 @@ def test_what_a_workload_on_its_own_leaves_is_taken_away(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
     assert not [each for each in all_mounts() if each.mountpoint.startswith(f"{tmp_path}/")]
     assert processes_about(str(tmp_path)) == []
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_a_mistake_in_an_adapter_does_not_lose_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mounted(source: Source, place: Path, cache_bytes: int) -> AbstractContextManager[Mounted]:
+        raise KeyError("nobody expects this")
+
+    mistaken = Bare("mistaken")
+    monkeypatch.setattr(mistaken, "mounted", mounted)
+    results = results_of(tmp_path, {"native": Native(), "mistaken": mistaken}, 1)
+    assert [each.system for each in results.measures] == ["native", "native"]
+    (gap,) = results.gaps
+    assert (gap.workload, gap.system, gap.kind) == ("reading", "", "failed")
+    assert "nobody expects this" in gap.why
 
 
 @pytest.mark.usefixtures("no_ceiling")
