@@ -117,8 +117,10 @@ class Ceiling:
             keys = (f"small/{number:04}" for number in range(self._smalls))
             self._s3.put_objects(CEILING_BUCKET, ((key, random_bytes(key, SMALL_BYTES)) for key in keys))
             for kind in self._speeds:
-                tried = CONCURRENCIES if self._rounds > 1 else CONCURRENCIES[1:2]
-                found = {count: self._speed(kind, count) for count in tried}
+                if self._rounds == 1:
+                    self._concurrency[kind] = CONCURRENCIES[1]
+                    continue
+                found = {count: self._speed(kind, count) for count in CONCURRENCIES}
                 self._concurrency[kind] = max(found, key=found.__getitem__)
         for _ in range(self._rounds):
             for kind, speeds in self._speeds.items():

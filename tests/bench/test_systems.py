@@ -36,7 +36,11 @@ def source(tmp_path: Path, s3_server: S3Server) -> Source:
     )
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+# It takes seconds to come up, and differs in a flag alone.
+_SLOW = {"cachefs_pyfuse3": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=_SLOW.get(each, ())) for each in SYSTEMS])
 def test_every_system_shows_the_same_files(name: str, tmp_path: Path, source: Source) -> None:
     system: System = SYSTEMS[name]()
     try:
