@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from bench.run import Plan
 from bench.run import run as run_plan
 from bench.systems.base import Missing
 from bench.systems.registry import SYSTEMS
+from bench.training.accelerators import TABLES
 from bench.workloads.base import Alone, Scale, Workload
 from bench.workloads.registry import workloads as known_workloads
 from cachefs.model import CachefsError
@@ -59,10 +59,6 @@ def list_() -> None:
         except Missing as error:
             table.add_row(name, f"missing: {error}")
     console.print(table)
-    if find_spec("bench.training") is None:
-        return
-    from bench.training.accelerators import TABLES
-
     table = Table("accelerator", "model", "samples/s", "source", title="accelerators", title_justify="left")
     for model, speeds in TABLES.items():
         for name, speed in speeds.items():

@@ -63,10 +63,10 @@ def test_a_dry_run_shows_what_would_be_done(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_list_shows_workloads_and_systems() -> None:
+def test_list_shows_workloads_systems_and_accelerators() -> None:
     result = bench("list")
     assert result.exit_code == 0
-    for each in ("reading", "every file once", "native", "juicefs", "mountpoint-s3"):
+    for each in ("reading", "every file once", "native", "juicefs", "mountpoint-s3", "A100", "unet3d"):
         assert each in result.output
 
 
