@@ -98,7 +98,15 @@ class Blocks:
         block = BlockId(attr.key, 0)
         if not request.background:
             self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
-        return PromoteReply(await self.keep(block, source, mode, background=request.background))
+        if await self.keep(block, source, mode, background=request.background):
+            return PromoteReply(True)
+        return PromoteReply(False, self.why_not(block, source))
+
+    def why_not(self, block: BlockId, source: Source) -> str:
+        """Why a block is not kept, where that is not just for want of room in the tiers."""
+        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
+        quotas = self._store.quotas
+        return ", ".join(f"{quotas.describe(quota)} is used up" for quota in quotas.lacking(block, length))
 
     @property
     def keeps(self) -> bool:
