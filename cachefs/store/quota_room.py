@@ -98,7 +98,7 @@ class QuotaRoom:
             for tier in reversed(self._tiers):
                 if left > 0:
                     try:
-                        left -= tier.make_room_in_quota(quota, left, evict=mode is Promote.ALWAYS)
+                        left -= tier.make_room_in_quota(quota, left, block, evict=mode is Promote.ALWAYS)
                     except OSError as error:
                         self._on_failed(tier, error)
             if left > 0:

@@ -576,15 +576,16 @@ class Tier:
         with self._lock:
             return self._to_give_up(need, quota)
 
-    def make_room_in_quota(self, quota: int, need: int, *, evict: bool) -> int:
-        """Give up what counts for a quota until it is `need` bytes less, what is in parts and idle first; without
-        `evict`, nothing else. Returns how much less it is, perhaps not enough: a call gives up some blocks only.
+    def make_room_in_quota(self, quota: int, need: int, wanted: BlockId, *, evict: bool) -> int:
+        """Give up what counts for a quota until it is `need` bytes less, for a block that is wanted: what is in parts
+        and idle first; without `evict`, nothing else. Returns how much less it is, perhaps not enough: a call gives up
+        some blocks only.
         """
         freed = 0
         with self._lock:
             for block in [each for each in self._dormant if quota in self._book.counts_for(each)]:
                 size = self._dormant[block]
-                if freed < need and self._evict_dormant(block):
+                if block != wanted and freed < need and self._evict_dormant(block):
                     freed += size
             for block in itertools.islice(self._to_evict_of_quota(quota, evict), _EVICTED_AT_ONCE):
                 if freed >= need:

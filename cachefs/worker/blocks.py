@@ -294,6 +294,8 @@ class Blocks:
             routes = await self._admission.routes(wanted, Promote.IF_SPACE)
             numbers = [number for number, route in enumerate(routes) if route is not None]
             admitted = [route for route in routes if route is not None]
+            if not admitted:
+                return outcomes
             try:
                 found = await self._filler.keep_files(
                     admitted,

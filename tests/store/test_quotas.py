@@ -257,6 +257,21 @@ def test_room_that_was_promised_to_one_block_is_no_others(tmp_path: Path) -> Non
         assert quotas.to_report(gives_back=True)[1] == (need(3), need(3), 0)
 
 
+def test_what_is_not_used_of_a_grant_is_given_back_by_halves_and_at_rest_as_a_whole() -> None:
+    quotas = Quotas()
+    tell(quotas, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+    quotas.grant({1: 1000})
+    quotas.charge((1,), 200)
+
+    def kept() -> int:
+        return quotas.to_report(gives_back=True)[1].granted_bytes
+
+    for expected in (600, 400, 300):
+        assert quotas.lacking(1, 10) < 0 and kept() == expected
+    assert quotas.to_report(gives_back=False)[1].granted_bytes == 300
+    assert [kept(), kept()] == [250, 200] and quotas.lacking(1, 1) == 1
+
+
 def test_a_full_quota_evicts_its_own_in_the_order_of_sieve_and_never_what_is_pinned(tmp_path: Path) -> None:
     with scene(tmp_path) as store:
         tell(store.quotas.book, [(1,)] * 8 + [()] * 4, {1: Rule("/a", 0, 0)})
@@ -277,6 +292,25 @@ def test_a_full_quota_evicts_its_own_in_the_order_of_sieve_and_never_what_is_pin
             store.open_partial(block(2), len(CONTENTS[2]))
         here = [number for number in NUMBERS if store.is_sealed(block(number))]
         assert here == [0, 8, 9, 10, 11], "what is pinned stays, and so do others"
+
+
+def test_parts_make_room_before_what_is_whole_but_for_those_that_are_wanted(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 2 * need(3) + need(0)})
+        seal(store, block(0), CONTENTS[0])
+        for number in (3, 7):
+            partial = store.open_partial(block(number), len(CONTENTS[number]))
+            assert partial is not None
+            data = pages(CONTENTS[number])[0]
+            partial.write_page(0, data, page_checksum(data))
+            store.close(partial)
+        store.quotas.book.grant({1: need(3) + need(0)})
+        partial = store.open_partial(block(3), len(CONTENTS[3]), Promote.IF_SPACE)
+        assert partial is not None and partial.has(0), "it goes on where it was"
+        store.close(partial)
+        assert store.is_sealed(block(0)) and not store.tiers[0].holds(block(7))
 
 
 def test_what_is_beyond_a_quota_counts_as_free_for_others(tmp_path: Path) -> None:

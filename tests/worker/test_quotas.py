@@ -157,6 +157,23 @@ async def test_blocks_of_large_files_and_files_ahead_are_bounded_too(tmp_path: P
         await used_is(client, status.used_bytes)
 
 
+async def test_nothing_is_fetched_ahead_where_a_quota_is_used_up(tmp_path: Path) -> None:
+    async with scene(tmp_path, files_ahead=16) as (cluster, (client,), data):
+        for number in range(20):
+            (data / f"bound/small{number}").write_bytes(bytes([number]) * PAGE)
+        await client.refresh("/bound")
+        await client.ask(SetQuota("/bound", 0))
+        # In the order in which they are found, which is that of whoever reads a directory.
+        attrs = await attrs_of(client, (f"bound/small{number}" for number in range(20)))
+        attrs.sort(key=lambda attr: attr.ino)
+        assert [await client.promote(attr.ino) for attr in attrs] == [False] * len(attrs)
+        assert (await cluster.worker_status()).counters.under_store_bytes == 0
+        await client.ask(SetQuota("/bound", 20 * TAKES))
+        with trio.fail_after(20):
+            while not all([await client.promote(attr.ino) for attr in attrs]):
+                pass
+
+
 async def test_what_is_idle_below_a_quota_makes_room_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FREE_EVERY_S", "_IDLE_EVERY_S"):
         monkeypatch.setattr(tier_module, name, 0.0)
