@@ -33,9 +33,9 @@ def quota() -> None:
 def set_(path: str, size: int, master_address: Address | None, as_json: bool) -> None:
     """Let a directory take at most SIZE, such as 500G, in all caches together; what appears there later counts too.
 
-    What finds no room is read all the same, and not kept. Nothing is dropped where more is cached already: nothing new
-    is kept there until it is less, and it is given up first when others need room. A quota that is set gets the new
-    SIZE. Below one, others can be set: both hold. Refused where more than SIZE is pinned.
+    What finds no room is read all the same, and not kept. Nothing in use is dropped where more is cached already:
+    nothing new is kept there until it is less, and it is given up first when others need room. A quota that is set gets
+    the new SIZE. Below one, others can be set: both hold. Refused where more than SIZE is pinned.
     """
     wanted = params.absolute(path)
     if size > MOST_BYTES:

@@ -244,8 +244,11 @@ class QuotaShares:
                 continue
             shares.told(worker, use.used_bytes, use.granted_bytes)
             is_settled = self._quotas.since[use.quota_id] <= told
-            granted = shares.grant(worker, use.wanted_bytes if is_settled else 0, len(counting))
-            grants.append(QuotaGrant(use.quota_id, granted))
+            wanted = use.wanted_bytes if is_settled else 0
+            granted = shares.grant(worker, wanted, len(counting), use.idle_bytes)
+            is_short = granted < max(use.used_bytes, use.granted_bytes) + use.wanted_bytes
+            soon = is_short and (not is_settled or shares.unused_by_others(worker) > 0)
+            grants.append(QuotaGrant(use.quota_id, granted, soon))
         return QuotaGrants(grants)
 
     def _told_by(self, counting: list[str]) -> float:

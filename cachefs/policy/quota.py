@@ -13,6 +13,8 @@ from cachefs.policy.admission import Promote
 
 _PARTS = 2
 """A worker is granted this part of its even share of what is left, or more if it needs more now."""
+_MOVED = 100
+"""At least this part of a quota is taken at a time from a worker that has it idle, for those that need it."""
 
 
 class Shares:
@@ -24,6 +26,8 @@ class Shares:
         """Worker -> (used, promised): what it takes, and the most that it may take before it reports again."""
         self._used = 0
         self._promised = 0
+        self._short: dict[str, int] = {}
+        """Worker -> what it wanted last and did not get."""
 
     @property
     def used_bytes(self) -> int:
@@ -34,9 +38,14 @@ class Shares:
     def promised_bytes(self) -> int:
         return self._promised
 
+    def unused_by_others(self, worker: str) -> int:
+        """What others were granted and have not taken yet, and may give back."""
+        used, promised = self._held.get(worker, (0, 0))
+        return self._promised - promised - (self._used - used)
+
     def told(self, worker: str, used_bytes: int, granted_bytes: int) -> None:
         """A worker says what it takes, and what of its grant it keeps."""
-        self.gone(worker)
+        self._forget(worker)
         promised = max(used_bytes, granted_bytes)
         if promised:
             self._held[worker] = used_bytes, promised
@@ -45,14 +54,19 @@ class Shares:
 
     def gone(self, worker: str) -> None:
         """It is dead: what it holds helps nobody, and takes nobody's room."""
+        self._forget(worker)
+        self._short.pop(worker, None)
+
+    def _forget(self, worker: str) -> None:
         used, promised = self._held.pop(worker, (0, 0))
         self._used -= used
         self._promised -= promised
 
-    def grant(self, worker: str, wanted_bytes: int, workers: int) -> int:
+    def grant(self, worker: str, wanted_bytes: int, workers: int, idle_bytes: int = 0) -> int:
         """What that worker may take from now on, having asked for so much more; `workers` is how many there are.
 
-        Below what it takes where all together are over the quota: each is to get below by the part that it has of it.
+        Less than it has where all together are over the quota: each is to get below by the part that it has of it; and
+        where others did not get what they wanted, and `idle_bytes` of what it has are idle.
         """
         used, promised = self._held.get(worker, (0, 0))
         left = self.limit_bytes - self._promised
@@ -65,7 +79,17 @@ class Shares:
             granted += min(left, max(wanted_bytes, even))
         self.told(worker, used, granted)
         over = self._used - self.limit_bytes
-        return used - -(-over * used // self._used) if over > 0 else granted
+        if over > 0:
+            return used - -(-over * used // self._used)
+        if wanted_bytes:
+            self._short.pop(worker, None)
+        if wanted_bytes > left:
+            self._short[worker] = wanted_bytes - max(0, left)
+        elif idle_bytes and self._short and not wanted_bytes:
+            moved = min(used, idle_bytes, max(sum(self._short.values()), self.limit_bytes // _MOVED))
+            self._short.clear()
+            return used - moved
+        return granted
 
 
 def fits_quota(

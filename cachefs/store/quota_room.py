@@ -73,6 +73,16 @@ class QuotaRoom:
         found = [tier.free_of_quota(quota) for tier in self._tiers]
         return sum(idle for idle, _ in found), sum(shared for _, shared in found)
 
+    def idle_bytes(self) -> dict[int, int]:
+        """Of each quota that anything is taken of: what of it counts as free. For a thread."""
+        found = {quota: self._free(quota)[0] for quota in self.book.used()}
+        return {quota: size for quota, size in found.items() if size}
+
+    def trim(self) -> None:
+        """Where more is taken than may be, give up what is idle of it. Blocks on the disk: for a thread."""
+        for quota, over in self.book.over().items():
+            self._give_up(quota, over, None, evict=False)
+
     def expect(self, block: BlockId, length: int) -> None:
         """It was admitted: its room is no other's until it is begun, or `settle` is called."""
         self.book.expect(block, self.need(length))
@@ -94,16 +104,20 @@ class QuotaRoom:
     def make_room(self, block: BlockId, length: int, mode: Promote) -> None:
         """For what is begun now. Raises CapacityError, possibly having evicted."""
         for quota, lacking in self.lacking(block, length).items():
-            left = lacking
-            for tier in reversed(self._tiers):
-                if left > 0:
-                    try:
-                        left -= tier.make_room_in_quota(quota, left, block, evict=mode is Promote.ALWAYS)
-                    except OSError as error:
-                        self._on_failed(tier, error)
-            if left > 0:
+            if self._give_up(quota, lacking, block, evict=mode is Promote.ALWAYS) < lacking:
                 self.book.refused([quota])
                 raise CapacityError(f"{self.describe(quota)} has no room for {length} bytes")
+
+    def _give_up(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
+        """As `Tier.make_room_in_quota`, on all tiers, the last one first."""
+        freed = 0
+        for tier in reversed(self._tiers):
+            if freed < need:
+                try:
+                    freed += tier.make_room_in_quota(quota, need - freed, wanted, evict=evict)
+                except OSError as error:
+                    self._on_failed(tier, error)
+        return freed
 
     def describe(self, quota: int) -> str:
         """For people."""

@@ -181,6 +181,11 @@ class Quotas:
     def used_bytes(self, quota: int) -> int:
         return self._used.get(quota, 0)
 
+    def used(self) -> list[int]:
+        """Quotas that anything is taken of."""
+        with self._lock:
+            return [quota for quota, size in self._used.items() if size]
+
     def lacking(self, quota: int, need: int, block: BlockId | None = None) -> int:
         """What `need` bytes more, for that block, would be over what may be taken; 0 or less: nothing."""
         with self._lock:

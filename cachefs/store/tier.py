@@ -576,10 +576,10 @@ class Tier:
         with self._lock:
             return self._to_give_up(need, quota)
 
-    def make_room_in_quota(self, quota: int, need: int, wanted: BlockId, *, evict: bool) -> int:
-        """Give up what counts for a quota until it is `need` bytes less, for a block that is wanted: what is in parts
-        and idle first; without `evict`, nothing else. Returns how much less it is, perhaps not enough: a call gives up
-        some blocks only.
+    def make_room_in_quota(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
+        """Give up what counts for a quota until it is `need` bytes less, perhaps for a block that is wanted: what is in
+        parts and idle first; without `evict`, nothing else. Returns how much less it is, perhaps not enough: a call
+        gives up some blocks only.
         """
         freed = 0
         with self._lock:

@@ -45,7 +45,7 @@ class SetQuota(Request[QuotaInfo], frozen=True):
     """What is at and below a directory, now and later, takes at most so many bytes in the caches of all workers
     together. For good. One that is set already gets that limit; the same again changes nothing.
 
-    Nothing is dropped where there is more already: nothing new is kept there until it is less.
+    Nothing in use is dropped where there is more already: nothing new is kept there until it is less.
 
     Raises NotFoundError, NotADirectory, UnderStoreError; ConfigError for one quota too many; CapacityError when more
     is pinned there: nothing is changed then.
@@ -118,12 +118,18 @@ class QuotaUse(msgspec.Struct, frozen=True, array_like=True):
     """Blocks not kept because of it since this worker was started."""
     wanted_bytes: Bytes = 0
     """More than was granted, for what it is about to take."""
+    idle_bytes: Bytes = 0
+    """Of what is used, as far as it was looked for: what nobody has read for long. Others may need the room."""
 
 
 class QuotaGrant(msgspec.Struct, frozen=True, array_like=True):
     quota_id: QuotaId
     granted_bytes: Bytes
-    """What it may take. Less than it does: all together are over the limit, and nothing new is to be kept."""
+    """What it may take. Less than it has: nothing new is to be kept, and what is idle is to be given up, since all
+    together are over the limit, or others need what is idle here."""
+    soon: bool = False
+    """It is less than was wanted, and there may be more in a moment: others have not used all that they were granted,
+    or have yet to say what they have."""
 
 
 class QuotaGrants(msgspec.Struct, frozen=True, array_like=True):

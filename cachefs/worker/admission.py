@@ -47,17 +47,17 @@ class Admission:
         """For something nobody has asked for yet: nothing is evicted or given up for it."""
         return self._members.takes_blocks and self._store.admits(length, Promote.IF_SPACE, first_copy=False)
 
-    async def route(self, block: BlockId, source: Source, mode: Promote) -> Route | None:
+    async def route(self, block: BlockId, source: Source, mode: Promote, *, patient: bool = False) -> Route | None:
         """As `routes`, of one."""
-        return (await self.routes([(block, source)], mode))[0]
+        return (await self.routes([(block, source)], mode, patient=patient))[0]
 
-    async def routes(self, wanted: Sequence[Wanted], mode: Promote) -> list[Route | None]:
+    async def routes(self, wanted: Sequence[Wanted], mode: Promote, *, patient: bool = False) -> list[Route | None]:
         """How to get those that are admitted, each to be ended; room was made for them where others have copies of what
-        is here. None: not admitted.
+        is here. None: not admitted. `patient`: nobody waits to read them, so they can wait for room in a quota.
         """
         lengths = [self._geometry.block_length(source.attr.size_bytes, block.block_index) for block, source in wanted]
         if self._store.quotas.active and mode is not Promote.NEVER:
-            await self._grow(wanted, lengths)
+            await self._grow(wanted, lengths, patient)
         admitted = [
             number
             for number, length in enumerate(lengths)
@@ -94,14 +94,14 @@ class Admission:
         self._counters.not_admitted += routes.count(None)
         return routes
 
-    async def _grow(self, wanted: Sequence[Wanted], lengths: Sequence[int]) -> None:
+    async def _grow(self, wanted: Sequence[Wanted], lengths: Sequence[int], patient: bool) -> None:
         """What is going to be taken of quotas is asked for, all at once."""
         quotas, needs = self._store.quotas, dict[int, int]()
         for (block, _), length in zip(wanted, lengths, strict=True):
             for quota in quotas.of(block):
                 needs[quota] = needs.get(quota, 0) + quotas.need(length)
         if needs:
-            await self._quotas.grow(needs)
+            await self._quotas.grow(needs, patient=patient)
 
     def _takes_of_quotas(self, block: BlockId, length: int, mode: Promote) -> bool:
         """Whether its quotas have room, which is its own then until its route ends."""

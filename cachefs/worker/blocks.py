@@ -138,7 +138,7 @@ class Blocks:
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return False
                 continue
-            job = await self._job(block, source, mode)
+            job = await self._job(block, source, mode, patient=background)
             if job is None:
                 if self._store.is_sealed(block):
                     continue
@@ -432,14 +432,14 @@ class Blocks:
         finally:
             self._admitting -= 1
 
-    async def _job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
+    async def _job(self, block: BlockId, source: Source, mode: Promote, *, patient: bool = False) -> Job | None:
         """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment. To be
         used without a checkpoint in between.
         """
         with self._under_way():
-            return await self._find_job(block, source, mode)
+            return await self._find_job(block, source, mode, patient)
 
-    async def _find_job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
+    async def _find_job(self, block: BlockId, source: Source, mode: Promote, patient: bool) -> Job | None:
         job = self._jobs.get(block)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
@@ -449,7 +449,7 @@ class Blocks:
             job.route.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        route = await self._admission.route(block, source, mode)
+        route = await self._admission.route(block, source, mode, patient=patient)
         if route is None:
             return None
         self._opening[block] += 1
@@ -482,7 +482,7 @@ class Blocks:
     async def _keep_whole(self, block: BlockId, source: Source, mode: Promote, *, loading: bool) -> bool:
         """Whether it was admitted; then it is sealed. Raises as `Filler.keep_whole`."""
         with self._under_way():
-            route = await self._admission.route(block, source, mode)
+            route = await self._admission.route(block, source, mode, patient=loading)
             if route is None:
                 return False
             try:

@@ -20,6 +20,9 @@ _REPORT_EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 3.0
 _ASKED_AGAIN_S = 1.0
 """After the master had no more to give."""
+_PATIENT_S = 5.0
+"""For how long who can wait waits for what others may give back."""
+_PAUSE_S = 0.25
 
 
 class QuotaFollower:
@@ -29,6 +32,10 @@ class QuotaFollower:
         self.quotas = Quotas()
         self.apply: Callable[[], None] = lambda: None
         """Called in a thread when other contents count than before."""
+        self.idle: Callable[[], Mapping[int, int]] = dict
+        """Called in a thread: what is idle of each quota."""
+        self.trim: Callable[[], None] = lambda: None
+        """Called in a thread when more is there than may be: to give up what is idle of it."""
         self.known = trio.Event()
         """The master has told the first time."""
         self._peer: Peer | None = None
@@ -83,49 +90,59 @@ class QuotaFollower:
         self._counts = True
         while True:
             if self.quotas.active:
-                await self._exchange(gives_back=True)
+                idle = await trio.to_thread.run_sync(self.idle, limiter=self._disk)
+                await self._exchange(idle, gives_back=True)
+                if self.quotas.over():
+                    await trio.to_thread.run_sync(self.trim, limiter=self._disk)
             await trio.sleep(_REPORT_EVERY_S)
 
-    async def grow(self, needs: Mapping[int, int]) -> None:
+    async def grow(self, needs: Mapping[int, int], *, patient: bool = False) -> None:
         """So many bytes are to be taken of quotas: ask for what of it was not granted. Returns when the answer is in
-        force, if there is one. Where the master had no more to give, it is not asked again for a second.
+        force, if there is one. Where the master had no more to give, it is not asked again for a second; `patient`:
+        it is, for some seconds, as long as it says that there may be more soon.
         """
-        if not self._lacking(needs):
-            return
-        async with self._one:
-            # Others may have asked, and got more than they need.
-            wants = self._lacking(needs)
-            if not wants:
-                return
-            await self._ask(wants)
-            until = trio.current_time() + _ASKED_AGAIN_S
-            self._denied = dict.fromkeys(self._lacking(needs), until) | self._denied
+        give_up = trio.current_time() + (_PATIENT_S if patient else 0.0)
+        while self._lacking(needs, patient=patient):
+            async with self._one:
+                # Others may have asked, and got more than they need.
+                wants = self._lacking(needs, patient=patient)
+                soon = await self._ask(wants, {}) if wants else set()
+                short = self._lacking(needs, patient=patient)
+                now = trio.current_time()
+                if not short.keys() & soon or now >= give_up:
+                    self._denied = dict.fromkeys(short, now + _ASKED_AGAIN_S) | self._denied
+                    return
+            await trio.sleep(_PAUSE_S)
 
-    def _lacking(self, needs: Mapping[int, int]) -> dict[int, int]:
+    def _lacking(self, needs: Mapping[int, int], *, patient: bool) -> dict[int, int]:
         now = trio.current_time()
         if self._denied:
             self._denied = {quota: until for quota, until in self._denied.items() if until > now}
         lacking = {
-            quota: self.quotas.lacking(quota, need) for quota, need in needs.items() if quota not in self._denied
+            quota: self.quotas.lacking(quota, need)
+            for quota, need in needs.items()
+            if patient or quota not in self._denied
         }
         return {quota: size for quota, size in lacking.items() if size > 0}
 
-    async def _exchange(self, *, gives_back: bool = False) -> None:
+    async def _exchange(self, idle: Mapping[int, int] | None = None, *, gives_back: bool = False) -> None:
         # One at a time: an answer that is overtaken by another one would not be what the master knows.
         async with self._one:
-            await self._ask({}, gives_back=gives_back)
+            await self._ask({}, idle or {}, gives_back=gives_back)
 
-    async def _ask(self, wants: Mapping[int, int], *, gives_back: bool = False) -> None:
+    async def _ask(self, wants: Mapping[int, int], idle: Mapping[int, int], *, gives_back: bool = False) -> set[int]:
+        """Returns those of which there may be more soon."""
         peer = self._peer
         if peer is None or not self._counts:
-            return
+            return set()
         uses = self.quotas.to_report(gives_back=gives_back)
-        told = [QuotaUse(quota, *use, wants.get(quota, 0)) for quota, use in uses.items()]
+        told = [QuotaUse(quota, *use, wants.get(quota, 0), idle.get(quota, 0)) for quota, use in uses.items()]
         told += [QuotaUse(quota, 0, 0, 0, size) for quota, size in wants.items() if quota not in uses]
         try:
             with trio.fail_after(_ANSWER_TIMEOUT_S):
                 answer = (await peer.call(ReportQuotas(self._serial, told))).message
         except (CachefsError, trio.TooSlowError) as error:
             logger.debug("quotas not told of error=%r", error)
-            return
+            return set()
         self.quotas.grant({each.quota_id: each.granted_bytes for each in answer.grants})
+        return {each.quota_id for each in answer.grants if each.soon}

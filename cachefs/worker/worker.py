@@ -248,6 +248,7 @@ async def run_worker(
         geometry, cluster = registered.cluster.geometry, registered.cluster
         with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys, quotas=quotas.quotas) as store:
             pins.apply, quotas.apply = store.apply_pins, store.quotas.apply
+            quotas.idle, quotas.trim = store.quotas.idle_bytes, store.quotas.trim
             # Nothing is evicted before it is known what must not be, and nothing is fetched before it is known who else
             # could have it.
             await pins.known.wait()

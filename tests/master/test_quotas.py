@@ -194,7 +194,12 @@ async def _grants(tmp_path: Path) -> None:
             (grant,) = shares.report(name, ReportQuotas(quotas.serial if serial is None else serial, [use])).grants
             return grant.granted_bytes
 
+        def soon(name: str, used: int, granted: int, wanted: int) -> bool:
+            use = QuotaUse(number, used, granted, 0, wanted)
+            return shares.report(name, ReportQuotas(quotas.serial, [use])).grants[0].soon
+
         # One that was there before the master was restarted may hold a lot.
+        assert soon("x", 10, 20, 50)
         assert report("x", 10, 20, 50) == 20
         workers.by_name["y"] = "active"
         assert report("x", 10, 20, 50) == 20
@@ -207,6 +212,11 @@ async def _grants(tmp_path: Path) -> None:
         assert report("x", 10, 10, 20) == 10
         clock.jump(16)
         assert report("x", 10, 10, 20) == 30
+        # What others have not used they may give back; what they have, they do not.
+        report("y", 30, 60)
+        assert soon("x", 30, 30, 50) and not soon("x", 30, 30, 5)
+        report("y", 60, 60)
+        assert not soon("x", 40, 40, 50)
         # Dead, it takes no room; to go, neither.
         shares.gone("y")
         report("y", 60, 60)

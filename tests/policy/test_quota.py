@@ -115,6 +115,29 @@ def test_what_is_dead_takes_no_room(steps: list[tuple[str, int, bool]]) -> None:
         assert shares.promised_bytes == sum(size + 1 for size in held.values())
 
 
+def test_what_is_idle_on_one_worker_goes_to_those_that_need_it() -> None:
+    workers = Workers(1000)
+    assert workers.take("a", 990) and workers.take("b", 10) and not workers.take("c", 30)
+
+    def idle(name: str, size: int) -> int:
+        workers.shares.told(name, workers.used[name], workers.used[name])
+        return workers.shares.grant(name, 0, 3, size)
+
+    assert idle("b", 0) == 10
+    assert idle("a", 500) == 960, "as much as is needed"
+    assert idle("a", 500) == 990, "once"
+    workers.give_up("a", 30)
+    workers.give_back("a")
+    assert workers.take("c", 30) and workers.total == 1000
+    assert not workers.take("c", 1)
+    assert idle("a", 4) == 956, "no more than is idle"
+    assert not workers.take("c", 1)
+    assert idle("a", 500) == 950, "and a hundredth of all at least"
+    assert not workers.take("c", 1)
+    workers.shares.gone("c")
+    assert idle("a", 500) == 960, "nobody needs it any more"
+
+
 def nothing() -> tuple[int, int]:
     raise AssertionError("it is not to be looked for")
 

@@ -500,20 +500,20 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xa1q\xadQuotasApplied\xa6serial\x05",
     ),
     (
-        q.QuotaUse(3, 100, 120, 7, 50),
-        b"\x95\x03dx\x072",
+        q.QuotaUse(3, 100, 120, 7, 50, 30),
+        b"\x96\x03dx\x072\x1e",
     ),
     (
-        q.QuotaGrant(3, 150),
-        b"\x92\x03\xcc\x96",
+        q.QuotaGrant(3, 150, True),
+        b"\x93\x03\xcc\x96\xc3",
     ),
     (
         q.QuotaGrants([q.QuotaGrant(3, 150)]),
-        b"\x91\x91\x92\x03\xcc\x96",
+        b"\x91\x91\x93\x03\xcc\x96\xc2",
     ),
     (
         q.ReportQuotas(5, [q.QuotaUse(3, 100, 120, 7)]),
-        b"\x83\xa1q\xacReportQuotas\xa6serial\x05\xa4uses\x91\x95\x03dx\x07\x00",
+        b"\x83\xa1q\xacReportQuotas\xa6serial\x05\xa4uses\x91\x96\x03dx\x07\x00\x00",
     ),
 ]
 

@@ -191,6 +191,26 @@ async def test_what_is_idle_below_a_quota_makes_room_in_it(tmp_path: Path, monke
         assert all(sealed(client, await attrs_of(client, OTHERS)))
 
 
+async def test_what_is_idle_on_one_worker_makes_room_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FREE_EVERY_S", "_IDLE_EVERY_S"):
+        monkeypatch.setattr(tier_module, name, 0.0)
+    async with scene(tmp_path, workers=2) as (_, clients, _):
+        names = list(BOUND)
+        await clients[0].ask(SetQuota("/bound", 4 * TAKES))
+        assert await read(clients[0], names[:4]) == [True] * 4
+        attrs = await attrs_of(clients[1], names[4:6])
+        assert not any([await clients[1].promote(attr.ino) for attr in attrs])
+        now = time.monotonic
+        monkeypatch.setattr(tier_module.time, "monotonic", lambda: now() + 10_000)
+        with trio.fail_after(30):
+            while not all([await clients[1].promote(attr.ino) for attr in attrs]):
+                await trio.sleep(0.05)
+        assert sealed(clients[1], attrs) == [True] * 2
+        assert sum(sealed(clients[0], await attrs_of(clients[0], names))) <= 2
+
+
 async def test_three_workers_share_a_quota_and_never_go_over_it_together(tmp_path: Path) -> None:
     async with scene(tmp_path, workers=3) as (cluster, clients, _):
         await clients[0].ask(SetQuota("/bound", 5 * TAKES))
