@@ -12,11 +12,15 @@ import msgspec
 
 from cachefs.cli import params
 from cachefs.cli.connect import FIRST_CONTACT_S, master_option, run_with_client
+from cachefs.cli.quota import COLUMNS as QUOTA_COLUMNS
+from cachefs.cli.quota import facts_of as quota_facts
+from cachefs.cli.quota import rows_of as quota_rows
 from cachefs.cli.tables import print_tables, table_of
 from cachefs.client import Client
 from cachefs.model import Attr, Entry, TransportError, format_size
 from cachefs.net import Address, Hello, Security, UnixAddress, open_peer, parse_address
 from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, WorkerStatus
+from cachefs.wire.quotas import ListQuotas
 
 
 @click.command()
@@ -107,13 +111,17 @@ def report(master_address: Address | None, as_json: bool) -> None:
     async def run(client: Client) -> None:
         status = await client.master_status()
         pins = [each.path for each in (await client.pins(sizes=False)).pins]
+        quotas = (await client.ask(ListQuotas())).quotas
         workers = [(info, await _worker_status(info, client.security)) for info in status.workers]
         if as_json:
-            print(json.dumps({**_report_json(status, workers), "pins": pins}))
+            facts = _report_json(status, workers)
+            print(json.dumps({**facts, "pins": pins, "quotas": [quota_facts(each) for each in quotas]}))
         else:
             _print_report(status, workers)
             if pins:
                 print(f"pinned: {', '.join(pins)}; cachefs pin --list tells how much that is")
+            if quotas:
+                print_tables(table_of(QUOTA_COLUMNS, quota_rows(quotas), "quotas"))
 
     run_with_client(master_address, run)
 

@@ -119,12 +119,13 @@ async def _one(client: Client, file: File, result: Result, dry_run: bool) -> Non
         if _comes_in_pages(client, file):
             way.before_bytes = way.now_bytes = await _here_bytes(client, file)
             result.under_way.add(way)
-        if await client.view.promote(attr.ino, background=True):
+        reply = await client.view.ask_to_promote(attr.ino, background=True)
+        if reply.sealed:
             result.loaded_files += 1
             result.loaded_bytes += attr.size_bytes
             result.resumed_bytes += way.before_bytes
             return
-        reason = _NOT_KEPT
+        reason = f"not kept: {reply.reason}" if reply.reason else _NOT_KEPT
     except CachefsError as error:
         reason = reason_of(file.path, error)
     finally:

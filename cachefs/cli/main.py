@@ -26,6 +26,7 @@ COMMANDS = {
     "job": "cachefs.cli.job",
     "pin": "cachefs.cli.pin",
     "unpin": "cachefs.cli.pin",
+    "quota": "cachefs.cli.quota",
     "ufs": "cachefs.cli.ufs",
     "token": "cachefs.cli.token",
     "verify": "cachefs.cli.verify",

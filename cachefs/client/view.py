@@ -29,6 +29,7 @@ from cachefs.wire.messages import (
     GetBlockStatus,
     Promote,
     PromoteMode,
+    PromoteReply,
 )
 
 R = TypeVar("R")
@@ -104,8 +105,12 @@ class View:
 
         Raises StaleError, UnderStoreError and its kinds, TransportError.
         """
+        return (await self.ask_to_promote(ino, background=background, reader=reader)).sealed
+
+    async def ask_to_promote(self, ino: Ino, *, background: bool = False, reader: int = 0) -> PromoteReply:
+        """As `promote`, with the reason why it was not kept, where there is more to say."""
         self._on_promoted()
-        return (await self._ask_worker(Promote(ino, self._promote, background, reader))).message.sealed
+        return (await self._ask_worker(Promote(ino, self._promote, background, reader))).message
 
     async def block_status(self, block: BlockId) -> BlockStatus:
         """What this node's worker has of a block. Raises TransportError."""

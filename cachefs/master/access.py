@@ -6,6 +6,7 @@ from cachefs.net import ADMINS, EVERYONE, WORKERS, Allowed
 from cachefs.wire import cluster as c
 from cachefs.wire import control
 from cachefs.wire import messages as m
+from cachefs.wire import quotas as q
 
 ACCESS: Allowed = {
     # Reading, and what it brings about.
@@ -19,6 +20,7 @@ ACCESS: Allowed = {
     m.GetMasterStatus: EVERYONE,
     m.ListWorkers: EVERYONE,
     m.ListPins: EVERYONE,
+    q.ListQuotas: EVERYONE,
     c.Locate: EVERYONE,
     control.GetJob: EVERYONE,
     control.ListJobs: EVERYONE,
@@ -34,6 +36,9 @@ ACCESS: Allowed = {
     c.AskDrops: WORKERS,
     m.WatchPins: WORKERS,
     m.PinsApplied: WORKERS,
+    q.WatchQuotas: WORKERS,
+    q.QuotasApplied: WORKERS,
+    q.ReportQuotas: WORKERS,
     control.WatchTasks: WORKERS,
     control.TasksDone: WORKERS,
     # Changes for everybody.
@@ -42,6 +47,8 @@ ACCESS: Allowed = {
     m.RemoveStore: ADMINS,
     m.Pin: ADMINS,
     m.Unpin: ADMINS,
+    q.SetQuota: ADMINS,
+    q.RemoveQuota: ADMINS,
     control.StartJob: ADMINS,
     control.CancelJob: ADMINS,
     control.UndrainWorker: ADMINS,

@@ -36,8 +36,10 @@ class Cluster:
         self._nursery = nursery
         self.workers = Workers(store.workers(), self._on_dead)
         self.leases = Leases(self.workers.is_alive)
-        self.on_dead: Callable[[str], None] = lambda name: None
+        self.on_dead: list[Callable[[str], None]] = []
         """Called with each worker that was alive and is not any more."""
+        self.on_come: list[Callable[[str], None]] = []
+        """Called with each that registers."""
 
     def add_to(self, service: Service) -> None:
         service.on(c.RegisterWorker, self.register_worker)
@@ -55,6 +57,8 @@ class Cluster:
         self.workers.check_free(request)
         self.leases.end_all(request.name)
         self.workers.register(request, known, session)
+        for tell in self.on_come:
+            tell(request.name)
         cluster, stores = self._told()
         return c.Registered(cluster, stores, known.epoch)
 
@@ -132,7 +136,8 @@ class Cluster:
 
     def _on_dead(self, name: str) -> None:
         self.leases.end_all(name)
-        self.on_dead(name)
+        for tell in self.on_dead:
+            tell(name)
         # What others share with it alone they hold alone now.
         self._nursery.start_soon(self._count_without, name)
 

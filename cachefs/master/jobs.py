@@ -51,7 +51,7 @@ class Jobs:
         self._nursery = nursery
         self.tasks = TaskQueues(cluster.workers.is_alive)
         self._work = Work(store, namespace, cluster, self.tasks, geometry)
-        cluster.on_dead = self.tasks.lost
+        cluster.on_dead.append(self.tasks.lost)
         self._jobs = {each.job_id: _restored(each) for each in store.jobs()}
         for job in self._jobs.values():
             if not job.ended_ns:

@@ -18,12 +18,14 @@ from cachefs.master.metrics import MasterParts, watch_master
 from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
+from cachefs.master.quotas import QuotaControl, QuotaShares
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.metrics import Monitor
-from cachefs.model import Geometry, NamespaceChangedError, without_credentials
+from cachefs.model import Geometry, NamespaceChangedError, NotADirectory, without_credentials
 from cachefs.net import Address, Hello, Service, Session, open_background, serve
 from cachefs.wire import messages as m
+from cachefs.wire import quotas as q
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Master:
         namespace: Namespace,
         attaching: Attaching,
         pinning: Pinning,
+        shares: QuotaShares,
+        quotas: QuotaControl,
         info: m.ClusterInfo,
         cluster: Cluster,
     ) -> None:
@@ -46,6 +50,8 @@ class Master:
         self._namespace = namespace
         self._attaching = attaching
         self._pinning = pinning
+        self._shares = shares
+        self._quotas = quotas
         self._info = info
         self._cluster = cluster
         self._started = trio.current_time()
@@ -70,6 +76,12 @@ class Master:
         service.on(m.ListPins, self.list_pins)
         service.on_stream(m.WatchPins, self.watch_pins)
         service.on(m.PinsApplied, self.pins_applied)
+        service.on(q.SetQuota, self.set_quota)
+        service.on(q.RemoveQuota, self.remove_quota)
+        service.on_at_once(q.ListQuotas, self.list_quotas)
+        service.on_stream(q.WatchQuotas, self.watch_quotas)
+        service.on(q.QuotasApplied, self.quotas_applied)
+        service.on_at_once(q.ReportQuotas, self.report_quotas)
         service.on_at_once(m.Resolve, self.resolve)
         service.on_at_once(m.ResolveNext, self.resolve_next)
         service.on(m.ReportChanged, self.report_changed)
@@ -183,6 +195,35 @@ class Master:
         workers.pins_applied(workers.name_of(session), request.serial)
         return m.Done()
 
+    async def set_quota(self, request: q.SetQuota, session: Session) -> q.QuotaInfo:
+        path = normalise_mount_path(request.path, "PATH")
+        try:
+            attr = (await self._namespace.resolve_path(path)).attr
+        except NotADirectory as error:
+            raise NotADirectory(f"{path}: a quota is of a directory, and something above it is none") from error
+        if not attr.is_dir:
+            raise NotADirectory(f"{path}: a quota is of a directory, for all that is below it; this is a file")
+        return await self._quotas.set(path, request.limit_bytes)
+
+    async def remove_quota(self, request: q.RemoveQuota, session: Session) -> q.QuotaInfo:
+        return await self._quotas.remove(normalise_mount_path(request.path, "PATH"), dry_run=request.dry_run)
+
+    def list_quotas(self, request: q.ListQuotas, session: Session) -> q.QuotaList:
+        return self._quotas.list_all()
+
+    async def watch_quotas(self, request: q.WatchQuotas, session: Session) -> AsyncGenerator[q.QuotaContents, None]:
+        async with aclosing(self._namespace.quotas.contents()) as contents:
+            async for part in contents:
+                yield part
+
+    async def quotas_applied(self, request: q.QuotasApplied, session: Session) -> m.Done:
+        workers = self._cluster.workers
+        workers.quotas_applied(workers.name_of(session), request.serial)
+        return m.Done()
+
+    def report_quotas(self, request: q.ReportQuotas, session: Session) -> q.QuotaGrants:
+        return self._shares.report(self._cluster.workers.name_of(session), request)
+
     def resolve(self, request: m.Resolve, session: Session) -> m.ObjectLocation:
         self._check_namespace(session)
         return self._namespace.resolve(request.ino)
@@ -224,14 +265,26 @@ async def run_master(
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
                 nursery.start_soon(cluster.workers.run)
                 pinning = Pinning(store, writer, namespace.pins, cluster.workers, geometry)
-                master = Master(store, writer, namespace, attaching, pinning, info, cluster)
+                shares = QuotaShares(namespace.quotas, cluster.workers)
+                cluster.on_come.append(shares.came)
+                cluster.on_dead.append(shares.gone)
+                quotas = QuotaControl(
+                    store, writer, namespace.quotas, shares, namespace.pins, pinning, cluster.workers, geometry
+                )
+                master = Master(store, writer, namespace, attaching, pinning, shares, quotas, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 service = master.service()
                 jobs = Jobs(store, writer, namespace, cluster, geometry, nursery)
                 jobs.add_to(service)
                 if monitor is not None:
                     parts = MasterParts(
-                        store, writer, namespace, cluster.workers, jobs=jobs, leases=lambda: len(cluster.leases)
+                        store,
+                        writer,
+                        namespace,
+                        cluster.workers,
+                        jobs=jobs,
+                        quotas=shares,
+                        leases=lambda: len(cluster.leases),
                     )
                     service.observe = parts.requests.observe
                     nursery.start_soon(watch_master, monitor, parts)

@@ -11,6 +11,7 @@ import trio
 
 from cachefs.master.jobs import Jobs
 from cachefs.master.namespace import Namespace
+from cachefs.master.quotas import QuotaShares
 from cachefs.master.workers import Workers
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore
@@ -34,6 +35,7 @@ class MasterParts:
     namespace: Namespace
     workers: Workers
     jobs: Jobs
+    quotas: QuotaShares
     requests: Times[str] = field(default_factory=Times)
     leases: Callable[[], int] | None = None
     """How many origin leases are granted."""
@@ -101,6 +103,24 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
         "cachefs_tasks_waiting",
         "Blocks that workers are to fetch, copy or drop for jobs, and have not said that they did.",
         lambda parts: len(parts.jobs.tasks),
+    ),
+    gauge(
+        "cachefs_quota_limit_bytes",
+        "What a quota allows. A line for each quota that is set, of which there are 4096 at most.",
+        lambda parts: parts.quotas.by_path(lambda quota_id: parts.quotas.limit_bytes(quota_id)),
+        "path",
+    ),
+    gauge(
+        "cachefs_quota_used_bytes",
+        "What is below its path in all caches of workers that are alive, and what is being fetched to them.",
+        lambda parts: parts.quotas.by_path(lambda quota_id: parts.quotas.used_bytes(quota_id)),
+        "path",
+    ),
+    gauge(
+        "cachefs_quota_refused_blocks",
+        "Times that a block was not kept because of it, as counted by workers that are alive since they were started.",
+        lambda parts: parts.quotas.by_path(lambda quota_id: parts.quotas.refused(quota_id)),
+        "path",
     ),
 )
 

@@ -23,6 +23,7 @@ import trio
 from cachefs.master.load import Load
 from cachefs.master.mounted import MountedStore
 from cachefs.master.pins import Pins
+from cachefs.master.quotas import Quotas
 from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
 from cachefs.meta import Found, Inode, Merged, MetaStore, Mount, check_mounts, normalise_mount_path, parent_path
@@ -94,6 +95,7 @@ class Namespace:
         self._attaching = trio.Lock()
         self.watchers = Watchers()
         self.pins = Pins(store)
+        self.quotas = Quotas(store)
 
     @property
     def listings(self) -> int:
@@ -113,8 +115,8 @@ class Namespace:
         if inode.mount_id not in self._mounted:
             raise StaleError(f"inode {ino} belongs to an under-store that is no longer mounted")
         path = self._store.path_below_mount(inode)
-        pinned = self.pins.covers_inode(inode)
-        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag, pinned)
+        pinned, quota = self.pins.covers_inode(inode), self.quotas.id_of(inode)
+        return ObjectLocation(inode.attr, not inode.live, inode.mount_id, path, inode.tag, pinned, quota)
 
     def resolve_next(self, ino: Ino, after: Ino, count: int) -> NextLocations:
         """Files beside `ino`, of the next `count` entries after inode `after`. Raises NotFoundError."""
@@ -124,7 +126,7 @@ class Namespace:
             return NextLocations([], after)
         above = self._store.path_below_mount(directory)
         rows = self._store.child_inodes(directory.attr.ino, after, count)
-        all_pinned = self.pins.covers_inode(directory)
+        all_pinned, quota = self.pins.covers_inode(directory), self.quotas.id_of(directory)
         files = [
             ObjectLocation(
                 each.attr,
@@ -133,6 +135,7 @@ class Namespace:
                 f"{above}/{each.name}" if above else each.name,
                 each.tag,
                 all_pinned or self.pins.covers_inode(each),
+                quota,
             )
             for each in rows
             if not each.attr.is_dir
@@ -384,7 +387,7 @@ class Namespace:
             else:
                 self._denied.pop(new, None)
                 self.watchers.tell(new[0], [new[1]])
-            self.pins.note_change(None)
+            self._note_change(None)
 
         async with self._attaching:
             new = self._first_missing(path)
@@ -408,7 +411,7 @@ class Namespace:
 
         def detached(_: None) -> None:
             self.watchers.tell_everything()
-            self.pins.note_change(None)
+            self._note_change(None)
 
         async with self._attaching:
             del self._mounted[mounted.mount.mount_id]
@@ -441,7 +444,7 @@ class Namespace:
             if self._store.child(ino, name) is not None:
                 await self._writer.run(lambda: self._store.remove_child(ino, name))
                 self.watchers.tell(ino, [name])
-                self.pins.note_change(directory)
+                self._note_change(directory)
             self._deny(ino, name, asked_ns)
             mounted.failing = False
             return None
@@ -468,7 +471,7 @@ class Namespace:
         is_known = directory.listed_ns or self._has_forgotten_denied
         self.watchers.tell(ino, merged.moved + (merged.new if is_known else denied))
         if merged.moved or merged.new:
-            self.pins.note_change(directory)
+            self._note_change(directory)
 
     def _start_listing(self, directory: Inode, mounted: MountedStore) -> _Listing:
         """The listing of a directory that is running, or a new one; it goes on whether anybody follows or not."""
@@ -492,7 +495,7 @@ class Namespace:
             if parent is not None and parent.mount_id == directory.mount_id:
                 await self._writer.run(lambda: self._store.remove_child(directory.parent, directory.name))
                 self.watchers.tell(directory.parent, [directory.name])
-                self.pins.note_change(parent)
+                self._note_change(parent)
             elif directory.listed_ns:
                 self._note_failure(mounted, error)
         except UnderStoreError as error:
@@ -537,8 +540,13 @@ class Namespace:
             listing.changed += len(gone)
             self.watchers.tell(ino, gone)
             if gone:
-                self.pins.note_change(directory)
+                self._note_change(directory)
         await self._writer.run(lambda: store.end_listing(ino, started_ns))
+
+    def _note_change(self, directory: Inode | None) -> None:
+        """As `Pins.note_change`."""
+        self.pins.note_change(directory)
+        self.quotas.note_change(directory)
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ learns of a new content when it resolves it (`ObjectLocation.pinned`).
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -115,10 +115,10 @@ class Pins:
 
     # ---- what lies below -------------------------------------------------------------------------------------------
 
-    async def measure(self, paths: Iterable[str], geometry: Geometry) -> Amount:
-        """Everything at and below some paths, each content once."""
+    async def measure(self, paths: Iterable[str], geometry: Geometry, *, with_cached: bool = True) -> Amount:
+        """Everything at and below some paths, each content once; without what of it is cached it takes less long."""
         amount = Amount()
-        async with aclosing(self._walk(paths, with_cached=True)) as chunks:
+        async with aclosing(self._walk(paths, with_cached=with_cached)) as chunks:
             async for contents in chunks:
                 for content in contents:
                     amount.add(content, geometry)
@@ -189,17 +189,22 @@ class Pinning:
         self._pins = pins
         self._workers = workers
         self._geometry = geometry
-        self._lock = trio.Lock()
+        self.lock = trio.Lock()
+        """What else changes what may be pinned holds it."""
+        self.check: Callable[[list[str]], Awaitable[None]] | None = None
+        """Raises CapacityError when paths may not be pinned, for another reason than the size of the caches."""
 
     async def pin(self, paths: Sequence[str], *, dry_run: bool) -> PinReply:
         """`paths` are normalised, and exist. Raises CapacityError when that is more than may be pinned."""
-        async with self._lock:
+        async with self.lock:
             own = await self._pins.measure(paths, self._geometry)
             new = [path for path in dict.fromkeys(paths) if path not in self._pins.paths]
             needed = (await self._pins.measure([*self._pins.paths, *new], self._geometry)).needed_bytes
             capacity = self._workers.capacity_bytes()
             limit = int(SHARE * capacity)
             unconfirmed: list[str] = []
+            if new and self.check is not None:
+                await self.check(new)
             if new and not dry_run:
                 if needed > limit:
                     raise CapacityError(
@@ -213,7 +218,7 @@ class Pinning:
 
     async def unpin(self, paths: Sequence[str], *, dry_run: bool = False) -> UnpinReply:
         """Raises NotFoundError for a path that is not pinned itself."""
-        async with self._lock:
+        async with self.lock:
             for path in paths:
                 if path not in self._pins.paths:
                     raise NotFoundError(self._not_pinned(path))

@@ -17,6 +17,7 @@ from cachefs.master.cluster import Cluster
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import outermost
 from cachefs.master.progress import Portion, Progress
+from cachefs.master.quotas import check_fits
 from cachefs.master.tasks import TaskQueues
 from cachefs.master.walks import Position, Walk
 from cachefs.meta import Content, MetaStore
@@ -107,6 +108,8 @@ class Work:
         else:
             if job.progress.position is None:
                 await self._list(job)
+                quotas, pins = self._namespace.quotas, self._namespace.pins
+                await check_fits(outermost(job.spec.paths), job.spec.replicas, quotas, pins, self._geometry)
             job.state = "running"
             await self._each_file(job, self._copy)
 

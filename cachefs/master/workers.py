@@ -35,6 +35,8 @@ class _Worker:
     capacity_bytes: int = 0
     pins_serial: int = 0
     """Of the pins that are in force there."""
+    quotas_serial: int = 0
+    """The same, of quotas."""
     unsettled: Unsettled | None = None
     """As it reported last, and all that it sealed before is written."""
     standings: dict[BlockId, bool] = field(default_factory=dict)
@@ -265,6 +267,23 @@ class Workers:
         """Returns when they are in force on every worker that is alive."""
         while self.without_pins(serial):
             # One that went away says nothing.
+            with trio.move_on_after(_LOOK_EVERY_S):
+                await self._heard.wait()
+
+    # ---- quotas ----------------------------------------------------------------------------------------------------
+
+    def quotas_applied(self, name: str, serial: int) -> None:
+        self._by_name[name].quotas_serial = serial
+        self._heard.set()
+        self._heard = trio.Event()
+
+    def without_quotas(self, serial: int) -> list[str]:
+        """As `without_pins`."""
+        return [name for name, each in self._by_name.items() if each.alive and each.quotas_serial < serial]
+
+    async def wait_for_quotas(self, serial: int) -> None:
+        """As `wait_for_pins`."""
+        while self.without_quotas(serial):
             with trio.move_on_after(_LOOK_EVERY_S):
                 await self._heard.wait()
 

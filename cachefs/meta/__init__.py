@@ -5,6 +5,7 @@ from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.jobs import StoredJob
 from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
 from cachefs.meta.pins import Content
+from cachefs.meta.quotas import Quota
 from cachefs.meta.replicas import Standing
 from cachefs.meta.store import MetaStore, open_meta_store
 from cachefs.meta.workers import KnownWorker
@@ -18,6 +19,7 @@ __all__ = [
     "Merged",
     "MetaStore",
     "Mount",
+    "Quota",
     "Standing",
     "StoredJob",
     "check_mounts",

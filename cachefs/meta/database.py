@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cachefs.model import CachefsError, ConfigError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
 SCHEMA = """
@@ -29,6 +29,12 @@ CREATE TABLE mounts (
 );
 CREATE TABLE removed_mounts (path TEXT NOT NULL, origin TEXT NOT NULL, PRIMARY KEY (path, origin));
 CREATE TABLE pins (path TEXT PRIMARY KEY, pinned_ns BIGINT NOT NULL);
+CREATE TABLE quotas (
+    path TEXT PRIMARY KEY,
+    quota_id BIGINT NOT NULL,
+    limit_bytes BIGINT NOT NULL,
+    set_ns BIGINT NOT NULL
+);
 CREATE TABLE inodes (
     ino INTEGER PRIMARY KEY,
     parent BIGINT NOT NULL,
@@ -109,6 +115,15 @@ CREATE TABLE jobs (
     ended_ns BIGINT NOT NULL
 );
 INSERT INTO counters VALUES ('epoch', 0), ('job', 0);
+""",
+    3: """
+CREATE TABLE quotas (
+    path TEXT PRIMARY KEY,
+    quota_id BIGINT NOT NULL,
+    limit_bytes BIGINT NOT NULL,
+    set_ns BIGINT NOT NULL
+);
+INSERT INTO counters VALUES ('quota', 0);
 """,
 }
 """From an older schema to the next: a namespace outlives the versions that made it."""
@@ -205,7 +220,8 @@ def _prepare(connection: sqlite3.Connection) -> str:
             connection.execute(statement)
         connection.execute("INSERT INTO facts VALUES ('namespace_id', ?)", (secrets.token_hex(16),))
         connection.execute(
-            "INSERT INTO counters VALUES ('ino', 0), ('listing', 0), ('mount', 0), ('epoch', 0), ('job', 0)"
+            "INSERT INTO counters VALUES"
+            " ('ino', 0), ('listing', 0), ('mount', 0), ('epoch', 0), ('job', 0), ('quota', 0)"
         )
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")

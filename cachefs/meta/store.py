@@ -12,12 +12,13 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, jobs, mounts, pins, replicas, workers
+from cachefs.meta import inodes, jobs, mounts, pins, quotas, replicas, workers
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.jobs import StoredJob
 from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
 from cachefs.meta.pins import Content
+from cachefs.meta.quotas import Quota
 from cachefs.meta.replicas import Standing
 from cachefs.meta.workers import KnownWorker
 from cachefs.model import NO_INO, BlockId, ContentKey, Entry, Ino
@@ -75,6 +76,10 @@ class MetaStore:
     def pins(self) -> dict[str, int]:
         """Path -> Unix time in nanoseconds at which it was pinned."""
         return pins.all_pins(self._reader)
+
+    def quotas(self) -> list[Quota]:
+        """By path."""
+        return quotas.all_quotas(self._reader)
 
     def contents(self, directory: Ino, after: Ino, limit: int, *, with_cached: bool) -> list[Content]:
         """As `children`, what is of interest for pinning."""
@@ -178,6 +183,15 @@ class MetaStore:
     def remove_pins(self, paths: Iterable[str]) -> None:
         with self._transaction() as db:
             pins.remove(db, paths)
+
+    def set_quota(self, path: str, limit_bytes: int) -> Quota:
+        """A new one, or another limit for one that is there: it keeps its number and time."""
+        with self._transaction() as db:
+            return quotas.put(db, path, limit_bytes, time.time_ns())
+
+    def remove_quota(self, path: str) -> None:
+        with self._transaction() as db:
+            quotas.remove(db, path)
 
     def begin_listing(self) -> int:
         """A number that marks what one listing sees; larger than all before."""

@@ -5,6 +5,7 @@ from cachefs.policy.file_order import FileOrder, FileOrderConfig, Run
 from cachefs.policy.idle import IdleGroups
 from cachefs.policy.neighbours import Neighbours
 from cachefs.policy.placement import HomeCandidate, rank_homes, spread_pages
+from cachefs.policy.quota import Shares, fits_quota
 from cachefs.policy.rate import Rate
 from cachefs.policy.readahead import Readahead, ReadaheadConfig
 from cachefs.policy.sieve import Sieve
@@ -24,10 +25,12 @@ __all__ = [
     "Readahead",
     "ReadaheadConfig",
     "Run",
+    "Shares",
     "Sieve",
     "admits",
     "distance",
     "equally_near",
+    "fits_quota",
     "nearest",
     "parse_labels",
     "rank_homes",

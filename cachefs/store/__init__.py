@@ -5,6 +5,7 @@ from cachefs.store.health import HealthConfig, TierState
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
+from cachefs.store.quotas import QuotaKeys, Quotas, Rule, Use
 from cachefs.store.reader import SealedReader, a_file_of_tier
 from cachefs.store.store import Store, open_store
 from cachefs.store.sums import page_checksum
@@ -14,12 +15,16 @@ __all__ = [
     "HealthConfig",
     "Partial",
     "PinnedKeys",
+    "QuotaKeys",
+    "Quotas",
+    "Rule",
     "SealedReader",
     "Store",
     "Tier",
     "TierConfig",
     "TierState",
     "TierStatus",
+    "Use",
     "a_file_of_tier",
     "open_store",
     "page_checksum",

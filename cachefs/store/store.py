@@ -25,6 +25,8 @@ from cachefs.store.config import TierConfig
 from cachefs.store.health import Health, HealthConfig, TierState
 from cachefs.store.partial import Partial
 from cachefs.store.pinned import PinnedKeys
+from cachefs.store.quota_room import QuotaRoom
+from cachefs.store.quotas import Quotas
 from cachefs.store.sums import Sums
 from cachefs.store.tier import Tier, open_tier
 
@@ -45,10 +47,13 @@ class Store:
         pinned: PinnedKeys,
         health: HealthConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        quotas: Quotas | None = None,
     ) -> None:
         self.tiers = tiers
         self._clock = clock
         self._pinned = pinned
+        self.quotas = QuotaRoom(quotas or Quotas(), tiers, self._cannot_remove)
+        """What counts for quotas, and what room these leave."""
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
         """Of open partials."""
@@ -184,6 +189,7 @@ class Store:
         with self._opening:
             if self.is_sealed(block):
                 return None
+            self.quotas.make_room(block, length, mode)
             for tier in self._usable:
                 if tier.holds(block):
                     partial = self._open_in(tier, block, length, evict=mode is Promote.ALWAYS)
@@ -431,9 +437,10 @@ def open_store(
     pinned: PinnedKeys | None = None,
     health: HealthConfig | None = None,
     clock: Callable[[], float] = time.monotonic,
+    quotas: Quotas | None = None,
 ) -> Iterator[Store]:
     """Open or create all tiers, alone, until the end of the block, the fastest one first. Of `pinned` nothing is
-    evicted; who changes it calls `Store.apply_pins`.
+    evicted; who changes it calls `Store.apply_pins`, and who changes `quotas` calls `Store.quotas.apply`.
 
     Raises ConfigError and TierError as `open_tier`; ConfigError for two tiers in one directory.
     """
@@ -443,8 +450,9 @@ def open_store(
             raise ConfigError("--tier", path, "a directory of its own for each tier")
     with ExitStack() as stack:
         pinned = pinned if pinned is not None else PinnedKeys()
-        tiers = [stack.enter_context(open_tier(config, geometry, cluster_id, pinned)) for config in configs]
-        store = Store(tiers, pinned, health, clock)
+        quotas = quotas if quotas is not None else Quotas()
+        tiers = [stack.enter_context(open_tier(config, geometry, cluster_id, pinned, quotas)) for config in configs]
+        store = Store(tiers, pinned, health, clock, quotas)
         for number, tier in enumerate(tiers):
             # Cut off between the copy and the eviction: one copy is enough.
             for block, _ in tier.blocks():

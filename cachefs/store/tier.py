@@ -47,11 +47,15 @@ from cachefs.store.layout import (
 from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.probe import try_disk
+from cachefs.store.quotas import QuotaBook, Quotas
 from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
 
 _IDLE_EVERY_S = 5.0
+_FREE_EVERY_S = 1.0
+_EVICTED_AT_ONCE = 64
+"""Blocks that make room in a quota for one more: what is far over it gets below it by and by."""
 _SORTED_AT_ONCE = 1000
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
@@ -68,14 +72,33 @@ class TierStatus(NamedTuple):
     pinned_bytes: int
 
 
+class FreeOfQuotas(NamedTuple):
+    """Of what counts for each quota; looked for now and then only, since that looks at all of it."""
+
+    idle: dict[int, deque[BlockId]]
+    shared_bytes: dict[int, int]
+    """That others hold as well, and that is not idle."""
+    until: float
+    """When to look again, by the monotonic clock."""
+
+
 class Tier:
     """Made by `open_tier`. Callable from any thread; what reads or writes pages blocks on the disk and says so."""
 
     def __init__(
-        self, config: TierConfig, layout: Layout, geometry: Geometry, cluster_id: str, pinned: PinnedKeys
+        self,
+        config: TierConfig,
+        layout: Layout,
+        geometry: Geometry,
+        cluster_id: str,
+        pinned: PinnedKeys,
+        quotas: Quotas,
     ) -> None:
         self.config = config
         self._pinned = pinned
+        self._quotas = quotas
+        self._book = QuotaBook(quotas)
+        self._free_of = FreeOfQuotas({}, {}, 0.0)
         self._pinned_bytes = 0
         self._cluster_id = cluster_id
         self._layout = layout
@@ -127,6 +150,8 @@ class Tier:
         with self._lock:
             self._sieve.visit(block)
             self._groups.use(block, time.monotonic())
+            if self._quotas.active:
+                self._book.visit(block)
 
     def retire(self, block: BlockId) -> None:
         """Nobody will ask for it again: its object changed. Evicted first, and counts as free until then."""
@@ -137,10 +162,11 @@ class Tier:
 
     def idle_bytes(self) -> int:
         """What blocks take that are retired, or came with others of which none was read for `idle_after_s`; some
-        seconds old. Pinned ones are never idle.
+        seconds old. Pinned ones are never idle. With them, what is beyond a quota: it counts as free like that.
         """
+        over = sum(self._quotas.over().values()) if self._quotas.active else 0
         with self._lock:
-            return sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
+            return over + sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
 
     def shared_bytes(self) -> int:
         """What blocks take that other nodes hold as well, those that are pinned or idle left out."""
@@ -180,15 +206,20 @@ class Tier:
 
     def to_give_up(self, need: int) -> list[BlockId]:
         """Shared blocks of about `need` bytes that nobody reads, those not read lately first."""
-        found: list[BlockId] = []
         with self._lock:
-            for visited in (False, True):
-                for block in self._shared:
-                    if need <= 0:
-                        return found
-                    if self._sieve.is_visited(block) is visited and self._can_evict(block):
-                        found.append(block)
-                        need -= self._sealed[block]
+            return self._to_give_up(need)
+
+    def _to_give_up(self, need: int, quota: int = 0) -> list[BlockId]:
+        found: list[BlockId] = []
+        for visited in (False, True):
+            for block in self._shared:
+                if need <= 0:
+                    return found
+                if quota and quota not in self._book.counts_for(block):
+                    continue
+                if self._sieve.is_visited(block) is visited and self._can_evict(block):
+                    found.append(block)
+                    need -= self._sealed[block]
         return found
 
     def _idle(self) -> deque[BlockId]:
@@ -273,9 +304,16 @@ class Tier:
             if dormant:
                 self._dormant[block] = dormant
                 self._space.used += dormant
+            self._count(block, dormant)
             raise
         self._space.reserved += need
+        self._count(block, need)
         return partial
+
+    def _count(self, block: BlockId, size: int, *, sealed: bool = False) -> None:
+        """What it takes now, for quotas; 0: it is gone."""
+        if self._quotas.active:
+            self._book.put(block, size, sealed=sealed)
 
     def close(self, partial: Partial) -> None:
         """One user of `open_partial` is done. What an unfinished partial has stays on disk, to be resumed.
@@ -305,6 +343,7 @@ class Tier:
         held = partial.length - min(partial.length, partial.unwritten_bytes) + sums.file_size(partial.page_count)
         self._dormant[partial.block] = held
         self._space.used += held
+        self._count(partial.block, held)
 
     def _remove_partial(self, partial: Partial) -> None:
         try:
@@ -313,6 +352,7 @@ class Tier:
             # It takes its room still, until its block is filled anew or others need the room.
             self._count_dormant(partial)
             raise
+        self._count(partial.block, 0)
 
     def seal(self, partial: Partial) -> None:
         """Make a complete partial a sealed block: every page is read back and compared first. Blocks on the disk.
@@ -368,6 +408,7 @@ class Tier:
         self._space.used += size
         self._sieve.add(block)
         self._groups.add(block, size, time.monotonic())
+        self._count(block, size, sealed=True)
         self._sort_by_pin(block)
 
     def give_up(self, partial: Partial) -> None:
@@ -415,6 +456,7 @@ class Tier:
         self._sieve.remove(block)
         self._groups.remove(block)
         self._retired.pop(block, None)
+        self._count(block, 0)
         self.on_evicted(block)
 
     def _make_room(self, need: int, evict: bool) -> None:
@@ -431,10 +473,8 @@ class Tier:
         if self._space.room(unwritten) >= need:
             return
         for block in list(self._dormant):
-            if self._evict(self._layout.partial_fd, block):
-                self._space.used -= self._dormant.pop(block)
-                if self._space.room(unwritten) >= need:
-                    return
+            if self._evict_dormant(block) and self._space.room(unwritten) >= need:
+                return
         for block in self._to_evict(evict):
             if self._evict(self._layout.sealed_fd, block):
                 self._discount_sealed(block)
@@ -453,9 +493,124 @@ class Tier:
                 yield block
                 if block in self._sealed:
                     idle.append(block)
+        if self._quotas.active:
+            for quota in self._quotas.over():
+                for block in self._book.candidates(quota):
+                    if not self._quotas.is_over(quota):
+                        break
+                    if block not in self._shared:
+                        yield block
         if evict:
             # What others hold as well is given up first, and by agreement only: see `to_give_up`.
             yield from (block for block in self._sieve.candidates() if block not in self._shared)
+
+    def _evict_dormant(self, block: BlockId) -> bool:
+        gone = self._evict(self._layout.partial_fd, block)
+        if gone:
+            self._space.used -= self._dormant.pop(block)
+            self._count(block, 0)
+        return gone
+
+    # ---- quotas ----------------------------------------------------------------------------------------------------
+
+    def apply_quotas(self, blocks: Iterable[BlockId] | None = None) -> None:
+        """Others count for quotas than before: of these blocks, or all that are here. All are taken in portions, so
+        that nobody waits for long.
+        """
+        if not self._quotas.active:
+            with self._lock:
+                self._book = QuotaBook(self._quotas)
+            return
+        if blocks is None:
+            with self._lock:
+                blocks = [*self._sealed, *self._open, *self._dormant]
+        waiting = list(blocks)
+        for start in range(0, len(waiting), _SORTED_AT_ONCE):
+            with self._lock:
+                for block in waiting[start : start + _SORTED_AT_ONCE]:
+                    self._sort_by_quota(block)
+        with self._lock:
+            self._free_of = FreeOfQuotas({}, {}, 0.0)
+
+    def _sort_by_quota(self, block: BlockId) -> None:
+        if block in self._sealed:
+            self._book.sort(block, self._sealed[block], sealed=True)
+            self._book.pin(block, self._sieve.is_pinned(block))
+        elif block in self._open:
+            partial = self._open[block]
+            self._book.sort(block, estimate(partial.length, partial.page_count), sealed=False)
+        elif block in self._dormant:
+            self._book.sort(block, self._dormant[block], sealed=False)
+
+    def quota_bytes(self, block: BlockId) -> int:
+        """What it is counted with for quotas: sealed, being filled, or in part."""
+        return self._book.held(block)
+
+    def free_of_quota(self, quota: int) -> tuple[int, int]:
+        """Of what counts for a quota: (what is idle, what others hold as well and is not idle). About a second old."""
+        with self._lock:
+            found = self._look_for_free()
+            idle = sum(self._sealed.get(block, 0) for block in found.idle.get(quota, ()))
+            return idle, found.shared_bytes.get(quota, 0)
+
+    def _look_for_free(self) -> FreeOfQuotas:
+        began = time.monotonic()
+        if began >= self._free_of.until:
+            found = FreeOfQuotas({}, {}, 0.0)
+            for block in self._idle():
+                for quota in self._book.counts_for(block):
+                    if not self._sieve.is_pinned(block):
+                        found.idle.setdefault(quota, deque()).append(block)
+            idle = set(itertools.chain.from_iterable(found.idle.values()))
+            for block in self._shared:
+                for quota in self._book.counts_for(block):
+                    if block not in idle:
+                        found.shared_bytes[quota] = found.shared_bytes.get(quota, 0) + self._sealed[block]
+            now = time.monotonic()
+            # Looking at all of it takes at most a fiftieth of the time.
+            self._free_of = found._replace(until=now + max(_FREE_EVERY_S, 50 * (now - began)))
+        return self._free_of
+
+    def to_give_up_of_quota(self, quota: int, need: int) -> list[BlockId]:
+        """As `to_give_up`, of what counts for a quota."""
+        with self._lock:
+            return self._to_give_up(need, quota)
+
+    def make_room_in_quota(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
+        """Give up what counts for a quota until it is `need` bytes less, perhaps for a block that is wanted: what is in
+        parts and idle first; without `evict`, nothing else. Returns how much less it is, perhaps not enough: a call
+        gives up some blocks only.
+        """
+        freed = 0
+        with self._lock:
+            for block in [each for each in self._dormant if quota in self._book.counts_for(each)]:
+                size = self._dormant[block]
+                if block != wanted and freed < need and self._evict_dormant(block):
+                    freed += size
+            for block in itertools.islice(self._to_evict_of_quota(quota, evict), _EVICTED_AT_ONCE):
+                if freed >= need:
+                    break
+                size = self._sealed[block]
+                if self._evict(self._layout.sealed_fd, block):
+                    self._discount_sealed(block)
+                    self._evictions += 1
+                    freed += size
+        return freed
+
+    def _to_evict_of_quota(self, quota: int, evict: bool) -> Iterator[BlockId]:
+        now = time.monotonic()
+        idle = self._look_for_free().idle.get(quota, deque())
+        for _ in range(len(idle)):
+            block = idle.popleft()
+            is_free = block in self._retired or self._groups.is_idle(block, now)
+            if block in self._sealed and is_free and not self._sieve.is_pinned(block):
+                yield block
+                if block in self._sealed:
+                    idle.append(block)
+        if evict:
+            yield from (block for block in self._book.candidates(quota) if block not in self._shared)
+
+    # ---- pins ------------------------------------------------------------------------------------------------------
 
     def apply_pins(self, blocks: Iterable[BlockId] | None = None) -> None:
         """What is pinned was changed: for these blocks, or all that are sealed. All are taken in portions, so that
@@ -475,6 +630,8 @@ class Tier:
             self._pinned_bytes += size if self._sieve.pin(block) else 0
         else:
             self._pinned_bytes -= size if self._sieve.unpin(block) else 0
+        if self._quotas.active:
+            self._book.pin(block, self._sieve.is_pinned(block))
         self._set_shared(block, self._is_shared(block))
 
     def _evict(self, directory_fd: int, block: BlockId) -> bool:
@@ -755,17 +912,22 @@ def _read_page(fd: int, known: sums.Sums, page: int, block: BlockId) -> bytes:
 
 @contextmanager
 def open_tier(
-    config: TierConfig, geometry: Geometry, cluster_id: str, pinned: PinnedKeys | None = None
+    config: TierConfig,
+    geometry: Geometry,
+    cluster_id: str,
+    pinned: PinnedKeys | None = None,
+    quotas: Quotas | None = None,
 ) -> Iterator[Tier]:
     """Open or create a tier, alone, until the end of the block. Blocks on the disk while it looks at what is there.
-    `pinned` are the contents that it never evicts; who changes them calls `Tier.apply_pins`.
+    `pinned` are the contents that it never evicts; who changes them calls `Tier.apply_pins`, and who changes `quotas`
+    calls `Tier.apply_quotas`.
 
     Raises ConfigError, and TierError as `layout.open_layout`.
     """
     check_capacity(config, geometry.page_size)
     with open_layout(config.path, cluster_id) as layout:
         check_medium(config, layout.tier_fd)
-        tier = Tier(config, layout, geometry, cluster_id, pinned if pinned is not None else PinnedKeys())
+        tier = Tier(config, layout, geometry, cluster_id, pinned or PinnedKeys(), quotas or Quotas())
         with tier_errors(f"tier {config.path}"):
             tier.recover()
         try:

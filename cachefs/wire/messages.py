@@ -353,6 +353,8 @@ class ObjectLocation(msgspec.Struct, frozen=True):
     tag: str
     pinned: bool = False
     """Whoever gets it after `WatchPins` told which contents are pinned learns of a new one by this."""
+    quota: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    """The innermost quota that it counts for: the same, of `WatchQuotas`. 0: none."""
 
 
 class Resolve(Request[ObjectLocation], frozen=True):
@@ -457,6 +459,8 @@ class GetWorkerStatus(Request[WorkerStatus], frozen=True):
 class PromoteReply(msgspec.Struct, frozen=True, array_like=True):
     sealed: bool
     """False: not admitted, there is no room that may be taken for it; read it with `Fetch`."""
+    reason: str = ""
+    """Why not, where it is not just that the tiers have no room."""
 
 
 class Promote(Request[PromoteReply], frozen=True):

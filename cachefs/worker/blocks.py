@@ -98,7 +98,15 @@ class Blocks:
         block = BlockId(attr.key, 0)
         if not request.background:
             self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
-        return PromoteReply(await self.keep(block, source, mode, background=request.background))
+        if await self.keep(block, source, mode, background=request.background):
+            return PromoteReply(True)
+        return PromoteReply(False, self.why_not(block, source))
+
+    def why_not(self, block: BlockId, source: Source) -> str:
+        """Why a block is not kept, where that is not just for want of room in the tiers."""
+        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
+        quotas = self._store.quotas
+        return ", ".join(f"{quotas.describe(quota)} is used up" for quota in quotas.lacking(block, length))
 
     @property
     def keeps(self) -> bool:
@@ -130,7 +138,7 @@ class Blocks:
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return False
                 continue
-            job = await self._job(block, source, mode)
+            job = await self._job(block, source, mode, patient=background)
             if job is None:
                 if self._store.is_sealed(block):
                     continue
@@ -286,6 +294,8 @@ class Blocks:
             routes = await self._admission.routes(wanted, Promote.IF_SPACE)
             numbers = [number for number, route in enumerate(routes) if route is not None]
             admitted = [route for route in routes if route is not None]
+            if not admitted:
+                return outcomes
             try:
                 found = await self._filler.keep_files(
                     admitted,
@@ -422,14 +432,14 @@ class Blocks:
         finally:
             self._admitting -= 1
 
-    async def _job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
+    async def _job(self, block: BlockId, source: Source, mode: Promote, *, patient: bool = False) -> Job | None:
         """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment. To be
         used without a checkpoint in between.
         """
         with self._under_way():
-            return await self._find_job(block, source, mode)
+            return await self._find_job(block, source, mode, patient)
 
-    async def _find_job(self, block: BlockId, source: Source, mode: Promote) -> Job | None:
+    async def _find_job(self, block: BlockId, source: Source, mode: Promote, patient: bool) -> Job | None:
         job = self._jobs.get(block)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
@@ -439,7 +449,7 @@ class Blocks:
             job.route.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        route = await self._admission.route(block, source, mode)
+        route = await self._admission.route(block, source, mode, patient=patient)
         if route is None:
             return None
         self._opening[block] += 1
@@ -472,7 +482,7 @@ class Blocks:
     async def _keep_whole(self, block: BlockId, source: Source, mode: Promote, *, loading: bool) -> bool:
         """Whether it was admitted; then it is sealed. Raises as `Filler.keep_whole`."""
         with self._under_way():
-            route = await self._admission.route(block, source, mode)
+            route = await self._admission.route(block, source, mode, patient=loading)
             if route is None:
                 return False
             try:

@@ -16,6 +16,8 @@ class Counters:
     changed: int = 0
     corrupt: int = 0
     not_admitted: int = 0
+    quota_refused: int = 0
+    """Of these, because a quota was used up."""
     files_ahead: int = 0
     peer_bytes: int = 0
     peer_reads: int = 0

@@ -34,10 +34,13 @@ class Drops:
         self._one = trio.Lock()
         self._disk = trio.CapacityLimiter(1)
 
-    async def make_room(self, length: int) -> None:
-        """Give up shared blocks until one of `length` bytes fits, as far as they and the master allow."""
+    async def make_room(self, length: int, block: BlockId) -> None:
+        """Give up shared blocks until one of `length` bytes fits, in the tiers and in the quotas of `block`, as far as
+        they and the master allow.
+        """
         async with self._one:
-            blocks = self._store.to_give_up(length)[:ASKED_AT_ONCE]
+            found = dict.fromkeys([*self._store.to_give_up(length), *self._store.quotas.to_give_up(block, length)])
+            blocks = list(found)[:ASKED_AT_ONCE]
             if not blocks:
                 return
             try:

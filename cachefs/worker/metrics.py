@@ -112,6 +112,7 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
     counter("cachefs_blocks_sealed_total", "Blocks that became complete.", _count("blocks_sealed")),
     counter("cachefs_files_ahead_total", "Small files fetched before anybody asked for them.", _count("files_ahead")),
     counter("cachefs_admissions_refused_total", "Contents that were read without being kept.", _count("not_admitted")),
+    counter("cachefs_quota_refused_total", "Of these, for a quota that is used up.", _count("quota_refused")),
     counter(
         "cachefs_corrupt_total", "Blocks or pages that were not what had been written, and dropped.", _count("corrupt")
     ),

@@ -53,6 +53,8 @@ class Sources:
         """Of the master this worker is registered with: the one that inode numbers are of."""
         self.on_pinned: Callable[[Source], None] = lambda source: None
         """Called with what is pinned, when the master says so."""
+        self.on_quota: Callable[[Source, int], None] = lambda source, quota: None
+        """Called with what counts for a quota, the innermost one."""
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
@@ -163,6 +165,8 @@ class Sources:
                 self._neighbours.wasted()
         if location.pinned:
             self.on_pinned(source)
+        if location.quota:
+            self.on_quota(source, location.quota)
         return source
 
     async def resolve_next(self, ino: Ino, after: Ino, count: int) -> tuple[list[Source], Ino]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -89,6 +89,8 @@ class Supply:
         self._origin = origin
         self._slots = slots
         self._recent: OrderedDict[BlockId, tuple[float, BlockPlace]] = OrderedDict()
+        self.on_end: Callable[[BlockId], None] = lambda block: None
+        """Called with each block whose route ends."""
 
     @property
     def alone(self) -> bool:
@@ -130,6 +132,7 @@ class Supply:
 
     def end(self, route: Route) -> None:
         """It is sealed, or given up."""
+        self.on_end(route.block)
         if route.has_lease:
             route.has_lease = False
             self._places.end(route.block)

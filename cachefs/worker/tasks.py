@@ -107,7 +107,7 @@ class Tasks:
         end: TaskEnd
         size_bytes, reason = 0, ""
         try:
-            end, size_bytes = await self._done(task)
+            end, size_bytes, reason = await self._done(task)
         except (NotFoundError, StaleError) as error:
             end, reason = "changed", str(error)
         except CachefsError as error:
@@ -118,24 +118,24 @@ class Tasks:
         self._ended.append(TaskOutcome(task.task_id, end, size_bytes, reason))
         self._news.set()
 
-    async def _done(self, task: BlockTask) -> tuple[TaskEnd, int]:
-        """How it ended, and the bytes made or dropped."""
+    async def _done(self, task: BlockTask) -> tuple[TaskEnd, int, str]:
+        """How it ended, the bytes made or dropped, and why it was not done, where there is more to say."""
         assert self._parts is not None
         block = BlockId(task.key, task.block_index)
         blocks = self._parts.blocks
         if task.kind == "drop":
             freed = await blocks.free([block])
             if freed.freed_blocks:
-                return "done", freed.freed_bytes
-            return "in-use" if freed.in_use else "pinned" if freed.pinned else "absent", 0
+                return "done", freed.freed_bytes, ""
+            return "in-use" if freed.in_use else "pinned" if freed.pinned else "absent", 0, ""
         if await blocks.is_sealed(block):
-            return "held", 0
+            return "held", 0, ""
         if not blocks.keeps:
-            return "full", 0
+            return "full", 0, ""
         source = await self._source(task, block)
         if not await blocks.keep(block, source, Promote(task.promote), background=True):
-            return "full", 0
-        return "done", self._parts.geometry.block_length(source.attr.size_bytes, block.block_index)
+            return "full", 0, blocks.why_not(block, source)
+        return "done", self._parts.geometry.block_length(source.attr.size_bytes, block.block_index), ""
 
     async def _source(self, task: BlockTask, block: BlockId) -> Source:
         assert self._parts is not None

@@ -35,6 +35,7 @@ from cachefs.worker.outside import Outside
 from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
 from cachefs.worker.places import Places
+from cachefs.worker.quotas import QuotaFollower
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
 from cachefs.worker.tasks import Tasks
@@ -219,7 +220,7 @@ async def run_worker(
         )
         link = MasterLink(config.master, registration, security=config.security)
         sources = Sources(link, nursery)
-        pins = Pins()
+        pins, quotas = Pins(), QuotaFollower()
         members = Members(config.name, config.labels)
         tasks = Tasks()
         known: m.ClusterInfo | None = None
@@ -239,24 +240,29 @@ async def run_worker(
         async def follow(peer: Peer) -> None:
             async with trio.open_nursery() as following:
                 following.start_soon(_keep_following, pins.follow, peer)
+                following.start_soon(_keep_following, quotas.follow, peer)
                 following.start_soon(_keep_following, members.follow, peer)
                 following.start_soon(_keep_following, tasks.follow, peer)
 
         registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
         geometry, cluster = registered.cluster.geometry, registered.cluster
-        with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys) as store:
-            pins.apply = store.apply_pins
+        with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys, quotas=quotas.quotas) as store:
+            pins.apply, quotas.apply = store.apply_pins, store.quotas.apply
+            quotas.idle, quotas.trim = store.quotas.idle_bytes, store.quotas.trim
             # Nothing is evicted before it is known what must not be, and nothing is fetched before it is known who else
             # could have it.
             await pins.known.wait()
             await members.known.wait()
+            await quotas.known.wait()
             await trio.to_thread.run_sync(store.apply_pins)
+            await trio.to_thread.run_sync(store.quotas.apply)
 
-            def on_pinned(source: Source) -> None:
-                key, blocks = source.attr.key, geometry.block_count(source.attr.size_bytes)
-                store.pin([BlockId(key, index) for index in range(blocks)] if key else [])
+            def blocks_of(source: Source) -> list[BlockId]:
+                key, count = source.attr.key, geometry.block_count(source.attr.size_bytes)
+                return [BlockId(key, index) for index in range(count)] if key else []
 
-            sources.on_pinned = on_pinned
+            sources.on_pinned = lambda source: store.pin(blocks_of(source))
+            sources.on_quota = lambda source, quota: store.quotas.add(blocks_of(source), quota)
             token = trio.lowlevel.current_trio_token()
 
             def on_evicted(block: BlockId) -> None:
@@ -280,6 +286,7 @@ async def run_worker(
                     origin = Origin(store, sources, counters, on_changed)
                     slots = trio.CapacityLimiter(config.peer_slots)
                     supply = Supply(geometry, members, places, peers, origin, slots)
+                    supply.on_end = store.quotas.settle
                     drops = Drops(store, link, counters, link.sealed)
                     filler = Filler(
                         store,
@@ -292,8 +299,9 @@ async def run_worker(
                         on_sealed=link.sealed,
                         nursery=background,
                     )
-                    admission = Admission(geometry, store, members, supply, drops, counters)
+                    admission = Admission(geometry, store, members, supply, drops, quotas, counters)
                     blocks = Blocks(config, geometry, store, sources, filler, supply, admission, counters, background)
+                    background.start_soon(quotas.run)
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, counters, config).run)
                     giving = Giving(store, blocks, sources, counters, background)

@@ -267,6 +267,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     with closing(sqlite3.connect(tmp_path / "namespace.db")) as db:
         for statement in (
             "DROP TABLE pins",
+            "DROP TABLE quotas",
             "DROP TABLE removed_mounts",
             *(f"ALTER TABLE mounts DROP COLUMN {column}" for column in ("by_hand", "url", "options")),
             "DROP TABLE workers",
@@ -274,7 +275,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
             "DROP INDEX replicas_of_worker",
             "ALTER TABLE replicas DROP COLUMN epoch",
             "CREATE INDEX replicas_of_worker ON replicas (worker)",
-            "DELETE FROM counters WHERE name IN ('epoch', 'job')",
+            "DELETE FROM counters WHERE name IN ('epoch', 'job', 'quota')",
             "PRAGMA user_version = 1",
         ):
             db.execute(statement)
@@ -285,7 +286,22 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         assert store.added_mounts() == [] and store.removed_mounts() == set()
         assert store.register_worker("w", "", {}, 1).epoch == 1
         assert store.add_job("{}", "running").job_id == 1
+        assert store.set_quota("/data", 5).quota_id == 1
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_quotas_keep_their_number_and_time_and_give_it_to_no_other(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        first, second = store.set_quota("/b", 10), store.set_quota("/a", 20)
+        assert (first.quota_id, second.quota_id) == (1, 2)
+        changed = store.set_quota("/b", 30)
+        assert changed == first._replace(limit_bytes=30)
+        store.remove_quota("/a")
+        store.remove_quota("/nowhere")
+        assert store.quotas() == [changed]
+    with open_meta_store(str(tmp_path)) as store:
+        assert store.quotas() == [changed] and store.set_quota("/a", 20).quota_id == 3
+        assert [each.path for each in store.quotas()] == ["/a", "/b"]
 
 
 @pytest.mark.parametrize(

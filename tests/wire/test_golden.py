@@ -20,6 +20,7 @@ from cachefs.wire import Kind as FrameKind
 from cachefs.wire import cluster as c
 from cachefs.wire import control as k
 from cachefs.wire import messages as m
+from cachefs.wire import quotas as q
 
 GEOMETRY = Geometry(1 << 20, 1 << 16)
 CLUSTER = m.ClusterInfo("c", "n", GEOMETRY, 60.0)
@@ -200,9 +201,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.ObjectLocation(ATTR, True, 1, "a/b", "tag"),
-        b"\x86\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasup"
+        b"\x87\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkkkkkk\xaasup"
         b"erseded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3tag\xa6pinn"
-        b"ed\xc2",
+        b"ed\xc2\xa5quota\x00",
     ),
     (
         m.Resolve(Ino(7)),
@@ -210,9 +211,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.NextLocations([m.ObjectLocation(ATTR, True, 1, "a/b", "tag")], Ino(9)),
-        b"\x82\xa5files\x91\x86\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkk"
+        b"\x82\xa5files\x91\x87\xa4attr\x98\x07\x01\xcd\x03\xe8\x05\xcd\x01\xa4\x00\x00\xc4\x10kkkkkkkkkkkk"
         b"kkkk\xaasuperseded\xc3\xa8store_id\x01\xa4path\xa3a/b\xa3tag\xa3"
-        b"tag\xa6pinned\xc2\xa5until\t",
+        b"tag\xa6pinned\xc2\xa5quota\x00\xa5until\t",
     ),
     (
         m.ResolveNext(Ino(7), Ino(8), 64),
@@ -334,7 +335,7 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.PromoteReply(True),
-        b"\x91\xc3",
+        b"\x92\xc3\xa0",
     ),
     (
         m.Promote(Ino(7)),
@@ -454,12 +455,72 @@ MESSAGES: list[tuple[Any, bytes]] = [
         k.ForgetWorker("w1"),
         b"\x82\xa1q\xacForgetWorker\xa4name\xa2w1",
     ),
+    (
+        q.QuotaInfo("/a", 10, 9, 2, 7, True, ["w1"]),
+        b"\x87\xa4path\xa2/a\xablimit_bytes\n\xaaused_by"
+        b"tes\t\xa7refused\x02\xa6set_ns\x07\xa6exists\xc3\xab"
+        b"unconfirmed\x91\xa2w1",
+    ),
+    (
+        q.SetQuota("/a", 1 << 40),
+        b"\x83\xa1q\xa8SetQuota\xa4path\xa2/a\xablimit_bytes\xcf\x00\x00\x01\x00\x00\x00\x00\x00",
+    ),
+    (
+        q.RemoveQuota("/a"),
+        b"\x83\xa1q\xabRemoveQuota\xa4path\xa2/a\xa7dry_run\xc2",
+    ),
+    (
+        q.QuotaList([q.QuotaInfo("/a", 10, 9, 2, 7, False)]),
+        b"\x81\xa6quotas\x91\x87\xa4path\xa2/a\xablimit_bytes"
+        b"\n\xaaused_bytes\t\xa7refused\x02\xa6set_ns\x07"
+        b"\xa6exists\xc2\xabunconfirmed\x90",
+    ),
+    (
+        q.ListQuotas(),
+        b"\x81\xa1q\xaaListQuotas",
+    ),
+    (
+        q.QuotaRule(3, "/a/b", 10, 2),
+        b"\x94\x03\xa4/a/b\n\x02",
+    ),
+    (
+        q.QuotaContents(5, 3, KEY),
+        b"\x96\x05\x03\xc4\x10kkkkkkkkkkkkkkkk\xc2\x90\xc2",
+    ),
+    (
+        q.QuotaContents(5, 0, b"", True, [q.QuotaRule(3, "/a/b", 10, 0)], True),
+        b"\x96\x05\x00\xc4\x00\xc3\x91\x94\x03\xa4/a/b\n\x00\xc3",
+    ),
+    (
+        q.WatchQuotas(),
+        b"\x81\xa1q\xabWatchQuotas",
+    ),
+    (
+        q.QuotasApplied(5),
+        b"\x82\xa1q\xadQuotasApplied\xa6serial\x05",
+    ),
+    (
+        q.QuotaUse(3, 100, 120, 7, 50, 30),
+        b"\x96\x03dx\x072\x1e",
+    ),
+    (
+        q.QuotaGrant(3, 150, True),
+        b"\x93\x03\xcc\x96\xc3",
+    ),
+    (
+        q.QuotaGrants([q.QuotaGrant(3, 150)]),
+        b"\x91\x91\x93\x03\xcc\x96\xc2",
+    ),
+    (
+        q.ReportQuotas(5, [q.QuotaUse(3, 100, 120, 7)]),
+        b"\x83\xa1q\xacReportQuotas\xa6serial\x05\xa4uses\x91\x96\x03dx\x07\x00\x00",
+    ),
 ]
 
 ALL = pytest.mark.parametrize(("message", "golden"), MESSAGES, ids=[type(each).__name__ for each, _ in MESSAGES])
 CLASSES = [
     each
-    for module in (m, c, k)
+    for module in (m, c, k, q)
     for _, each in inspect.getmembers(module, inspect.isclass)
     if each.__module__ == module.__name__ and issubclass(each, msgspec.Struct)
 ]
@@ -471,7 +532,7 @@ def test_every_message_has_its_golden_bytes() -> None:
     assert not missing, "add what it is encoded as to MESSAGES"
     for request in REQUESTS:
         answer = reply_type(request)
-        assert answer.__module__ not in (m.__name__, c.__name__, k.__name__) or answer in CLASSES
+        assert answer.__module__ not in (m.__name__, c.__name__, k.__name__, q.__name__) or answer in CLASSES
 
 
 @ALL

@@ -1,0 +1,331 @@
+"""What a store counts for quotas, against a count of all that is there; and the packed keys against a dict."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from cachefs.model import CapacityError, ContentKey
+from cachefs.policy import Promote
+from cachefs.store import Partial, QuotaKeys, Quotas, Rule, Store, TierConfig, open_store, page_checksum
+from cachefs.store.space import estimate
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, seal
+
+NUMBERS = range(12)
+CONTENTS = [content(number, (number % 4 + 1) * PAGE) for number in NUMBERS]
+RULES = {1: Rule("/a", 0, 0), 2: Rule("/a/b", 0, 1), 3: Rule("/c", 0, 0), 4: Rule("/a/b/d", 0, 2)}
+IDS = st.sampled_from([(), (), (1,), (2,), (3,), (4,), (2, 3), (4, 1)])
+MAPPINGS = st.lists(IDS, min_size=len(NUMBERS), max_size=len(NUMBERS))
+
+
+def key(number: int) -> ContentKey:
+    return ContentKey(random.Random(number).randbytes(16))
+
+
+def need(number: int) -> int:
+    return estimate(len(CONTENTS[number]), GEOMETRY.page_count(len(CONTENTS[number])))
+
+
+def tell(quotas: Quotas, counted: list[tuple[int, ...]], rules: dict[int, Rule]) -> None:
+    quotas.keys.begin()
+    for number, ids in enumerate(counted):
+        for quota in ids:
+            quotas.keys.collect(quota, block(number).key)
+    quotas.keys.finish(quotas.keys.ordered())
+    quotas.put_in_force(rules)
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(MAPPINGS, st.lists(st.tuples(st.sampled_from(NUMBERS), st.integers(1, 4)))), max_size=4))
+def test_keys_are_in_force_as_a_whole_with_what_was_added_meanwhile(
+    rounds: list[tuple[list[tuple[int, ...]], list[tuple[int, int]]]],
+) -> None:
+    keys, expected = QuotaKeys(), [set[int]() for _ in NUMBERS]
+
+    def check() -> None:
+        assert [set(keys.of(key(number))) for number in NUMBERS] == expected
+
+    for told, added in rounds:
+        keys.begin()
+        for number in sorted(NUMBERS, key=lambda each: each % 5):
+            for quota in told[number]:
+                keys.collect(quota, key(number))
+        ordered = keys.ordered()
+        for number, quota in added:
+            keys.add(key(number), quota)
+            expected[number].add(quota)
+        check()
+        keys.finish(ordered)
+        expected = [set(ids) for ids in told]
+        for number, quota in added:
+            expected[number].add(quota)
+        check()
+
+
+def test_a_hundred_thousand_keys_of_many_quotas_take_eight_bytes_each() -> None:
+    keys = QuotaKeys()
+    keys.begin()
+    packed = random.Random(1).randbytes(16 * 100_000)
+    for number, start in enumerate(range(0, len(packed), 1600)):
+        keys.collect(10**12 + number, packed[start : start + 1600])
+    keys.finish(keys.ordered())
+    known, _ = keys._known
+    assert sys.getsizeof(known) < 9 * 100_000
+    for start in range(0, len(packed), 16 * 997):
+        assert keys.of(ContentKey(packed[start : start + 16])) == (10**12 + start // 1600,)
+    assert keys.of(ContentKey(bytes(16))) == ()
+
+
+# ---- counting ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scene(directory: Path, capacity: int = 1000 * PAGE) -> Iterator[Store]:
+    config = TierConfig("ssd", str(directory / "tier"), capacity, free_floor_bytes=0)
+    with open_store([config], GEOMETRY, CLUSTER) as store:
+        yield store
+
+
+class Counting(RuleBasedStateMachine):
+    """Whatever comes and goes, and whatever counts for what: each quota is charged with what is there."""
+
+    directory: Path
+    """Of all examples: a tier has 768 directories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for pattern in ("*/*/00/*", "*/tier.json"):
+            for path in self.directory.glob(pattern):
+                path.unlink()
+        self.counted: list[tuple[int, ...]] = [() for _ in NUMBERS]
+        self.rules: dict[int, Rule] = {}
+        self.open: dict[int, Partial] = {}
+        self.quotas = Quotas()
+        self.start()
+
+    def start(self) -> None:
+        self.part = ExitStack()
+        capacities = (40, 30)
+        configs = [
+            TierConfig("ssd", str(self.directory / str(number)), capacity * PAGE, free_floor_bytes=0)
+            for number, capacity in enumerate(capacities)
+        ]
+        tell(self.quotas, self.counted, self.rules)
+        self.store = self.part.enter_context(open_store(configs, GEOMETRY, CLUSTER, quotas=self.quotas))
+        self.store.quotas.apply()
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def begin(self, number: int) -> None:
+        if number not in self.open:
+            try:
+                partial = self.store.open_partial(block(number), len(CONTENTS[number]))
+            except CapacityError:
+                return
+            if partial is not None:
+                self.open[number] = partial
+
+    @rule(number=st.sampled_from(NUMBERS), pages_written=st.integers(0, 4))
+    def write(self, number: int, pages_written: int) -> None:
+        if number in self.open:
+            for page, data in list(enumerate(pages(CONTENTS[number])))[:pages_written]:
+                self.open[number].write_page(page, data, page_checksum(data))
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def end(self, number: int) -> None:
+        partial = self.open.pop(number, None)
+        if partial is not None:
+            if partial.complete:
+                self.store.seal(partial)
+            self.store.close(partial)
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def keep(self, number: int) -> None:
+        self.begin(number)
+        self.write(number, 4)
+        self.end(number)
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def give_up(self, number: int) -> None:
+        partial = self.open.pop(number, None)
+        if partial is not None:
+            self.store.give_up(partial)
+            self.store.close(partial)
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def evict(self, number: int) -> None:
+        self.store.evict(block(number))
+
+    @rule(number=st.sampled_from(NUMBERS))
+    def pin(self, number: int) -> None:
+        self.store.pin([block(number)])
+
+    @rule()
+    def move_down(self) -> None:
+        self.store.move_down(Promote.ALWAYS)
+
+    @rule(number=st.sampled_from(NUMBERS), quota=st.integers(1, 4))
+    def learn(self, number: int, quota: int) -> None:
+        if quota not in self.counted[number]:
+            self.counted[number] += (quota,)
+            self.store.quotas.add([block(number)], quota)
+
+    @rule(counted=MAPPINGS, some=st.sets(st.integers(1, 4)))
+    def tell(self, counted: list[tuple[int, ...]], some: set[int]) -> None:
+        self.counted = counted
+        self.rules = {quota: rule for quota, rule in RULES.items() if quota in some}
+        tell(self.quotas, counted, self.rules)
+        self.store.quotas.apply()
+
+    @rule()
+    def restart(self) -> None:
+        for number in list(self.open):
+            self.end(number)
+        self.part.close()
+        self.quotas = Quotas()
+        self.start()
+
+    @invariant()
+    def each_is_charged_with_what_is_there(self) -> None:
+        expected = dict.fromkeys(self.rules, 0)
+        for number, ids in enumerate(self.counted):
+            chain: set[int] = set()
+            for quota in ids:
+                while quota in self.rules:
+                    chain.add(quota)
+                    quota = self.rules[quota].outer
+            for tier in self.store.tiers:
+                size = tier.held_bytes(block(number))
+                if number in self.open and self.store.tier_of(self.open[number]) is tier:
+                    assert not size
+                    size = need(number)
+                for quota in chain:
+                    expected[quota] += size
+        assert {quota: self.quotas.used_bytes(quota) for quota in self.rules} == expected
+        if not self.rules:
+            assert not self.quotas._own and not any(tier._book._charged for tier in self.store.tiers)
+
+    def teardown(self) -> None:
+        for number in list(self.open):
+            self.end(number)
+        self.part.close()
+
+
+def test_each_quota_is_charged_with_what_is_there(tmp_path: Path) -> None:
+    run_state_machine_as_test(
+        type("CountingHere", (Counting,), {"directory": tmp_path}),
+        settings=settings(
+            max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+# ---- admitting -----------------------------------------------------------------------------------------------------
+
+
+def test_room_that_was_promised_to_one_block_is_no_others(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        quotas = store.quotas.book
+        tell(quotas, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        quotas.grant({1: need(3) + need(2)})
+        assert store.quotas.full(block(3), len(CONTENTS[3]), Promote.IF_SPACE) == []
+        quotas.expect(block(3), need(3))
+        assert store.quotas.full(block(2), len(CONTENTS[2]), Promote.IF_SPACE) == []
+        assert store.quotas.full(block(7), len(CONTENTS[7]), Promote.IF_SPACE) == [1]
+        # Its own promise is not in its way.
+        seal(store, block(3), CONTENTS[3])
+        assert store.quotas.full(block(2), len(CONTENTS[2]), Promote.IF_SPACE) == []
+        quotas.expect(block(2), need(2))
+        assert store.quotas.full(block(0), len(CONTENTS[0]), Promote.IF_SPACE) == [1]
+        quotas.settle(block(2))
+        assert store.quotas.full(block(0), len(CONTENTS[0]), Promote.IF_SPACE) == []
+        # What is promised is not given back, and what nobody asked for since is.
+        quotas.expect(block(2), need(2))
+        for _ in range(3):
+            assert quotas.to_report(gives_back=True)[1].granted_bytes == need(3) + need(2)
+        quotas.settle(block(2))
+        assert quotas.to_report(gives_back=True)[1] == (need(3), need(3), 0)
+
+
+def test_what_is_not_used_of_a_grant_is_given_back_by_halves_and_at_rest_as_a_whole() -> None:
+    quotas = Quotas()
+    tell(quotas, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+    quotas.grant({1: 1000})
+    quotas.charge((1,), 200)
+
+    def kept() -> int:
+        return quotas.to_report(gives_back=True)[1].granted_bytes
+
+    for expected in (600, 400, 300):
+        assert quotas.lacking(1, 10) < 0 and kept() == expected
+    assert quotas.to_report(gives_back=False)[1].granted_bytes == 300
+    assert [kept(), kept()] == [250, 200] and quotas.lacking(1, 1) == 1
+
+
+def test_a_full_quota_evicts_its_own_in_the_order_of_sieve_and_never_what_is_pinned(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        tell(store.quotas.book, [(1,)] * 8 + [()] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        total = sum(need(number) for number in range(8))
+        store.quotas.book.grant({1: total})
+        for number in NUMBERS:
+            if number != 7:
+                seal(store, block(number), CONTENTS[number])
+        store.pin([block(0)])
+        store.visited(block(1))
+        store.quotas.book.grant({1: total - need(7)})
+        seal(store, block(7), CONTENTS[7])
+        here = [number for number in NUMBERS if store.is_sealed(block(number))]
+        assert here == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11], "2 and 3 are the oldest that nobody read"
+        store.quotas.book.grant({1: need(0)})
+        with pytest.raises(CapacityError, match="the quota of /a, 0 B, has no room"):
+            store.open_partial(block(2), len(CONTENTS[2]))
+        here = [number for number in NUMBERS if store.is_sealed(block(number))]
+        assert here == [0, 8, 9, 10, 11], "what is pinned stays, and so do others"
+
+
+def test_parts_make_room_before_what_is_whole_but_for_those_that_are_wanted(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 2 * need(3) + need(0)})
+        seal(store, block(0), CONTENTS[0])
+        for number in (3, 7):
+            partial = store.open_partial(block(number), len(CONTENTS[number]))
+            assert partial is not None
+            data = pages(CONTENTS[number])[0]
+            partial.write_page(0, data, page_checksum(data))
+            store.close(partial)
+        store.quotas.book.grant({1: need(3) + need(0)})
+        partial = store.open_partial(block(3), len(CONTENTS[3]), Promote.IF_SPACE)
+        assert partial is not None and partial.has(0), "it goes on where it was"
+        store.close(partial)
+        assert store.is_sealed(block(0)) and not store.tiers[0].holds(block(7))
+
+
+def test_what_is_beyond_a_quota_counts_as_free_for_others(tmp_path: Path) -> None:
+    capacity = sum(need(number) for number in range(8))
+    with scene(tmp_path, capacity) as store:
+        tell(store.quotas.book, [(1,)] * 8 + [()] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: capacity})
+        for number in range(8):
+            seal(store, block(number), CONTENTS[number])
+        assert not store.admits(len(CONTENTS[8]), Promote.IF_SPACE)
+        store.quotas.book.grant({1: capacity - need(8)})
+        assert store.admits(len(CONTENTS[8]), Promote.IF_SPACE)
+        partial = store.open_partial(block(8), len(CONTENTS[8]), Promote.IF_SPACE)
+        assert partial is not None
+        store.close(partial)
+        assert store.quotas.book.used_bytes(1) <= capacity - need(8)
+        assert not store.admits(len(CONTENTS[11]), Promote.IF_SPACE)
