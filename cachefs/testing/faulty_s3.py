@@ -56,6 +56,8 @@ class _Order:
     times: int
     retry_after: str
     after: int
+    every: int
+    seen: int = 0
 
 
 class FaultyS3:
@@ -92,13 +94,15 @@ class FaultyS3:
         times: int = 1,
         retry_after: str = "",
         after: int = 0,
+        every: int = 1,
     ) -> None:
         """Meet the next `times` requests of that method, whose path and query contain `part`, with the fault.
 
-        `retry_after` is sent as the header Retry-After. `after` so many of them that are met with nothing.
+        `retry_after` is sent as the header Retry-After. `after` so many of them that are met with nothing. Only one
+        of `every` so many is met, the first and so on.
         """
         with self._lock:
-            self._orders.append(_Order(fault, method, part, times, retry_after, after))
+            self._orders.append(_Order(fault, method, part, times, retry_after, after, every))
 
     def open_connections(self) -> int:
         """Those that the client has not closed."""
@@ -135,6 +139,9 @@ class FaultyS3:
                 if order.times > 0 and order.method == method and order.part in path:
                     if order.after > 0:
                         order.after -= 1
+                        continue
+                    order.seen += 1
+                    if (order.seen - 1) % order.every:
                         continue
                     order.times -= 1
                     return order

@@ -49,6 +49,7 @@ class RealCluster:
         listen: str,
         flags: Sequence[str | Path],
         security: Security | None,
+        master_flags: Sequence[str | Path] = (),
     ) -> None:
         self.directory = directory
         self.port = 0
@@ -61,6 +62,7 @@ class RealCluster:
         self._master_flags: list[str | Path] = [
             *("--data-dir", directory / "master", "--mount", f"/={url}"),
             *("--page-size", str(PAGE), "--block-size", str(block_size)),
+            *master_flags,
         ]
         self._stacks: dict[str, ExitStack] = {}
 
@@ -92,6 +94,10 @@ class RealCluster:
         async with trio.open_nursery() as nursery:
             for name in names:
                 nursery.start_soon(self.start_worker, name)
+
+    async def start_mount(self, name: str, mountpoint: Path, *flags: str | Path) -> Running:
+        """On a directory that its caller takes care of. `flags` may name another --master, as a worker's may."""
+        return await self._start(name, "mount", (), mountpoint, "--master", f"127.0.0.1:{self.port}", *flags)
 
     async def _start(self, key: str, role: str, prefix: Sequence[str], *arguments: str | Path) -> Running:
         assert key not in self.processes, key

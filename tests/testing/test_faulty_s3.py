@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 from dataclasses import replace
 
 import botocore.exceptions
@@ -21,3 +23,18 @@ def test_a_server_that_ignores_if_match(s3_bucket: Bucket) -> None:
         faulty.ignores_if_match = (s3_bucket.server.key, s3_bucket.server.secret)
         assert client.get_object(**wanted)["Body"].read() == b"on"
         client.close()
+
+
+def test_one_of_every_so_many_is_met(s3_bucket: Bucket) -> None:
+    s3_bucket.put({"key": b"content"})
+    with running_faulty_s3(s3_bucket.server.endpoint) as faulty:
+        faulty.inject("too-many", part="/key", times=2, every=3)
+        url = f"{faulty.endpoint}/{s3_bucket.name}/{s3_bucket.prefix}key"
+        found = []
+        for _ in range(6):
+            with pytest.raises(urllib.error.HTTPError) as raised:
+                urllib.request.urlopen(url, timeout=20)
+            found.append(raised.value.code)
+            raised.value.close()
+        # 403: it is not signed.
+        assert found == [429, 403, 403, 429, 403, 403]
