@@ -9,8 +9,9 @@ What makes "present" safe to act on, also in another process:
 - the file is never truncated, punched, or reused for other contents.
 
 The `.sums` file of a block of several pages grows with it, so that a worker that was killed resumes where it was (same
-boot only: the page cache outlives the process, not the kernel). A block of one page has nothing to resume, and gets
-its `.sums` when it is sealed.
+boot only: the page cache outlives the process, not the kernel). What it finds is remembered, and each page of it
+becomes present when it was read back and compared (`recall`): nobody knows what became of the file in between. A block
+of one page has nothing to resume, and gets its `.sums` when it is sealed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Partial:
         read_fd: int,
         checksums: list[int | None],
         sums_on_disk: bool,
+        remembered: dict[int, int] | None = None,
     ) -> None:
         self.block = block
         self.length = length
@@ -67,6 +69,8 @@ class Partial:
         self._header = sums.encode_header(block, length, page_size)
         self._checksums = checksums
         self._missing_count = checksums.count(None)
+        self._remembered = remembered or {}
+        """Absent pages that are in the file if nothing happened to it -> their checksums."""
         self._write_fd = write_fd
         self._sums_fd = -1
         self._sums_on_disk = sums_on_disk
@@ -87,16 +91,16 @@ class Partial:
     @property
     def unwritten_bytes(self) -> int:
         """About what is still to be written."""
-        return self._missing_count * self.page_size
+        return (self._missing_count - len(self._remembered)) * self.page_size
 
     @property
     def empty(self) -> bool:
-        """No page is present, though there are some."""
-        return self._missing_count == self.page_count > 0
+        """No page is present or remembered, though there are some."""
+        return self._missing_count == self.page_count > 0 and not self._remembered
 
     @property
     def resumable(self) -> bool:
-        """What is present is known to the disk too."""
+        """What is present or remembered is known to the disk too."""
         return self._sums_on_disk and not self.empty
 
     def present(self) -> list[tuple[int, int]]:
@@ -114,6 +118,37 @@ class Partial:
     def has(self, page: int) -> bool:
         """Whether that page is present: readable through `read_fd`, now and for good."""
         return self._checksums[page] is not None
+
+    def remembers(self, page: int) -> bool:
+        """Whether that page is absent, and worth a `recall`."""
+        return page in self._remembered
+
+    def recall(self, page: int) -> bool:
+        """Read a remembered page back; whether it is present now. Blocks on the disk: call it in a thread.
+
+        One that is not what was written is forgotten, and stays absent. So it is if it cannot be read; but for want of
+        descriptors or memory it is still remembered.
+        """
+        with self._claimed(page) as claimed:
+            if not claimed:
+                return True
+            checksum = self._remembered.get(page)
+            if checksum is None:
+                return False
+            offset, span = self.page_span(page)
+            try:
+                with read_into(self.read_fd, scratch(span), offset, span) as found:
+                    good = page_checksum(found) == checksum
+            except OSError as error:
+                if is_of_the_process(error):
+                    return False
+                good = False
+            with self._changed:
+                del self._remembered[page]
+                if good:
+                    self._checksums[page] = checksum
+                    self._missing_count -= 1
+            return good
 
     def missing(self) -> Iterator[int]:
         """The absent pages in order."""
@@ -180,6 +215,7 @@ class Partial:
                 self._open_sums()
             write_all(self._sums_fd, sums.encode_entry(self._header, page, checksum), sums.entry_offset(page))
         with self._changed:
+            self._remembered.pop(page, None)
             self._checksums[page] = checksum
             self._missing_count -= 1
 
@@ -263,7 +299,7 @@ def create_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
 
 
 def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, serial: int) -> Partial:
-    """A partial of this boot, as far as it got.
+    """A partial of this boot, as far as it got: all of that is to be recalled.
 
     Raises BlockCorruptError when it cannot be used for this block, length and page size; the caller drops it. OSError
     for want of descriptors or memory.
@@ -294,8 +330,9 @@ def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
         serial,
         write_fd=write_fd,
         read_fd=read_fd,
-        checksums=list(known.checksums),
+        checksums=[None] * len(known.checksums),
         sums_on_disk=True,
+        remembered={page: each for page, each in enumerate(known.checksums) if each is not None},
     )
 
 

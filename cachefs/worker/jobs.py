@@ -291,6 +291,13 @@ class Filler:
         with self._failing(partial):
             partial.write_page(page, data, found)
 
+    def _recall(self, partial: Partial, page: int) -> None:
+        if not partial.recall(page) and not partial.remembers(page):
+            self._counters.corrupt += 1
+            logger.warning(
+                "page of an incomplete file is damaged, fetched anew block=%s page=%d", partial.block.filename, page
+            )
+
     def _seal_now(self, partial: Partial) -> None:
         with self._failing(partial):
             self._store.seal(partial)
@@ -325,6 +332,8 @@ class Filler:
 
     async def _fetch(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
         offset, length = job.partial.page_span(page)
+        if job.partial.remembers(page):
+            await trio.to_thread.run_sync(self._recall, job.partial, page, limiter=self._disk)
         while not job.partial.has(page):
             async with self._supply.page(job.route, offset, length, slots) as got:
                 try:

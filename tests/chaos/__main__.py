@@ -82,7 +82,8 @@ def _table(title: str, counts: dict[str, int]) -> list[str]:
 
 def _stall(stall: Stall) -> str:
     during = ", ".join(stall.during) or "nothing"
-    return f"{stall.seconds:.2f} s in {stall.call} of {stall.name} at {stall.mount}, during {during}"
+    where = f"{stall.call} of {stall.name} at {stall.mount}"
+    return f"{stall.seconds:.2f} s in {where}, from {stall.at_s} s on, during {during}"
 
 
 if __name__ == "__main__":

@@ -252,9 +252,8 @@ class Faults:
             self._did(event)
 
     async def _bits_of_partial(self, event: Event) -> None:
-        """In checksums: what is read of an incomplete file is compared with them when it is complete, not before."""
         async with self._killed_worker(event):
-            self._flip(event, "partial", in_place=False, sums=True)
+            self._flip(event, "partial", in_place=False, sums=random.Random(event.seed).random() < 0.3)
             await trio.sleep(event.lasts_s)
 
     async def _bits_at_boot(self, event: Event) -> None:

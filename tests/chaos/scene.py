@@ -176,11 +176,10 @@ async def open_scene(directory: Path, seed: int, left: list[str]) -> AsyncIterat
                 *(master_cables, peer_cables, tiers, disks, mountpoints, set()),
             )
             try:
-                for number in range(SMALL):
-                    await scene.put(f"s/{number}", size_of(f"s/{number}", rng))
-                for number in range(LARGE):
-                    await scene.put(f"l/{number}", size_of(f"l/{number}", rng))
-                await scene.start_master()
+                async with trio.open_nursery() as putting:
+                    putting.start_soon(scene.start_master)
+                    for name in [f"s/{number}" for number in range(SMALL)] + [f"l/{number}" for number in range(LARGE)]:
+                        putting.start_soon(scene.put, name, size_of(name, rng))
                 async with trio.open_nursery() as starting:
                     for name in _TIERS:
                         starting.start_soon(scene.start_worker, name)

@@ -130,7 +130,7 @@ def test_a_partial_is_resumed_where_it_is(two: tuple[TierConfig, ...]) -> None:
         store.close(partial)
         store.drop(block(0))
         again = some(store.open_partial(block(9), len(data), Promote.IF_SPACE))
-        assert home.holds(block(9)) and again.has(0)
+        assert home.holds(block(9)) and again.recall(0)
         store.close(again)
 
 

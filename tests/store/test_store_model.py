@@ -251,7 +251,7 @@ class StoreModel(RuleBasedStateMachine):
         self.open.setdefault(number, []).append(partial)
         assert all(other is partial for other in self.open[number])
         self.dormant.pop(number, None)
-        found = {page for page in range(partial.page_count) if partial.has(page)}
+        found = {page for page in range(partial.page_count) if partial.recall(page)}
         expected = self.written.get(number, set()) if self.home(number) == before else set()
         if number in self.unsure:
             assert found <= expected, "no damage makes a page of a hole"

@@ -198,6 +198,7 @@ def test_a_partial_is_resumed_in_the_same_boot_and_dropped_in_another(config: Ti
         with opened(config) as store:
             partial = store.open_partial(block(1), len(data))
             assert partial is not None
+            assert partial.present() == [] and [partial.recall(page) for page in range(3)] == [False, not boots, False]
             assert partial.present() == ([] if boots else [(1, 2)])
             store.close(partial)
 

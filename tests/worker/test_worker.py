@@ -239,6 +239,28 @@ async def test_a_restarted_worker_goes_on_where_it_was(data: Path, tmp_path: Pat
         reader.close()
 
 
+@pytest.mark.expect_warnings("damage is told")
+async def test_a_restarted_worker_compares_what_it_had_of_an_incomplete_file(data: Path, tmp_path: Path) -> None:
+    """Before anybody reads it: nobody knows what became of the file while it was away."""
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/large")
+        reader = client.open_content(attr)
+        await reader.read(4 * PAGE, 1)
+        reader.close()
+        await cluster.stop("worker")
+        (path,) = [path for path in (tmp_path / "tier/partial").rglob("*-0") if path.is_file()]
+        with path.open("r+b") as file:
+            file.seek(4 * PAGE + 10)
+            file.write(b"bit rot")
+        await cluster.start_worker()
+        reader = client.open_content(attr)
+        assert bytes(await reader.read(4 * PAGE, 100)) == LARGE[4 * PAGE :][:100]
+        assert await client.promote(attr.ino) is True
+        assert sealed_bytes(client, attr) == LARGE
+        assert (await cluster.worker_status()).counters.corrupt == 1
+        reader.close()
+
+
 async def test_a_request_waits_for_a_worker_that_restarts(data: Path, tmp_path: Path) -> None:
     async with cluster_of(data, tmp_path) as (cluster, client):
         attr = await client.metadata.resolve("/large")
