@@ -411,9 +411,8 @@ def in_turn(names: Sequence[str], round_: int) -> list[str]:
     """
     if not names:
         return []
-    start = round_ % len(names)
-    turned = [*names[start:], *names[:start]]
-    return turned[::-1] if round_ % 2 else turned
+    step = -1 if round_ % 2 else 1
+    return [names[(round_ + step * place) % len(names)] for place in range(len(names))]
 
 
 def _abort(path: Path | None) -> None:
