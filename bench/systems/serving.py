@@ -86,7 +86,7 @@ def serving(
                 raise RuntimeError(f"{name} did not mount in {START_LIMIT_S:g} s:\n{end_of_log(place)}")
             time.sleep(0.05)
         connection = mounted.connection
-        yield group_members(process.pid)
+        yield [pid for pid in group_members(process.pid) if not _only_mounts(pid)]
         polite_s = END_LIMIT_S
     finally:
         while find_mount(mountpoint) is not None:
@@ -124,6 +124,14 @@ def group_members(group: int) -> list[int]:
                 if os.getpgid(int(each.name)) == group:
                     members.append(int(each.name))
     return sorted(members)
+
+
+def _only_mounts(pid: int) -> bool:
+    """It ends once the mount is there: that is no crash."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("fusermount")
+    except OSError:
+        return True
 
 
 def is_running(pid: int) -> bool:
