@@ -24,6 +24,8 @@ class S3fs(System):
     def flags(self) -> list[str]:
         flags = ["-o", "use_path_request_style", "-o", "use_cache=DIR", "-o", "enable_noobj_cache"]
         flags += ["-o", "kernel_cache", "-o", "ro"]
+        # By default the kernel asks for them again after a second.
+        flags += ["-o", "attr_timeout=3600", "-o", "entry_timeout=3600"]
         if tuple(map(int, self.check().split("."))) >= DIRECTORIES_BY_OPTION:
             flags += ["-o", "compat_dir"]
         return flags
