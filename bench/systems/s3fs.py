@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.systems.base import Mounted, Source, System
-from bench.systems.serving import program, serving, version_of
+from bench.systems.base import Mounted, Source
+from bench.systems.serving import Peer, program, serving, version_of
 
 HOW = "apt-get install s3fs"
 DIRECTORIES_BY_OPTION = (1, 91)
 """Since this version it shows directories that have no object of their own only if it is told to."""
 
 
-class S3fs(System):
+class S3fs(Peer):
     name = "s3fs"
     title = "s3fs-fuse"
 

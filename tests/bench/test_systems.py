@@ -14,9 +14,10 @@ import pytest
 
 from bench import server
 from bench.data import PIECE, random_pieces, write_native
-from bench.systems.base import Missing, Source, System
+from bench.systems import serving
+from bench.systems.base import Missing, Mounted, Source, System
 from bench.systems.registry import SYSTEMS
-from bench.systems.serving import is_running, serving
+from bench.systems.serving import is_running
 from cachefs.fuse import all_mounts, probe
 from cachefs.testing.s3server import S3Server
 
@@ -159,5 +160,27 @@ def test_who_only_mounts_is_none_of_the_processes_of_a_mount(tmp_path: Path, sou
     served = f"{sys.executable} -m bench.bare_fuse {source.native} {place / 'mnt'}"
     command = ["sh", "-c", f"{mounting} 100 & exec {served}"]
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    with serving(command, place / "mnt", place, environment) as pids:
+    with serving.serving(command, place / "mnt", place, environment) as pids:
         assert len(pids) == 1 and "fusermount" not in Path(f"/proc/{pids[0]}/comm").read_text()
+
+
+def test_others_are_given_time_for_their_caches(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "place" / "cache").mkdir(parents=True)
+    (tmp_path / "place" / "mnt").mkdir()
+    (tmp_path / "place" / "cache" / "block").write_bytes(bytes(8192))
+    (tmp_path / "place" / "mnt" / "shown").write_bytes(bytes(8192))
+    path, place = tmp_path / "place" / "mnt", tmp_path / "place"
+    mounted = Mounted(system="rclone", path=path, source=source, place=place, facts={}, pids=[])
+    assert serving.kept_bytes(mounted) == (place / "cache" / "block").stat().st_blocks * 512 > 0
+    grown = iter([0, 10, 20, 30])
+    monkeypatch.setattr(serving, "kept_bytes", lambda mounted: next(grown, 30))
+    monkeypatch.setattr(serving, "QUIET_S", 0.0)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    SYSTEMS["rclone"]().settle(mounted)
+    assert not list(grown)
+    monkeypatch.setattr(serving, "kept_bytes", lambda mounted: time.monotonic())
+    monkeypatch.setattr(serving, "SETTLE_LIMIT_S", 0.1)
+    with pytest.raises(TimeoutError):
+        SYSTEMS["rclone"]().settle(mounted)
