@@ -2,13 +2,13 @@
 
 A measure changed when its medians differ by more than the ratio and what is usual in both runs has nothing in common.
 Where there are local files to measure by, it is the ratio to them that is compared, so that a slower machine is no
-change. Only what is ours can make it fail: local files and others are what it is measured by.
+change. Only what is ours can make it fail: local files, the S3 server and others are what it is measured by.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,10 @@ from bench.ratios import NATIVE, Key, apart, by_key, gap_of, is_ours, native_of,
 from bench.report.command import load_results
 from bench.report.names import metric_title, quantity, title_of
 from bench.report.names import ratio as ratio_text
-from bench.report.tables import must, value_and_spread
+from bench.report.tables import SERVER, must, value_and_spread
 from bench.results import Machine, Measure, Results
 
+BROKEN = ("crashed", "hung", "failed")
 Kind = Literal["better", "worse", "noise", "same"]
 """Noise: past the ratio, but within the spread of both."""
 
@@ -59,7 +60,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True):
-    """A measure that only one has; or a promise that only one keeps."""
+    """A measure that only one has, or a promise that only one keeps; or what broke after it had been measured."""
 
     workload: str
     case: str
@@ -98,6 +99,10 @@ def compare(before: Results, after: Results, ratio: float) -> Comparison:
     both = [key for key in old if key in new and old[key].unit == new[key].unit and old[key].better == new[key].better]
     changes = [_change(key, old, new, ratio) for key in both if old[key].better]
     gone = [_gone(old[key], after) for key in old if key not in both]
+    said = {(each.workload, each.why) for each in gone}
+    gone += [
+        each for each in _broken([old[key] for key in both], before, after) if (each.workload, each.why) not in said
+    ]
     return Comparison(
         before=before.name,
         after=after.name,
@@ -115,9 +120,9 @@ def compare(before: Results, after: Results, ratio: float) -> Comparison:
     )
 
 
-def counts(system: str) -> bool:
-    """Ours; and what knows no systems, which is about ours."""
-    return system == "" or is_ours(system)
+def counts(measure: Measure) -> bool:
+    """Ours; and what knows no systems, which is about ours, but for the S3 server by itself."""
+    return is_ours(measure.system) or (measure.system == "" and measure.workload != SERVER)
 
 
 def _change(key: Key, old: dict[Key, Measure], new: dict[Key, Measure], ratio: float) -> Change:
@@ -142,7 +147,7 @@ def _change(key: Key, old: dict[Key, Measure], new: dict[Key, Measure], ratio: f
         times=times,
         times_to_native=times_to_native,
         kind=_kind(decisive, separate, ratio),
-        counts=counts(before.system),
+        counts=counts(before),
     )
 
 
@@ -186,8 +191,26 @@ def _gone(measure: Measure, after: Results) -> Lost:
     gap = gap_of(after, measure.workload, measure.system, measure.case)
     if gap is None:
         return _only(measure)
-    broken = gap.kind in ("crashed", "hung", "failed")
-    return _only(measure, f"{gap.kind}: {gap.why}", broken and counts(measure.system))
+    broken = gap.kind in BROKEN
+    return _only(measure, f"{gap.kind}: {gap.why}", broken and counts(measure))
+
+
+def _broken(both: Sequence[Measure], before: Results, after: Results) -> Iterator[Lost]:
+    """Ours that broke in a later round than the first, so that there are figures of it."""
+    known = {(gap.workload, gap.system, gap.case) for gap in before.gaps if gap.kind in BROKEN}
+    for gap in after.gaps:
+        if gap.kind not in BROKEN or (gap.workload, gap.system, gap.case) in known:
+            continue
+        about = (each for each in both if each.workload == gap.workload and gap.system in ("", each.system))
+        if any(counts(each) and gap.case in ("", each.case) for each in about):
+            yield Lost(
+                workload=gap.workload,
+                case=gap.case,
+                system=gap.system,
+                metric="",
+                why=f"{gap.kind}: {gap.why}",
+                counts=True,
+            )
 
 
 def differences(before: Machine, after: Machine) -> list[str]:

@@ -27,6 +27,7 @@ from bench import data, machine, server, space
 from bench.children import scratch
 from bench.jobs import encode
 from bench.measuring import ROOT, FailedError, HungError, Task, measured
+from bench.pagecache import CannotDrop, drop_page_cache
 from bench.results import Figure, Gap, Measure, Results
 from bench.server import Ceiling, make_bucket, remove_buckets
 from bench.systems.base import Missing, Mounted, Source, System
@@ -141,6 +142,7 @@ class Runner:
         self._stack = stack
         self._sources: dict[str, Source] = {}
         self._server: S3Server | None = None
+        self._server_in_memory = False
         self._missing: dict[str, str] = {}
         self._began = time.monotonic()
         self._took_s: dict[str, float] = {}
@@ -196,6 +198,7 @@ class Runner:
         place = self._directory / "server"
         if in_memory := space.server_fits_memory(bucket, self._plan.scale):
             place = self._stack.enter_context(scratch(space.SHARED_MEMORY, "cachefs-bench"))
+        self._server_in_memory = in_memory
         running = self._stack.enter_context(server.running_server(place))
         medium = "memory" if in_memory else machine.medium_of(place)
         self.versions["seaweedfs"] = server.version()
@@ -282,7 +285,7 @@ class Runner:
             try:
                 with system.mounted(self._source(workload), place, workload.cache_bytes()) as mounted:
                     ready = time.monotonic()
-                    _write_back(self._directory)
+                    self._prepare()
                     task = Task(
                         workload=address_of(type(workload)),
                         scale=str(workload.scale),
@@ -308,6 +311,14 @@ class Runner:
             f"{time.monotonic() - begin - spent:.1f} s around it"
         )
         return True
+
+    def _prepare(self) -> None:
+        """See to it that what was measured before makes no difference."""
+        _write_back(self._directory)
+        if not self._server_in_memory:
+            # Of the server's objects that would have what was just written, or nothing, as the one before left it.
+            with suppress(CannotDrop):
+                drop_page_cache()
 
     def _found(self, task: Task, limit_s: float, log: Path, workload: str, system: str) -> Iterator[Figure | Measure]:
         """What the workload found, but for its gaps, which are kept; and one more gap where it did not end well."""
@@ -411,9 +422,8 @@ def in_turn(names: Sequence[str], round_: int) -> list[str]:
     """
     if not names:
         return []
-    start = round_ % len(names)
-    turned = [*names[start:], *names[:start]]
-    return turned[::-1] if round_ % 2 else turned
+    step = -1 if round_ % 2 else 1
+    return [names[(round_ + step * place) % len(names)] for place in range(len(names))]
 
 
 def _abort(path: Path | None) -> None:

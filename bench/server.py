@@ -28,6 +28,7 @@ CEILING_BUCKET = "ceiling"
 SMALL_BYTES = 112_000
 RANGE_BYTES = 8 * MIB
 CONCURRENCIES = (4, 8, 16, 32)
+BARE_LIMIT_S = 300.0
 _TIMEOUT_S = 10.0
 _CEILING = {
     Scale.SMOKE: (16 * MIB, 2, 32),
@@ -161,7 +162,9 @@ def bare_client(s3: S3Server, bucket: str, ranges: Sequence[tuple[str, int, int]
     given = json.dumps({**job, "ranges": ranges, "concurrency": concurrency})
     command = [sys.executable, "-m", "bench.bare_client"]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(
+        command, input=given, capture_output=True, text=True, check=True, cwd=root, timeout=BARE_LIMIT_S
+    )
     return float(done.stdout)
 
 

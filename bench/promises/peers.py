@@ -59,6 +59,7 @@ def against(
         system.check()
         with system.mounted(source, where, 1024 * MIB) as mounted:
             sh('cat "$1"/small/* > /dev/null', mounted.path)
+            system.settle(mounted)
             yield measure(case, ratios(place, up, mounted), required)
     except Missing as error:
         yield Gap(workload=WORKLOAD, system=name, kind="missing", why=str(error), case=case)
@@ -74,12 +75,14 @@ def warm_ratios(place: Place, up: Up, mounted: Mounted) -> list[float]:
 
 def dropped_ratios(place: Place, up: Up, mounted: Mounted) -> list[float]:
     ratios = []
+    roots = [mounted.path, up.mountpoint]
     for _ in range(place.amounts.rounds):
-        speeds = []
-        for root in (mounted.path, up.mountpoint):
+        speeds = {}
+        for root in roots:
             drop_page_cache()
             files = [os.path.join(root, "small", f"{number:04}") for number in range(place.amounts.small_files)]
             (result,) = run_readers([{"job": "read_blindly", "files": files}])
-            speeds.append(len(files) / result["seconds"])
-        ratios.append(speeds[1] / speeds[0])
+            speeds[root] = len(files) / result["seconds"]
+        ratios.append(speeds[up.mountpoint] / speeds[mounted.path])
+        roots.reverse()
     return ratios

@@ -26,6 +26,8 @@ from bench.results import Gap, Measure, Results
 
 SERVER = "server"
 """The workload that is the S3 server by itself."""
+SAMPLE_RATES = {"images_per_s", "samples_per_s"}
+"""Of training, which the server alone has no rate of: files, or bytes out of larger ones, are what it reads."""
 NOTHING = "–"
 AHEAD_FROM = 1.01
 """Times as good; below that it is the same."""
@@ -110,6 +112,8 @@ def ceilings(results: Results, workload: str, metrics: set[str], systems: int) -
     """What the S3 server gives by itself, to be compared with what is read from it."""
     if workload == SERVER:
         return []
+    if metrics & SAMPLE_RATES:
+        metrics = metrics | {"files_per_s", "bytes_per_s"}
     found = [each for each in of_workload(results, SERVER) if each.metric in metrics]
     return [
         [f"*the S3 server alone, {cell(each.case)}: {cell(value_and_spread(each))}*", *[""] * (systems + 1)]

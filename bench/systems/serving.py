@@ -14,15 +14,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.systems.base import Missing
+from bench.systems.base import Missing, Mounted, System
 from cachefs.fuse import MountError, abort, find_mount, unmount
 
 START_LIMIT_S = 60.0
 END_LIMIT_S = 15.0
 LOG_TAIL_BYTES = 800
+QUIET_S = 0.5
+SETTLE_LIMIT_S = 60.0
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Peer(System):
+    """A file system of others, of whose cache nothing is known but what it takes of the disk."""
+
+    def settle(self, mounted: Mounted) -> None:
+        """Some write what was read to their caches later, and are given the time for it."""
+        deadline = time.monotonic() + SETTLE_LIMIT_S
+        before, since = -1, time.monotonic()
+        while (now := kept_bytes(mounted)) != before or time.monotonic() - since < QUIET_S:
+            if now != before:
+                before, since = now, time.monotonic()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the cache still changed after {SETTLE_LIMIT_S:g} s")
+            time.sleep(0.05)
+        super().settle(mounted)
+
+
+def kept_bytes(mounted: Mounted) -> int:
+    """What a mount takes of the disk in its place, below which it may be itself."""
+    kept = 0
+    for directory, names, files in os.walk(mounted.place):
+        if Path(directory) == mounted.path.parent:
+            names[:] = [name for name in names if name != mounted.path.name]
+        for name in files:
+            # Caches rename their files.
+            with suppress(FileNotFoundError):
+                kept += os.lstat(os.path.join(directory, name)).st_blocks * 512
+    return kept
 
 
 def program(name: str, how: str) -> str:
@@ -86,7 +117,7 @@ def serving(
                 raise RuntimeError(f"{name} did not mount in {START_LIMIT_S:g} s:\n{end_of_log(place)}")
             time.sleep(0.05)
         connection = mounted.connection
-        yield group_members(process.pid)
+        yield [pid for pid in group_members(process.pid) if not _only_mounts(pid)]
         polite_s = END_LIMIT_S
     finally:
         while find_mount(mountpoint) is not None:
@@ -124,6 +155,14 @@ def group_members(group: int) -> list[int]:
                 if os.getpgid(int(each.name)) == group:
                     members.append(int(each.name))
     return sorted(members)
+
+
+def _only_mounts(pid: int) -> bool:
+    """It ends once the mount is there: that is no crash."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("fusermount")
+    except OSError:
+        return True
 
 
 def is_running(pid: int) -> bool:

@@ -26,7 +26,9 @@ class Epoch:
 
     @property
     def utilisation(self) -> float:
-        """As MLPerf Storage has it: the time that steps take over all time."""
+        """As MLPerf Storage has it, the time that steps take over all time; but that leaves out the first step of each
+        epoch, and here the wait for its batch counts.
+        """
         return self.compute_s / self.seconds
 
     @property

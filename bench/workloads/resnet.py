@@ -15,6 +15,7 @@ import msgspec
 
 from bench.results import Better, Figure, Gap
 from bench.systems.base import Mounted
+from bench.systems.native import forget_pages
 from bench.training.accelerators import RESNET50
 from bench.training.loader import REPOSITORY
 from bench.training.plan import Job, Kind
@@ -114,6 +115,8 @@ class Resnet(Training):
             "local files": ("files", os.fspath(mounted.source.native)),
             "synthetic": ("synthetic", ""),
         }
+        # As cold as what the mount reads.
+        forget_pages(mounted.source.native)
         jobs = {name: self.job(kind, root, round_) for name, (kind, root) in roots.items()}
         inputs = [Input(name=name, job=msgspec.structs.replace(job, workers=2)) for name, job in jobs.items()]
         given = RealJob(inputs=inputs, steps=self.steps, side=self.real_amounts.side, parent=os.getpid())

@@ -211,6 +211,37 @@ def test_what_is_broken_counts_and_what_was_not_asked_for_does_not(
     assert not without.failed and [each.why for each in without.gone] == [""]
 
 
+@pytest.mark.parametrize(
+    ("system", "kind", "case", "failed"),
+    [
+        ("cachefs", "hung", "", True),
+        ("cachefs", "crashed", "a", True),
+        ("cachefs", "failed", "another", False),
+        ("", "failed", "", True),
+        ("cachefs", "skipped", "a", False),
+        ("rclone", "hung", "", False),
+    ],
+)
+def test_what_breaks_in_a_later_round_counts_though_there_are_figures(
+    system: str, kind: Any, case: str, failed: bool
+) -> None:
+    gap = Gap(workload="fio", system=system, kind=kind, why="because", case=case)
+    measured = (measure("cachefs", [1.0]), measure("rclone", [1.0]))
+    compared = compare(results(*measured), results(*measured, gaps=[gap]), 1.2)
+    assert compared.failed == failed
+    assert [(each.system, each.why) for each in compared.gone] == ([(system, f"{kind}: because")] if failed else [])
+    text = io.StringIO()
+    show(compared, Console(file=text, width=160))
+    assert ("because" in text.getvalue()) == failed
+    assert not compare(results(*measured, gaps=[gap]), results(*measured, gaps=[gap]), 1.2).failed
+
+
+def test_what_the_server_gives_by_itself_is_not_ours() -> None:
+    before, after = (measure("", [value], workload="server") for value in (10.0, 5.0))
+    assert not compare(results(before), results(after), 1.2).failed
+    assert only(before, after).kind == "worse"
+
+
 def test_what_is_new_or_has_another_unit_is_told() -> None:
     compared = compare(results(measure("cachefs", [1.0])), results(measure("cachefs", [1.0], unit="MB/s")), 1.2)
     assert len(compared.gone) == len(compared.new) == 1 and not compared.failed

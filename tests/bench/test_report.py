@@ -21,7 +21,7 @@ from bench.report.names import number, quantity, round_quantity, scale_of
 from bench.report.plots import common_end
 from bench.report.readme import write_readme
 from bench.report.reasons import REASONS, UNKNOWN, Reason, why_ahead
-from bench.report.tables import Ahead, ahead, ahead_table, comparison, headline_metrics, of_workload
+from bench.report.tables import Ahead, ahead, ahead_table, cases_of, comparison, headline_metrics, of_workload
 from bench.results import Gap, Machine, Measure, Results, save
 
 MACHINE = Machine(kernel="Linux 6.18", cpu="A | B", processors=2, memory_bytes=8 << 30, medium="tmpfs", python="3.11.7")
@@ -128,7 +128,9 @@ def test_the_server_alone_is_the_last_row_where_it_was_measured_in_the_same() ->
     last = comparison(run, "fio", metrics).rows[-1]
     assert last[0] == "*the S3 server alone, objects of 8 MiB: 2.10 GB/s (2.00–2.20)*"
     assert len(last) == 2 + len(SYSTEMS)
-    assert "alone" not in str(comparison(run, "resnet", headline_metrics(of_workload(run, "resnet"))))
+    training = comparison(run, "resnet", headline_metrics(of_workload(run, "resnet"))).rows
+    assert training[-1][0] == last[0] and len(training[-1]) == len(training[0])
+    assert "alone" not in str(comparison(run, "fio", cases_of(of_workload(run, "fio"), "p99_s")))
 
 
 def test_others_that_are_ahead_are_named_with_reasons() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bench import server
 from bench.data import PIECE, random_pieces, write_native
-from bench.systems.base import Missing, Source, System
+from bench.systems import serving
+from bench.systems.base import Missing, Mounted, Source, System
 from bench.systems.registry import SYSTEMS
 from bench.systems.serving import is_running
-from cachefs.fuse import all_mounts
+from cachefs.fuse import all_mounts, probe
 from cachefs.testing.s3server import S3Server
 
 FILES = {"top": 10, "a/empty": 0, "a/b/small": 112_000, "large": 3 * PIECE + 1}
@@ -115,3 +122,65 @@ def test_content_is_the_same_every_time_and_differs_between_files() -> None:
     assert content("a", 1000) == first[:1000]
     assert len({first, content("b", size), content("a", size, seed=1)}) == 3
     assert first[:PIECE] != first[PIECE : 2 * PIECE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each for each in SYSTEMS if each != "native"])
+def test_the_kernel_believes_what_every_system_told_it(name: str, tmp_path: Path, source: Source) -> None:
+    system: System = SYSTEMS[name]()
+    try:
+        system.check()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    place = tmp_path / "place"
+    place.mkdir()
+    with system.mounted(source, place, 1 << 30) as mounted:
+        path = mounted.path / "a" / "b" / "small"
+        path.stat()
+        # What libfuse says where it was not told anything.
+        time.sleep(1.1)
+        for pid in mounted.pids:
+            os.kill(pid, signal.SIGSTOP)
+        looking = subprocess.Popen(["test", "-f", path])
+        try:
+            assert looking.wait(10) == 0
+        finally:
+            for pid in mounted.pids:
+                os.kill(pid, signal.SIGCONT)
+            looking.wait()
+
+
+@pytest.mark.skipif(not probe().passthrough_possible, reason="the bare server of this test needs it")
+def test_who_only_mounts_is_none_of_the_processes_of_a_mount(tmp_path: Path, source: Source) -> None:
+    """Ending is no crash of theirs."""
+    mounting = tmp_path / "fusermount3"
+    mounting.symlink_to(shutil.which("sleep") or "")
+    place = tmp_path / "place"
+    place.mkdir()
+    served = f"{sys.executable} -m bench.bare_fuse {source.native} {place / 'mnt'}"
+    command = ["sh", "-c", f"{mounting} 100 & exec {served}"]
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    with serving.serving(command, place / "mnt", place, environment) as pids:
+        assert len(pids) == 1 and "fusermount" not in Path(f"/proc/{pids[0]}/comm").read_text()
+
+
+def test_others_are_given_time_for_their_caches(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "place" / "cache").mkdir(parents=True)
+    (tmp_path / "place" / "mnt").mkdir()
+    (tmp_path / "place" / "cache" / "block").write_bytes(bytes(8192))
+    (tmp_path / "place" / "mnt" / "shown").write_bytes(bytes(8192))
+    path, place = tmp_path / "place" / "mnt", tmp_path / "place"
+    mounted = Mounted(system="rclone", path=path, source=source, place=place, facts={}, pids=[])
+    assert serving.kept_bytes(mounted) == (place / "cache" / "block").stat().st_blocks * 512 > 0
+    grown = iter([0, 10, 20, 30])
+    monkeypatch.setattr(serving, "kept_bytes", lambda mounted: next(grown, 30))
+    monkeypatch.setattr(serving, "QUIET_S", 0.0)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    SYSTEMS["rclone"]().settle(mounted)
+    assert not list(grown)
+    monkeypatch.setattr(serving, "kept_bytes", lambda mounted: time.monotonic())
+    monkeypatch.setattr(serving, "SETTLE_LIMIT_S", 0.1)
+    with pytest.raises(TimeoutError):
+        SYSTEMS["rclone"]().settle(mounted)

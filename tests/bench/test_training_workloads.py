@@ -178,6 +178,20 @@ def test_training_for_real_says_how_to_install_torch(s3_bucket: Bucket, tmp_path
     assert gap.kind == "missing" and "pip install torch" in gap.why
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed, and would train")
+def test_training_for_real_reads_local_files_as_cold_as_the_mount(
+    s3_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Resnet(Scale.SMOKE, {"real": "yes"})
+    source = make_source(workload, tmp_path / "native", s3_bucket)
+    forgotten: list[Path] = []
+    monkeypatch.setattr("bench.workloads.resnet.forget_pages", forgotten.append)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (gap,) = measured(workload, "native", source, tmp_path / "place").gaps
+    assert "No module named 'torch'" in gap.why
+    assert forgotten == [source.native]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
