@@ -28,6 +28,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _OWN_MEMORY_FROM = 4 * MiB
 """More than a READ is answered with: memory for those is used again."""
 
+ENDED_WELL = b'{"ended": 0}\n'
+"""What a supervisor is told by a service whose process it may not be able to wait for."""
+
 Report = Callable[[dict[str, Any]], None]
 """Call it once, when the service is ready, with what a supervisor or a person wants to know."""
 

@@ -14,7 +14,7 @@ COMMANDS = {
     "up": "cachefs.cli.up",
     "master": "cachefs.cli.services",
     "worker": "cachefs.cli.services",
-    "mount": "cachefs.cli.services",
+    "mount": "cachefs.cli.mount",
     "umount": "cachefs.cli.umount",
     "ls": "cachefs.cli.inspect",
     "stat": "cachefs.cli.inspect",
@@ -35,6 +35,9 @@ COMMANDS = {
     "completion": "cachefs.cli.completion",
     "version": "cachefs.cli.version",
 }
+
+HIDDEN = {"mount-server": ("cachefs.cli.mount", "mount_server")}
+"""What other commands start, and nobody else: the module and the name in it."""
 
 SUBCOMMANDS = {"worker": ("cachefs.cli.workers", ("list", "drain", "undrain", "forget"))}
 """Of commands that also do something without one: the module with their group, and their names."""
@@ -58,12 +61,16 @@ class _Group(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in HIDDEN:
+            module, name = HIDDEN[cmd_name]
+            command: click.Command = getattr(importlib.import_module(module), name)
+            return command
         return load_command(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args and args[0] not in (*COMMANDS, *HIDDEN) and not args[0].startswith("-"):
             nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else f" There are {', '.join(COMMANDS)}."
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)

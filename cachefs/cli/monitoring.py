@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import click
+import trio
 
 from cachefs.cli import params
 from cachefs.metrics import Monitor
-from cachefs.model import ConfigError
-from cachefs.net import Address, TcpAddress, serving_http
+from cachefs.model import CachefsError, ConfigError
+from cachefs.net import Address, TcpAddress, open_background, serving_http
 
 http_option = click.option(
     "--http",
@@ -21,11 +23,47 @@ http_option = click.option(
 )
 
 
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 1.0
+
+
 class Shown(NamedTuple):
     monitor: Monitor | None
     """None: nobody is to see anything."""
     facts: dict[str, str]
     """To be reported when the service is ready."""
+    begin: Callable[[], None] = lambda: None
+    """Call it then, too."""
+
+
+@asynccontextmanager
+async def shown_later(role: str, address: Address | None) -> AsyncGenerator[Shown, None]:
+    """As `monitored`, for one that takes the place of another: served once it is ready and the address is free, and
+    without it whatever happens.
+    """
+    if not isinstance(address, TcpAddress):
+        yield Shown(None, {})
+        return
+    monitor = Monitor(role)
+    ready = trio.Event()
+
+    async def serve(address: TcpAddress) -> None:
+        await ready.wait()
+        is_said = False
+        while True:
+            try:
+                async with serving_http(address, monitor.answer):
+                    await trio.sleep_forever()
+            except (CachefsError, OSError) as error:
+                if not is_said:
+                    logger.warning("monitoring is not served yet address=%s error=%s", address, error)
+                is_said = True
+            await trio.sleep(_PAUSE_S)
+
+    async with open_background() as nursery:
+        nursery.start_soon(serve, address)
+        yield Shown(monitor, {}, ready.set)
 
 
 @asynccontextmanager

@@ -48,6 +48,14 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return value
 
 
+def security_arguments() -> tuple[str, ...]:
+    """The flags as a child process is told them."""
+    given = _given()
+    files = [(name, given[name.replace("-", "_")]) for name in _FILES]
+    told = [each for name, path in files if path is not None for each in (f"--{name}", path)]
+    return (*told, *(["--insecure"] if given["insecure"] else []))
+
+
 def _given() -> Mapping[str, Any]:
     found: Mapping[str, Any] = click.get_current_context().meta[_META]
     return found

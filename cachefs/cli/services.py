@@ -1,4 +1,4 @@
-"""`cachefs master`, `cachefs worker`, `cachefs mount`: one process each, in the foreground."""
+"""`cachefs master` and `cachefs worker`: one process each, in the foreground."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import click
 import trio
 
 from cachefs.cli import params
-from cachefs.cli.lifecycle import Report, keep_tables_apart, leaves, run_service, set_up_logging
-from cachefs.cli.monitoring import Shown, http_option, monitored
-from cachefs.cli.mount_options import by_flag, mount_config, mount_options, with_profile
+from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.cli.monitoring import http_option, monitored
 from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
-from cachefs.fuse import ChosenMode, Mount, run_mount
 from cachefs.master import MasterConfig, run_master
 from cachefs.model import ConfigError
 from cachefs.net import Address, Role, TcpAddress
@@ -77,7 +75,7 @@ def master(
     security = security_of(None, Role.WORKER, listen=listen)
     config = MasterConfig(
         data_dir=data_dir,
-        listen=_tcp("--listen", listen),
+        listen=tcp_address("--listen", listen),
         mounts=mounts,
         ufs_options=params.collect_ufs_options(ufs_options),
         cluster_id=cluster,
@@ -161,7 +159,7 @@ def worker(
     config = WorkerConfig(
         name=name,
         master=master_address,
-        listen=_tcp("--listen", listen),
+        listen=tcp_address("--listen", listen),
         socket=os.path.abspath(socket),
         tiers=tuple(replace(tier, idle_after_s=idle_after) for tier in tiers),
         labels=params.collect_labels(labels),
@@ -171,94 +169,6 @@ def worker(
         files_ahead=files_ahead,
     )
     run_service("worker", partial(_run_and_report, "worker", run_worker, config, http), supervised_fd, as_json=as_json)
-
-
-@click.command(cls=Configured)
-@click.argument("mountpoint")
-@click.option("--master", "master_address", type=params.ADDRESS, required=True)
-@click.option("--worker-socket", metavar="PATH", help="Default: that of the worker the master knows on this node.")
-@click.option(
-    "--worker",
-    "worker_address",
-    type=params.ADDRESS,
-    help="Read through this worker as long as it is there, on whatever host. Default: that of this node, or else the "
-    "nearest by its labels.",
-)
-@params.label_option
-@click.option(
-    "--promote",
-    type=click.Choice([each.value for each in Promote]),
-    show_default="that of the worker",
-    help="Whether the worker keeps what is read through this mount.",
-)
-@mount_options
-@http_option
-@security_options
-@log_level_option
-@json_ready_option
-@supervised_option
-@click.pass_context
-def mount(
-    ctx: click.Context,
-    /,
-    mountpoint: str,
-    master_address: Address,
-    worker_socket: str | None,
-    worker_address: Address | None,
-    labels: tuple[tuple[str, str], ...],
-    promote: str | None,
-    http: Address | None,
-    log_level: str,
-    as_json: bool,
-    supervised_fd: int | None,
-    **mount_flags: Any,
-) -> None:
-    """Mount the namespace, read only, and serve it until it is unmounted."""
-    set_up_logging("mount", log_level)
-    addresses = {"master": master_address}
-    if worker_address is not None:
-        if worker_socket is not None:
-            raise ConfigError("--worker-socket", worker_socket, "without --worker: a mount reads through one of them")
-        addresses["worker"] = _tcp("--worker", worker_address)
-    security = security_of(Role.CLIENT, Role.CLIENT, serves=False, **addresses)
-    flags = with_profile(ctx, mount_flags)
-    config = mount_config(mountpoint, master_address, worker_socket, flags, promote=promote)
-    client = replace(
-        config.client,
-        security=security,
-        worker_address=worker_address,
-        anywhere=True,
-        labels=params.collect_labels(labels),
-    )
-    config = replace(config, client=client)
-
-    async def service(report: Report) -> None:
-        async with monitored("mount", http) as shown:
-            await serve(report, shown)
-
-    async def serve(report: Report, shown: Shown) -> None:
-        def ready(mounted: Mount, chosen: ChosenMode) -> None:
-            report(
-                {
-                    "mountpoint": mounted.mountpoint,
-                    "driver": config.driver.value,
-                    "open_mode": chosen.mode.value,
-                    "why": chosen.why,
-                    **({"notes": "; ".join(chosen.notes)} if chosen.notes else {}),
-                    "connection": mounted.connection,
-                    **shown.facts,
-                }
-            )
-
-        try:
-            await run_mount(config, ready, shown.monitor)
-        except* ConfigError as group:
-            error = leaves(group)[0]
-            assert isinstance(error, ConfigError)
-            raise by_flag(error) from group
-
-    keep_tables_apart()
-    run_service("mount", service, supervised_fd, as_json=as_json)
 
 
 async def _run_and_report(role: str, run: Any, config: Any, http: Address | None, report: Report) -> None:
@@ -271,7 +181,7 @@ async def _run_and_report(role: str, run: Any, config: Any, http: Address | None
 def _advertised(listen: Address, advertise: Address | None) -> str:
     """Empty: where it listens. Raises ConfigError for what leads nobody to this worker."""
     if advertise is not None:
-        address = _tcp("--advertise", advertise)
+        address = tcp_address("--advertise", advertise)
         if address.port == 0 or _is_wildcard(address.host):
             raise ConfigError("--advertise", str(address), "HOST:PORT that others can connect to, with a port above 0")
         return str(address)
@@ -288,7 +198,7 @@ def _is_wildcard(host: str) -> bool:
         return False
 
 
-def _tcp(key: str, address: Address) -> TcpAddress:
+def tcp_address(key: str, address: Address) -> TcpAddress:
     if not isinstance(address, TcpAddress):
         raise ConfigError(key, str(address), "HOST:PORT")
     return address

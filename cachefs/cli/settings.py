@@ -190,7 +190,7 @@ class Configured(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Those who are started by `up` are told everything by it.
-        is_told = self.name != "up" and "--supervised" in args
+        is_told = (self.name != "up" and "--supervised" in args) or self.name == "mount-server"
         if not is_told and not ctx.resilient_parsing:
             commands = _configured_commands()
             check_environment(commands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 
 import click
 
@@ -19,6 +20,7 @@ from cachefs.model import ConfigError
 @click.option("dead", "--dead", is_flag=True, help="Every mount of cachefs whose server is gone.")
 @click.option("--lazy", is_flag=True, help="Also while files on it are open: they stay usable until they are closed.")
 @click.option("--force", is_flag=True, help="Also when its server hangs: open files get errors.")
+@click.option("--connection", type=int, hidden=True, help="Only the mount with this connection, dead or alive.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be unmounted.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all.")
 @params.json_option
@@ -28,6 +30,7 @@ def umount(
     dead: bool,
     lazy: bool,
     force: bool,
+    connection: int | None,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -37,6 +40,9 @@ def umount(
     A mount whose server is gone ("Transport endpoint is not connected") is taken away like any other. --all means
     those of other users and jobs too, and asks first, if there is a terminal to ask at.
     """
+    if connection is not None:
+        _end(mountpoints, connection, force)
+        return
     if everything and (mountpoints or dead):
         other = "MOUNTPOINT" if mountpoints else "--dead"
         raise click.UsageError(f"--all takes no {other}: it is every mount of cachefs on this machine.")
@@ -64,6 +70,20 @@ def umount(
         print(f"Error: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
+
+
+def _end(mountpoints: tuple[str, ...], connection: int, force: bool) -> None:
+    """For whoever kept a mount that cannot be saved. `force`: whoever asks holds the device, and it lives.
+
+    In this order: the number of a connection is another's once nothing is mounted by it.
+    """
+    with suppress(MountError):  # not root: it ends with its server
+        if force:
+            abort(connection)
+    for mountpoint in mountpoints:
+        found = find_mount(mountpoint)
+        if found is not None and found.fs_type == FS_TYPE and found.connection == connection:
+            unmount(mountpoint, lazy=True)
 
 
 def _ask(mounts: list[MountInfo]) -> None:

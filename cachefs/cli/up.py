@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,13 @@ import trio
 
 from cachefs.cli import params
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
-from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.cli.lifecycle import ENDED_WELL, Report, run_service, set_up_logging
+from cachefs.cli.mount import keeper_socket_of, listen_for, server_command
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
-from cachefs.fuse import FS_TYPE, MountError, abort, check_apart, find_mount, probe, unmount
+from cachefs.fuse import FS_TYPE, Driver, MountError, abort, check_apart, find_mount, probe, unmount
+from cachefs.fuse.keeping import command_file, keeper_command
 from cachefs.model import CachefsError, ConfigError, format_duration, format_size, without_credentials
 from cachefs.net import Address, TcpAddress
 from cachefs.policy import Promote
@@ -49,6 +51,7 @@ class UpConfig:
     worker_flags: tuple[str, ...]
     mount_flags: tuple[str, ...]
     log_level: str
+    driver: Driver = Driver.KERNEL
 
 
 class Child:
@@ -79,16 +82,26 @@ class Child:
         self.facts = facts
 
     async def wait_end(self) -> int:
-        """Its exit status. Notices the end by the link, which the process holds until then."""
-        while await self._link.recv(4096):
-            pass
+        """Its exit status. Notices the end by the link, which the process holds until then; a mount, of which one of
+        two processes may die, says there that it ended well.
+        """
+        said = b""
+        while data := await self._link.recv(4096):
+            said = data
+        if said.endswith(ENDED_WELL):
+            return 0
         return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
 
     async def end(self) -> None:
-        """SIGTERM, and SIGKILL when that does not help."""
+        """SIGTERM, and the end of the link for whoever took its place; SIGKILL when that does not help."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+        with suppress(OSError):
+            self._link.shutdown(socket.SHUT_WR)
         with trio.move_on_after(END_TIMEOUT_S) as scope:
+            with suppress(OSError):
+                while await self._link.recv(4096):
+                    pass
             await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
         if scope.cancelled_caught:
             logger.error("killed role=%s pid=%d reason=did-not-end", self.role, self._process.pid)
@@ -121,7 +134,7 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
         async with _child("worker", [*reach_master, *worker_flags]) as worker:
             await worker.wait_ready()
             mount_flags = ["--worker-socket", socket_path, *config.mount_flags, *common]
-            async with _child("mount", [config.mountpoint, *reach_master, *mount_flags]) as mount:
+            async with _mount_child(config, [*reach_master, *mount_flags]) as mount:
                 try:
                     await mount.wait_ready()
                     instance = Instance(
@@ -168,9 +181,9 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
     left = find_mount(mountpoint)
     if left is not None and left.fs_type == FS_TYPE and left.connection == mount.facts.get("connection"):
         logger.warning("removing what the mount left mountpoint=%s", mountpoint)
-        unmount(mountpoint, lazy=True)
         with suppress(MountError):  # not root: it ends with its server
             abort(left.connection)
+        unmount(mountpoint, lazy=True)
 
 
 def _environment() -> dict[str, str]:
@@ -179,17 +192,48 @@ def _environment() -> dict[str, str]:
 
 
 @asynccontextmanager
+async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGenerator[Child, None]:
+    """The keeper, which starts the server; where there is none, the server."""
+    if config.driver is not Driver.KERNEL:
+        async with _child("mount", [config.mountpoint, *arguments]) as child:
+            yield child
+        return
+    path = keeper_socket_of(config.mountpoint)
+    with listen_for(config.mountpoint, path) as listener:
+        fds = [listener.fileno()]
+
+        def command(link: str) -> list[str]:
+            fds.append(command_file(server_command(config.mountpoint, [*arguments, "--supervised", link])))
+            values = {"listen": listener.fileno(), "path": path, "hold": link, "end": END_TIMEOUT_S - 5}
+            return keeper_command(config.mountpoint, values, fds[-1])
+
+        async with _child("mount", arguments, command=command, fds=fds) as child:
+            listener.close()
+            os.close(fds[-1])
+            yield child
+
+
+@asynccontextmanager
 async def _child(
-    role: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    role: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    command: Callable[[str], list[str]] | None = None,
+    fds: Sequence[int] = (),
 ) -> AsyncGenerator[Child, None]:
+    """`command`: what is run instead, by the number of the link; `fds`: what it gets as well."""
     ours, theirs = socket.socketpair()
     with theirs:
         ours.setblocking(False)
         # Not trio's: its processes end with the task that waits for them, ours are ended in order.
+        link = str(theirs.fileno())
+        usual = [sys.executable, "-m", "cachefs", role, *arguments, "--supervised", link]
+        chosen = command(link) if command is not None else usual
         process = subprocess.Popen(  # noqa: ASYNC220
-            [sys.executable, "-m", "cachefs", role, *arguments, "--supervised", str(theirs.fileno())],
+            chosen,
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *fds],
             env={**_environment(), **(environment or {})},
             # A Ctrl-C at the terminal is for us, who end them in order.
             start_new_session=True,
@@ -287,6 +331,7 @@ def up(
         ),
         mount_flags=(*as_arguments(flags), *_http(mount_http)),
         log_level=log_level,
+        driver=Driver(flags["driver"]),
     )
     if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)

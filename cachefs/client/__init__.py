@@ -1,6 +1,6 @@
 """What any front end uses: a cache of names and attributes, sealed files by descriptor, reads through the worker."""
 
-from cachefs.client.client import Client, open_client
+from cachefs.client.client import Client, Earlier, open_client
 from cachefs.client.config import ClientConfig, Timeouts
 from cachefs.client.dirs import DirReader
 from cachefs.client.files import ContentReader, read_exactly, read_exactly_nowait
@@ -15,6 +15,7 @@ __all__ = [
     "ClientConfig",
     "ContentReader",
     "DirReader",
+    "Earlier",
     "Metadata",
     "Timeouts",
     "View",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -68,6 +69,8 @@ _WATCH_REFUSED_PAUSE_S = 5.0
 _CONNECT_TIMEOUT_S = 5.0
 _FREED_WITHIN_S = 60.0
 """By a worker that is alive: removing hundreds of large files takes some disks a while."""
+_BEGIN_AGAIN_S = 2.0
+"""For the worker to answer, of whoever goes on with the work of another: readers wait meanwhile."""
 
 
 class Client:
@@ -81,6 +84,7 @@ class Client:
         workers: Workers,
         sealed: SealedReader,
         nursery: trio.Nursery,
+        epoch: int = 0,
     ) -> None:
         self.on_changed: Callable[[View, list[ChangedName]], None] = _ignore_names
         """Called with names that changed, when we have forgotten them: whoever was told of them may do so too."""
@@ -100,7 +104,7 @@ class Client:
         self._opens = {"passthrough": 0, "cached": 0}
         self._settling = trio.Lock()
         self._watching = trio.CancelScope()
-        self.view = self._look_at(cluster, 0)
+        self.view = self._look_at(cluster, epoch)
         """The namespace as it is now; those before are kept by whoever has something open in them."""
 
     @property
@@ -373,12 +377,27 @@ class Client:
                     self._opened.clear()
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What a client knew whose work another goes on with."""
+
+    cluster: ClusterInfo
+    epoch: int
+    tiers: tuple[str, ...] = ()
+
+
 @asynccontextmanager
-async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
+async def open_client(config: ClientConfig, earlier: Earlier | None = None) -> AsyncGenerator[Client, None]:
     """Connect to the master, and to the worker if there is one.
 
     Raises TransportError when the master, a worker that was named, or every worker there is cannot be reached.
+
+    `earlier`: nobody is waited for, as whoever asks has been told all that it takes to begin; numbers mean the same.
     """
+    if earlier is not None:
+        async with _open_again(config, earlier) as client:
+            yield client
+        return
     async with open_background() as nursery:
         master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
@@ -390,6 +409,26 @@ async def open_client(config: ClientConfig) -> AsyncGenerator[Client, None]:
         if config.with_worker:
             nursery.start_soon(workers.follow)
         await nursery.start(client.watch)
+        yield client
+
+
+@asynccontextmanager
+async def _open_again(config: ClientConfig, earlier: Earlier) -> AsyncGenerator[Client, None]:
+    async with open_background() as nursery:
+        master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
+        sealed = SealedReader(earlier.tiers)
+        workers = Workers(config, master, sealed)
+        try:
+            with trio.move_on_after(_BEGIN_AGAIN_S):
+                await workers.begin_again()
+        except CachefsError as error:
+            logger.warning("no worker yet error=%s", error)
+        client = Client(config, earlier.cluster, master, workers, sealed, nursery, earlier.epoch)
+        client.metadata.told_by_others = True
+        nursery.start_soon(client.report_opens)
+        if config.with_worker:
+            nursery.start_soon(workers.follow)
+        nursery.start_soon(client.watch)
         yield client
 
 

@@ -123,6 +123,8 @@ class Metadata:
         self._touched: OrderedDict[Ino, _Touched] = OrderedDict()
         self._lookups: Flights[tuple[Ino, str], Attr | None] = Flights(nursery)
         self._on_foreign = on_foreign
+        self.told_by_others = False
+        """Whether whoever asks us has been told names by one before us."""
         self.hits = 0
         """Questions that were answered from memory, and `misses`: requests that the master got."""
         self.misses = 0
@@ -360,7 +362,7 @@ class Metadata:
                 known = self._remembered.forget(found.ino) if found is not None else None
                 if found is not None:
                     told.append(ChangedName(directory, name, known is not None and known.attr.is_dir))
-                elif self._remembered.has_forgotten:
+                elif self._remembered.has_forgotten or self.told_by_others:
                     told.append(ChangedName(directory, name, True))
         return told
 

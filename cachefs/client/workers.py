@@ -157,6 +157,14 @@ class Workers:
         if found is not None:
             self._take(found)
 
+    async def begin_again(self) -> None:
+        """As `begin`, but those who are away are not waited for: they are looked for when they are needed."""
+        if self._config.with_worker:
+            named = self._named()
+            found = await self._meet(named) if named is not None else await self._best()
+            if found is not None:
+                self._take(found)
+
     def _named(self) -> Candidate | None:
         if self._config.worker_socket is not None:
             return Candidate("", UnixAddress(self._config.worker_socket), 0)

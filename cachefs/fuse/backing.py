@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 
+from cachefs.fuse.kept import Kept
 from cachefs.fusewire import IOC_BACKING_CLOSE, IOC_BACKING_OPEN
 from cachefs.model import CachefsError
 
@@ -42,9 +43,10 @@ class BackingRegistry:
     outlive this process if another one holds the connection. Nothing here blocks.
     """
 
-    def __init__(self, fuse_fd: int) -> None:
-        """`fuse_fd`, the connection's device file, stays the caller's."""
+    def __init__(self, fuse_fd: int, kept: Kept | None = None) -> None:
+        """`fuse_fd`, the connection's device file, stays the caller's. `kept`: is told of each id at once."""
         self._fuse_fd = fuse_fd
+        self._kept = kept
         # They must be mutable: for immutable ones `ioctl` returns the buffer instead of the id.
         self._map = bytearray(_MAP.size)
         self._id = bytearray(_ID.size)
@@ -58,12 +60,14 @@ class BackingRegistry:
         _MAP.pack_into(self._map, 0, fd, 0, 0)
         try:
             backing_id: int = fcntl.ioctl(self._fuse_fd, IOC_BACKING_OPEN, self._map, True)
-            return backing_id
         except OSError as exc:
             reason = _REASONS.get(exc.errno or 0)
             if reason is None:
                 raise
             raise PassthroughUnavailable(f"{reason} ({os.strerror(exc.errno or 0)})", exc.errno or 0) from exc
+        if self._kept is not None:
+            self._kept.note_backing_id(backing_id)
+        return backing_id
 
     def release(self, backing_id: int) -> None:
         """Idempotent. Files open through the id stay readable; new opens cannot use it. Raises OSError."""

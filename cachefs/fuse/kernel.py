@@ -30,6 +30,7 @@ from time import perf_counter
 import trio
 
 from cachefs.fuse.answers import REFUSED_OPEN_FLAGS, ErrorAnswers, check_length
+from cachefs.fuse.kept import Kept
 from cachefs.fuse.notify import KnownNames, Notifier
 from cachefs.fuse.protocol import AttrReply, DirEntry, EntryReply, OpenDirReply, OpenReply, Operations
 from cachefs.fuse.waiting import WaitingRequests
@@ -37,6 +38,7 @@ from cachefs.fusewire import (
     INC_EPOCH_MINOR,
     KERNEL_MAJOR,
     NO_REPLY,
+    UNIQUE_RESEND,
     WRITES,
     GetxattrRequest,
     InitOptions,
@@ -79,9 +81,12 @@ logger = logging.getLogger(__name__)
 _DRAIN_LIMIT = 64
 """Requests answered in a row before other tasks get a turn: some 2 ms."""
 _LINGER_MS = 1
+_DRAIN_LIMIT_S, _DRAIN_POLL_S = 2.0, 0.01
 _OPCODE, _NODE = slice(4, 8), slice(16, 24)
 _OPEN, _RELEASE = (opcode.to_bytes(4, sys.byteorder) for opcode in (Opcode.OPEN, Opcode.RELEASE))
 """What is looked at before a request is parsed."""
+_IS_GONE = (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+"""The connection is over."""
 _INIT_BUFFER = 1 << 17
 """For read(2) before INIT has settled the size of requests."""
 
@@ -118,11 +123,14 @@ class KernelSession:
         options: SessionOptions | None = None,
         *,
         agreed: Negotiated | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """`fd`: a non-blocking /dev/fuse file, mounted already; stays the caller's.
 
         `agreed`: what an earlier server of this connection negotiated. The kernel sends no second INIT, so `serve` has
         it send again what that server left unanswered. The earlier server must be gone.
+
+        `kept`: where handles are recorded before the kernel is told of them.
         """
         self._fd = fd
         self._operations = operations
@@ -137,6 +145,9 @@ class KernelSession:
         """The request that is being looked at has to wait."""
         self._buffer_size = agreed.buffer_size if agreed is not None else _INIT_BUFFER
         self._no_open = agreed is not None and agreed.no_open
+        self._kept = kept
+        self._is_successor = agreed is not None
+        self._reading = trio.CancelScope()
         self.known_names: KnownNames = list
         """(parent node, name) of all that the kernel may have been told. For kernels before 6.16, see `notify`."""
         self._notifier: Notifier | None = None
@@ -160,13 +171,28 @@ class KernelSession:
         async with open_background() as nursery:
             self._waiting = WaitingRequests(nursery, self._options.max_tasks)
             try:
-                if self.agreed is not None:
-                    self._resume(self.agreed)
-                await self._read_device()
+                if self.agreed is not None and not self._resume(self.agreed):
+                    return
+                with self._reading:
+                    await self._read_device()
+                if self._reading.cancelled_caught:
+                    await self._answer_rest()
             finally:
                 if self._notifier is not None:
                     self._notifier.close()
         logger.info("session ended requests=%d", self.requests.total())
+
+    def drain(self) -> None:
+        """Read no more; `serve` returns when what was read is answered, or after two seconds. What is not answered then
+        is for a successor, who must not begin before.
+        """
+        self._reading.cancel()
+
+    async def _answer_rest(self) -> None:
+        assert self._waiting is not None
+        with trio.move_on_after(_DRAIN_LIMIT_S):
+            while self._waiting:  # noqa: ASYNC110  rare, and over soon
+                await trio.sleep(_DRAIN_POLL_S)
 
     # ---- what the kernel believes ----------------------------------------------------------------------------------
 
@@ -293,7 +319,7 @@ class KernelSession:
                 self._log.log(
                     logging.ERROR, "refused", "answer refused by the kernel answer=%s bytes=%d", start, length
                 )
-            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED):
+            elif error.errno not in (errno.ENOENT, *_IS_GONE):
                 raise
             return False
         return True
@@ -346,13 +372,21 @@ class KernelSession:
         )
         self._task_status.started(agreed)
 
-    def _resume(self, agreed: Negotiated) -> None:
+    def _resume(self, agreed: Negotiated) -> bool:
+        """False if the mount has ended meanwhile."""
         if not agreed.resend:
             raise LocalProtocolError("this kernel cannot send again what an earlier server left unanswered")
-        os.write(self._fd, resend_notification())
+        try:
+            os.write(self._fd, resend_notification())
+        except OSError as error:
+            if error.errno not in _IS_GONE:
+                raise
+            self._task_status.started(agreed)
+            return False
         self._set_up_notifier(agreed)
         logger.info("session resumed granted=%#x", agreed.flags)
         self._task_status.started(agreed)
+        return True
 
     def _destroy(self, unique: int, node: int, request: bytes) -> None:
         self._reply(empty_reply(unique))
@@ -432,6 +466,11 @@ class KernelSession:
 
     def _open(self, unique: int, node: int, request: bytes) -> None:
         flags = parse_open(request).flags
+        if self._kept is not None and unique & UNIQUE_RESEND:
+            # An earlier server may have been killed between recording a handle and telling the kernel of it.
+            never_given = self._kept.handle_never_given(unique)
+            if never_given is not None:
+                self._operations.release(node, never_given)
         if flags & REFUSED_OPEN_FLAGS:
             self._reply(error_reply(unique, errno.EROFS))
             return
@@ -456,6 +495,8 @@ class KernelSession:
         else:
             answer = open_reply(unique, fh, _OPEN_CACHED_KEEP if keep_cache else _OPEN_CACHED)
         try:
+            if self._kept is not None:
+                self._kept.add_handle(fh, node, unique)
             delivered = self._reply(answer)
         except BaseException:
             self._operations.release(node, fh)
@@ -506,6 +547,8 @@ class KernelSession:
 
     def _readdir(self, opcode: Opcode, unique: int, node: int, request: bytes) -> None:
         read = parse_read(request)
+        if self._is_successor:
+            self._operations.adopt_directory(node, read.fh)
         limit = dirent_limit(read.size, opcode is Opcode.READDIRPLUS)
         try:
             entries = self._operations.readdir_nowait(read.fh, read.offset, limit)

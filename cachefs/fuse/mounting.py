@@ -90,6 +90,8 @@ class Mount:
     device: str
     """`major:minor`, st_dev of everything on the mount."""
     allows_other: bool = True
+    below: tuple[int, int, int] | None = None
+    """Mode, st_dev and st_ino of the directory under the mount, if its mode was changed; see `restore_below`."""
 
     @property
     def connection(self) -> int:

@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,6 +30,7 @@ import trio
 from cachefs.client import ChangedName, Client, ContentReader, DirReader, View
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.counts import OperationCounts
+from cachefs.fuse.kept import Found, Kept
 from cachefs.fuse.modes import ChosenMode, OpenMode
 from cachefs.fuse.node_reads import NodeReads
 from cachefs.fuse.protocol import (
@@ -120,8 +122,9 @@ class CacheOperations:
         path: str,
         config: OperationsConfig,
         nursery: trio.Nursery,
+        kept: Kept | None = None,
     ) -> None:
-        """`path`: the directory of the namespace that is mounted."""
+        """`path`: the directory of the namespace that is mounted. `kept`: where it is recorded what is open."""
         self._client = client
         self._path = path
         self._root: tuple[View, Ino] | None = None
@@ -132,7 +135,13 @@ class CacheOperations:
         self._config = config
         self._changes_owner = (config.uid, config.gid, config.umask) != (None, None, 0)
         self._nursery = nursery
-        self._handles = itertools.count(1)
+        self._kept = kept
+        self._restored: View | None = None
+        """The namespace that handles of earlier servers are of."""
+        self._first_handle = kept.begin_generation() if kept is not None else 0
+        self._handles = itertools.count(self._first_handle + 1)
+        self.on_place: Callable[[], None] = lambda: None
+        """Called when it is known under which numbers nodes are told: before any is."""
         self._open: dict[int, _Open] = {}
         self._by_handle: dict[int, _Open] = {}
         self._dirs: dict[int, tuple[View, DirReader]] = {}
@@ -163,6 +172,7 @@ class CacheOperations:
                     notices.notify_inval_entry(self._node(view, directory), name.encode(), expire_only=was_directory)
 
         def on_everything() -> None:
+            self.on_place()
             self.counts.changed_everything += 1
             notices.notify_everything()
 
@@ -173,6 +183,33 @@ class CacheOperations:
         """(parent node, name) of all that may have been told."""
         view = self._client.view
         return [(self._node(view, directory), name.encode()) for directory, name in view.metadata.names()]
+
+    # ---- taking over from an earlier server of this connection -------------------------------------------------------
+
+    @property
+    def root(self) -> Ino | None:
+        """The number of the mounted directory, once it is known in the namespace as it is now."""
+        return self._root[1] if self._root is not None and self._root[0] is self._client.view else None
+
+    def restore(self, root: Ino | None, found: Found, backings: BackingRegistry) -> None:
+        """Go on with what is open. The earlier server must be gone.
+
+        What is open in cached mode goes on as far as the worker has it, or the under-store still does.
+        """
+        view = self._client.view
+        if root is not None:
+            self._root = view, root
+        self._backings = backings
+        self._restored = view
+        for kept in found.nodes:
+            reader = None
+            if kept.backing_id is None and kept.node >> _EPOCH_SHIFT == view.epoch:
+                reader = view.open_content(kept.attr)
+            opened = self._open[kept.node] = _Open(kept.node, view, kept.attr, kept.backing_id, reader)
+            opened.handles |= kept.handles
+            self._by_handle.update(dict.fromkeys(kept.handles, opened))
+        for backing_id in found.unused_ids:
+            self._release_backing(backing_id)
 
     # ---- nodes -----------------------------------------------------------------------------------------------------
 
@@ -204,6 +241,7 @@ class CacheOperations:
                 raise NotADirectory(f"{self._path} is not a directory")
             if view is self._client.view:
                 self._root = view, root.ino
+                self.on_place()
 
     async def _ask(self, node: int, ask: Callable[[View, Ino], Awaitable[T]]) -> T:
         """What `ask` finds about a node. When the namespace changes meanwhile: about the root in the new one, or else
@@ -311,14 +349,27 @@ class CacheOperations:
             backing_id = self._register_sealed(view, attr)
             if backing_id is None:
                 return None
-            opened = self._open[node] = _Open(node, view, attr, backing_id, None)
+            opened = self._opened(node, view, attr, backing_id)
         return self._reply(opened)
 
     def _open_cached(self, node: int, view: View, attr: Attr) -> OpenReply:
         opened = self._open.get(node)
         if opened is None:
-            opened = self._open[node] = _Open(node, view, attr, None, view.open_content(attr))
+            opened = self._opened(node, view, attr, None)
         return self._reply(opened)
+
+    def _opened(self, node: int, view: View, attr: Attr, backing_id: int | None) -> _Open:
+        """Raises OSError (ENFILE)."""
+        if self._kept is not None:
+            try:
+                self._kept.add_node(node, attr, backing_id)
+            except OSError:
+                if backing_id is not None:
+                    self._release_backing(backing_id)
+                raise
+        reader = view.open_content(attr) if backing_id is None else None
+        opened = self._open[node] = _Open(node, view, attr, backing_id, reader)
+        return opened
 
     def _reply(self, opened: _Open) -> OpenReply:
         handle = next(self._handles)
@@ -375,6 +426,8 @@ class CacheOperations:
 
     def _read_open(self, fh: int) -> tuple[_Open, ContentReader]:
         opened = self._by_handle.get(fh)
+        if opened is not None and opened.reader is None and opened.backing_id is None:
+            raise NamespaceChangedError("the file was opened in an earlier namespace, by an earlier server")
         if opened is None or opened.reader is None:
             raise NotFoundError(f"handle {fh} is not open for reading through us")
         return opened, opened.reader
@@ -384,16 +437,24 @@ class CacheOperations:
         if opened is None:
             return
         opened.handles.discard(fh)
+        if self._kept is not None:
+            self._kept.remove_handle(fh)
         if opened.handles:
             return
         del self._open[opened.node]
         if opened.reader is not None:
             opened.reader.close()
-        if opened.backing_id is not None and self._backings is not None:
+        if opened.backing_id is not None:
+            self._release_backing(opened.backing_id)
+        if self._kept is not None:
+            self._kept.remove_node(opened.node)
+
+    def _release_backing(self, backing_id: int) -> None:
+        if self._backings is not None:
             try:
-                self._backings.release(opened.backing_id)
+                self._backings.release(backing_id)
             except OSError as error:
-                logger.error("backing file not released id=%d error=%s", opened.backing_id, error)
+                logger.error("backing file not released id=%d error=%s", backing_id, error)
 
     # ---- directories -----------------------------------------------------------------------------------------------
 
@@ -424,6 +485,8 @@ class CacheOperations:
         """Raises NamespaceChangedError for a directory of an earlier namespace: positions in it mean nothing now."""
         opened = self._dirs.get(fh)
         if opened is None:
+            if fh <= self._first_handle:
+                raise NamespaceChangedError("the directory was opened in an earlier namespace")
             raise NotFoundError(f"directory handle {fh} is not open")
         if opened[0] is not self._client.view:
             raise NamespaceChangedError("the master has another namespace now")
@@ -441,6 +504,12 @@ class CacheOperations:
             )
             for name, attr in ((entry.name, entry.attr) for entry in entries)
         ]
+
+    def adopt_directory(self, node: int, fh: int) -> None:
+        view = self._restored
+        if view is not None and view is self._client.view and fh <= self._first_handle and fh not in self._dirs:
+            with suppress(trio.WouldBlock, NamespaceChangedError):
+                self._dirs[fh] = view, DirReader(view.metadata, self._place_nowait(node)[1], self._nursery)
 
     def releasedir(self, fh: int) -> None:
         opened = self._dirs.pop(fh, None)

@@ -118,6 +118,9 @@ class Operations(Protocol):
 
     async def readdir(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]: ...
 
+    def adopt_directory(self, node: int, fh: int) -> None:
+        """A handle of this directory, which an earlier server may have given, is about to be read. Never raises."""
+
     def releasedir(self, fh: int) -> None:
         """Idempotent; never raises."""
 

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import trio
 
-from cachefs.client import Client, ClientConfig, open_client
+from cachefs.client import Client, ClientConfig, Earlier, open_client
 from cachefs.fuse.backing import BackingRegistry
 from cachefs.fuse.fusermount import CONFIGURATION
+from cachefs.fuse.keeping import KeeperLink, MountFacts
+from cachefs.fuse.kept import Found, Kept
 from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.metrics import MountParts, watch_mount
 from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenMode, choose_mode
@@ -36,11 +39,12 @@ from cachefs.fuse.operations import CacheOperations, Notices, OperationsConfig
 from cachefs.fuse.protocol import Operations
 from cachefs.fusewire import PAGE_SIZE, InitOptions, Negotiated
 from cachefs.metrics import Monitor
-from cachefs.model import ConfigError, MiB
+from cachefs.model import ConfigError, Ino, MiB, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 _UNMOUNT_LIMIT_S = 10.0
+_ANSWER_LIMIT_S = 30.0
 _BUSY_TRIES, _BUSY_PAUSE_S = 4, 0.05
 _PYFUSE3 = (
     "kernel, until pyfuse3 is installed: apt-get install fuse3 libfuse3-dev pkg-config gcc python3-dev, then "
@@ -129,7 +133,10 @@ def why_no_pyfuse3() -> str | None:
 
 
 async def run_mount(
-    config: MountConfig, ready: Callable[[Mount, ChosenMode], None], monitor: Monitor | None = None
+    config: MountConfig,
+    ready: Callable[[Mount, ChosenMode], None],
+    monitor: Monitor | None = None,
+    keeper: KeeperLink | None = None,
 ) -> None:
     """Mount, call `ready(mount, how files are opened)`, and serve until somebody unmounts. `monitor` is shown how it
     does.
@@ -137,54 +144,216 @@ async def run_mount(
     Cancelling unmounts: at once if nobody uses the mount, or else by taking it out of the tree and ending the
     connection, so that whoever still reads through it gets an error and nothing stays behind.
 
+    `keeper` holds what outlives us. If an earlier server left a mount there, we go on with it, once that server is
+    gone; and when it tells us to make way for another, or we fail, the mount stays as it is.
+
     Raises ConfigError, MountError, TransportError, NotFoundError and NotADirectory about the path.
     """
     config.check_machine()
     trio.to_thread.current_default_thread_limiter().total_tokens = config.threads
-    async with open_client(config.client) as client:
+    facts = keeper.facts() if keeper is not None else None
+    if keeper is not None and facts is not None and not facts.agreed.resend:
+        await trio.to_thread.run_sync(_give_up_connection, keeper, facts)
+        facts = None
+    earlier = Earlier(facts.cluster, facts.epoch, facts.tiers) if facts is not None else None
+    async with open_client(config.client, earlier) as client:
+        if keeper is not None and facts is not None:
+            await keeper.stand_by()
+            now = keeper.facts()
+            if now is None or (now.epoch, now.cluster) != (facts.epoch, facts.cluster):
+                # Another one knows better.
+                raise UnavailableError("the namespace changed while this server was waiting for its turn")
+            facts = now
+        await _Serving(config, client, keeper, facts, monitor).run(ready)
+
+
+class _Serving:
+    """One server of a mount, from when it may begin."""
+
+    def __init__(
+        self,
+        config: MountConfig,
+        client: Client,
+        keeper: KeeperLink | None,
+        facts: MountFacts | None,
+        monitor: Monitor | None,
+    ) -> None:
+        """`facts`: what an earlier server left."""
+        self._config = config
+        self._client = client
+        self._keeper = keeper
+        self._kept = keeper.kept if keeper is not None else None
+        self._facts = facts
+        self._monitor = monitor
+        self._mounted: Mount | None = facts.mounted if facts is not None else None
+        self._agreed: Negotiated | None = facts.agreed if facts is not None else None
+        self._is_successor = facts is not None
+        self._is_ready = False
+
+    async def run(self, ready: Callable[[Mount, ChosenMode], None]) -> None:
         with ExitStack() as opened:
-            async with trio.open_nursery() as nursery:
-                operations = CacheOperations(client, config.path, config.operations, nursery)
-                await operations.resolve_root()
-                # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
-                needed = tuple(("the worker's tier", tier) for tier in client.tiers)
-                fd, mounted = await trio.to_thread.run_sync(
-                    open_mount, config.mountpoint, config.source, replace(config.options, needed=needed)
-                )
-                # After the nursery: the session reads it to the end. Without root, closing is what ends the connection.
-                opened.callback(os.close, fd)
-                try:
-                    session = _session(config, fd, operations)
-                    session.known_names = operations.known_names
-                    operations.watch(session)
-                    parts = MountParts(operations, client)
-                    if monitor is not None:
-                        session.observe = parts.times.observe
-                    negotiated = await nursery.start(_serve, session, nursery)
-                    backings = BackingRegistry(fd)
+            try:
+                async with trio.open_nursery() as nursery:
+                    operations = CacheOperations(
+                        self._client, self._config.path, self._config.operations, nursery, self._kept
+                    )
+                    opened.callback(operations.close)
+                    if self._facts is None:
+                        await operations.resolve_root()
+                        fd = await self._mount()
+                    else:
+                        assert self._keeper is not None
+                        fd = self._keeper.fuse_fd
+                    # After the nursery: the session reads it to the end. Without root, closing is what ends the
+                    # connection.
+                    opened.callback(os.close, fd)
+                    await self._serve(fd, operations, nursery, ready)
+            except BaseException as error:
+                if not self._stays_for_another(error):
+                    await self._end()
+                raise
+            if not self._stays_for_another(None):
+                await self._end()
 
-                    def choose(wanted: OpenMode) -> ChosenMode:
-                        chosen = choose_mode(
-                            *(wanted, negotiated, backings, client.tiers),
-                            sys_admin=probe().sys_admin,
-                            why_no_tiers=client.workers.why_no_tiers(),
-                        )
-                        logger.info("files are opened in mode %s", chosen)
-                        operations.set_mode(chosen, backings)
-                        return chosen
+    def _stays_for_another(self, error: BaseException | None) -> bool:
+        """Whether a server after us goes on with the mount."""
+        if self._keeper is None:
+            return False
+        if self._keeper.hands_over:
+            return True
+        if not (self._is_ready or self._is_successor):
+            return False  # it never worked
+        if error is not None and not _is_cancelled(error):
+            return True
+        return self._keeper.connects and error is not None and not self._keeper.was_told_to_end
 
-                    chosen = choose(config.operations.open_mode)
-                    notes = *_notes(mounted, config.options), *_where_it_reads(client)
-                    chosen = replace(chosen, notes=notes)
-                    if config.operations.open_mode in (OpenMode.AUTO, OpenMode.PASSTHROUGH):
-                        _follow_tiers(client, lambda: choose(OpenMode.AUTO))
-                    if monitor is not None:
-                        watch_mount(monitor, parts)
-                    ready(mounted, chosen)
-                    await trio.sleep_forever()
-                finally:
-                    await _unmount(mounted)
-                    operations.close()
+    async def _mount(self) -> int:
+        # In a thread: the check of the mountpoint reads a directory, on a disk or a mount of somebody else.
+        config = self._config
+        needed = tuple(("the worker's tier", tier) for tier in self._client.tiers)
+        fd, mounted = await trio.to_thread.run_sync(
+            open_mount, config.mountpoint, config.source, replace(config.options, needed=needed)
+        )
+        self._mounted = mounted
+        if self._keeper is not None:
+            self._keeper.kept.clear()
+            self._keeper.mounted(fd, mounted.connection)
+        return fd
+
+    async def _serve(
+        self,
+        fd: int,
+        operations: CacheOperations,
+        nursery: trio.Nursery,
+        ready: Callable[[Mount, ChosenMode], None],
+    ) -> None:
+        config, client, keeper = self._config, self._client, self._keeper
+        assert self._mounted is not None
+        backings = BackingRegistry(fd, self._kept)
+        session = _session(config, fd, operations, self._agreed, self._kept)
+        session.known_names = operations.known_names
+        operations.watch(session)
+        parts = MountParts(operations, client)
+        if self._monitor is not None:
+            session.observe = parts.times.observe
+
+        def choose(wanted: OpenMode) -> ChosenMode:
+            chosen = choose_mode(
+                *(wanted, negotiated, backings, client.tiers),
+                sys_admin=probe().sys_admin,
+                why_no_tiers=client.workers.why_no_tiers(),
+            )
+            logger.info("files are opened in mode %s", chosen)
+            operations.set_mode(chosen, backings)
+            return chosen
+
+        negotiated = self._agreed
+        if self._facts is not None:
+            found = keeper.kept.load() if keeper is not None else Found([], [])
+            operations.restore(Ino(self._facts.root) if self._facts.root is not None else None, found, backings)
+            if keeper is not None:
+                keeper.kept.settle()
+            logger.info("going on with what an earlier server left files=%d", len(found.nodes))
+            # What cannot be had any more is no reason to end what works.
+            asked = config.operations.open_mode
+            chosen = choose(OpenMode.AUTO if asked is OpenMode.PASSTHROUGH else asked)
+        if isinstance(session, KernelSession) and keeper is not None:
+            keeper.on_drain = session.drain
+        negotiated = await nursery.start(_serve, session, nursery)
+        if self._facts is None:
+            chosen = choose(config.operations.open_mode)
+            self._agreed = negotiated
+        else:
+            session.notify_everything()
+        operations.on_place = partial(self._save_facts, operations)
+        self._save_facts(operations)
+        chosen = replace(chosen, notes=(*_notes(self._mounted, config.options), *_where_it_reads(client)))
+        if config.operations.open_mode in (OpenMode.AUTO, OpenMode.PASSTHROUGH):
+
+            def choose_again() -> None:
+                choose(OpenMode.AUTO)
+                self._save_facts(operations)
+
+            _follow_tiers(client, choose_again)
+        if self._monitor is not None:
+            watch_mount(self._monitor, parts)
+        await _wait_until_it_answers(self._mounted)
+        self._is_ready = True
+        if keeper is not None:
+            keeper.ready()
+        ready(self._mounted, chosen)
+        await trio.sleep_forever()
+
+    def _save_facts(self, operations: CacheOperations) -> None:
+        """For a successor."""
+        mounted, view = self._mounted, self._client.view
+        if self._kept is None or self._agreed is None or mounted is None:
+            return
+        facts = MountFacts(
+            *(self._agreed, mounted.mountpoint, mounted.source, mounted.device, mounted.allows_other),
+            *(view.cluster, view.epoch, operations.root, self._client.tiers, mounted.below),
+        )
+        if facts != self._facts:
+            self._kept.save_facts(facts.save())
+            self._facts = facts
+
+    async def _end(self) -> None:
+        if self._mounted is None:
+            return
+        if self._keeper is not None:
+            self._keeper.ending()
+        await _unmount(self._mounted)
+        if self._keeper is not None and (self._is_ready or self._is_successor):
+            self._keeper.done()
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """And nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_cancelled(each) for each in error.exceptions)
+    return isinstance(error, trio.Cancelled)
+
+
+def _give_up_connection(keeper: KeeperLink, facts: MountFacts) -> None:
+    """Where requests cannot be sent again, whoever waits for an answer of the earlier server would wait for ever."""
+    if keeper.has_server:
+        raise MountError("this kernel (before Linux 6.9) cannot change the server of a mount", errno.EOPNOTSUPP)
+    logger.error("this kernel cannot send again what was left unanswered: open files get errors, mounting anew")
+    fd = keeper.fuse_fd
+    keeper.remount()
+    _end(facts.mounted)
+    with suppress(MountError):
+        unmount(facts.mountpoint, lazy=True)
+    os.close(fd)
+
+
+async def _wait_until_it_answers(mounted: Mount) -> None:
+    """What a reader would have to wait for, we do. Raises MountError."""
+    with trio.move_on_after(_ANSWER_LIMIT_S) as scope:
+        with suppress(OSError):  # somebody was fast, and unmounted it
+            await trio.to_thread.run_sync(os.statvfs, mounted.mountpoint, abandon_on_cancel=True)
+    if scope.cancelled_caught:
+        raise MountError(f"{mounted.mountpoint} is mounted and does not answer", errno.ETIMEDOUT)
 
 
 def _where_it_reads(client: Client) -> Iterator[str]:
@@ -206,13 +375,15 @@ def _follow_tiers(client: Client, choose: Callable[[], object]) -> None:
     client.workers.on_chosen = on_chosen
 
 
-def _session(config: MountConfig, fd: int, operations: Operations) -> Session:
+def _session(
+    config: MountConfig, fd: int, operations: Operations, agreed: Negotiated | None, kept: Kept | None
+) -> Session:
     if config.driver is Driver.PYFUSE3:
         # Here, because it needs a package that is an extra.
         from cachefs.fuse.pyfuse3_driver import Pyfuse3Session
 
         return Pyfuse3Session(fd, operations, config.session_options())
-    return KernelSession(fd, operations, config.session_options())
+    return KernelSession(fd, operations, config.session_options(), agreed=agreed, kept=kept)
 
 
 def _notes(mounted: Mount, options: MountOptions) -> Iterator[str]:
@@ -230,7 +401,7 @@ async def _serve(
     session: Session, nursery: trio.Nursery, task_status: trio.TaskStatus[Negotiated | None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     await session.serve(task_status=task_status)
-    logger.info("unmounted")
+    logger.info("nothing more comes from the kernel")
     nursery.cancel_scope.cancel()
 
 
@@ -257,8 +428,8 @@ def _unmount_now(mounted: Mount) -> None:
         logger.error("not unmounted, and nobody serves it any more error=%s", error)
         return
     logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
+    _end(mounted)  # first: once nothing is mounted by it, its number is another's
     unmount(mounted.mountpoint, lazy=True)
-    _end(mounted)
 
 
 def _try_to_unmount(mounted: Mount) -> MountError | None:

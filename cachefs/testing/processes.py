@@ -84,10 +84,26 @@ def running(
 
 
 def child_of(up: Running, role: str) -> int:
-    """The process with this role of a `cachefs up`."""
-    children = Path(f"/proc/{up.process.pid}/task/{up.process.pid}/children").read_text().split()
-    (pid,) = [each for each in children if role in Path(f"/proc/{each}/cmdline").read_text().split("\0")]
-    return int(pid)
+    """The process with this role of a `cachefs up`, or of a `cachefs mount`: "mount" is the one that answers, which is
+    a child of the "mount-keeper".
+    """
+    if role == "mount":
+        role = "mount-server"
+    todo = [up.process.pid]
+    while todo:
+        pid = todo.pop()
+        if role in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+            return pid
+        todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    raise CachefsError(f"no process with the role {role}")
+
+
+def kill_mount(process: Running) -> None:
+    """Both processes of a `cachefs mount`, or of that of a `cachefs up`: nobody is left who would go on."""
+    keeper, server = (child_of(process, role) for role in ("mount-keeper", "mount-server"))
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in (keeper, server):
+            os.kill(pid, number)
 
 
 def _wait_ready(role: str, link: socket.socket) -> dict[str, Any]:
@@ -116,6 +132,6 @@ def mountpoint_below(directory: Path) -> Iterator[Path]:
         yield mountpoint
     finally:
         while (mounted := find_mount(mountpoint)) is not None and mounted.fs_type == FS_TYPE:
+            abort(mounted.connection)  # first: once nothing is mounted by it, its number is another's
             unmount(mountpoint, lazy=True)
-            abort(mounted.connection)
         mountpoint.rmdir()

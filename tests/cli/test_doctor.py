@@ -17,7 +17,7 @@ import pytest
 from cachefs.fuse import all_mounts, find_mount, is_mounted, probe
 from cachefs.testing.disks import overlay
 from cachefs.testing.fixtures import Bucket
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, kill_mount, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -176,7 +176,7 @@ def dead(directory: Path) -> Iterator[Path]:
         arguments = [mountpoint, "--master", process.facts["master"], "--insecure"]
         with running("mount", *arguments) as server:
             standing = subprocess.Popen(["sleep", "60"], cwd=mountpoint)
-            os.kill(server.process.pid, signal.SIGKILL)
+            kill_mount(server)
             server.process.wait()
             try:
                 yield mountpoint
@@ -262,7 +262,10 @@ def test_a_server_that_hangs(tmp_path: Path) -> None:
     with up(tmp_path) as (mountpoint, _), mountpoint_below(tmp_path / "data") as other:
         arguments = [other, "--master", _master(tmp_path), "--insecure", "--allow-nonempty"]
         with running("mount", *arguments) as server:
-            os.kill(server.process.pid, signal.SIGSTOP)
+            # Of a server alone, its keeper starts another.
+            pids = [child_of(server, role) for role in ("mount-keeper", "mount")]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
             try:
                 reader = subprocess.Popen(["stat", str(other / "file")], stderr=subprocess.PIPE, text=True)
                 assert cachefs("umount", "--force", other).returncode == 0
@@ -270,7 +273,8 @@ def test_a_server_that_hangs(tmp_path: Path) -> None:
                 _, said = reader.communicate(timeout=30)
                 assert "file" in said or reader.returncode == 0
             finally:
-                os.kill(server.process.pid, signal.SIGCONT)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
         assert is_mounted(mountpoint)
 
 

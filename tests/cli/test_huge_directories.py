@@ -149,7 +149,7 @@ class Scene:
         """Resident memory at its highest, bytes."""
         found = {}
         for role in MOST_GROWTH:
-            status = Path(f"/proc/{self.processes[role].process.pid}/status").read_text()
+            status = Path(f"/proc/{child_of(self.processes[role], role)}/status").read_text()
             (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
             found[role] = int(line.split()[1]) * 1024
         return found

@@ -10,7 +10,7 @@ import pytest
 
 from cachefs.fuse import probe
 from cachefs.model import MiB
-from cachefs.testing.processes import mountpoint_below, running
+from cachefs.testing.processes import child_of, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -55,6 +55,6 @@ def test_a_worker_takes_no_more_memory_than_its_slots(tmp_path: Path, promote: s
                 for start in range(READERS)
             ]
             assert [reader.wait(300) for reader in readers] == [0] * READERS
-            peaks = peak(worker.process.pid), peak(mount.process.pid)
+            peaks = peak(worker.process.pid), peak(child_of(mount, "mount"))
             print(f"{promote}: worker {peaks[0] / 1e6:.0f} MB, mount {peaks[1] / 1e6:.0f} MB")
             assert max(peaks) <= MOST

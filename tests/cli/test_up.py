@@ -21,7 +21,7 @@ import pytest
 from cachefs.cli.instances import runtime_root
 from cachefs.fuse import Driver, find_mount, is_mounted, probe
 from cachefs.testing.fixtures import Bucket
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, kill_mount, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -299,9 +299,10 @@ def test_ends_when_it_is_killed(bucket: Bucket, tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["master", "worker", "mount"])
 def test_a_killed_process_ends_all_with_an_error(bucket: Bucket, tmp_path: Path, role: str) -> None:
     with up(bucket, tmp_path) as (mountpoint, process):
-        children = run('ps -o pid=,args= --ppid "$1"', str(process.process.pid))
-        (line,) = [line for line in children.splitlines() if f"-m cachefs {role} " in line]
-        os.kill(int(line.split()[0]), signal.SIGKILL)
+        if role == "mount":
+            kill_mount(process)
+        else:
+            os.kill(child_of(process, role), signal.SIGKILL)
         assert process.process.wait(60) == 1
         assert_nothing_left(mountpoint, tmp_path)
         assert not list(Path(runtime_root()).rglob(f"*{process.process.pid}*"))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cachefs.fuse import Driver, find_mount, is_mounted
-from cachefs.testing.processes import Running, mountpoint_below, running
+from cachefs.testing.processes import Running, child_of, kill_mount, mountpoint_below, running
 from cachefs.testing.users import UID, User, a_user, why_no_user
 
 pytestmark = pytest.mark.skipif(why_no_user() is not None, reason=why_no_user() or "")
@@ -145,9 +145,7 @@ def test_unmounting_by_the_user(user: User, driver: Driver) -> None:
 
 def test_a_killed_server_leaves_nothing(user: User) -> None:
     with up(user) as (mountpoint, process):
-        listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True).stdout
-        (server,) = [int(line.split()[0]) for line in listed.splitlines() if f"cachefs mount {mountpoint} " in line]
-        os.kill(server, signal.SIGKILL)
+        kill_mount(process)
         assert process.process.wait(LIMIT_S) != 0
         assert find_mount(mountpoint) is None
 
@@ -160,7 +158,10 @@ def test_a_server_that_hangs(user: User) -> None:
         with running("mount", *arguments, environment=user.environment, prefix=user.prefix) as server:
             found = find_mount(mountpoint)
             assert found is not None
-            os.kill(server.process.pid, signal.SIGSTOP)
+            # Of a server alone, its keeper starts another.
+            pids = [child_of(server, role) for role in ("mount-keeper", "mount")]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
             try:
                 reader = subprocess.Popen([*user.prefix, "stat", str(mountpoint / "small")], stderr=subprocess.PIPE)
                 deadline = time.monotonic() + LIMIT_S
@@ -182,7 +183,8 @@ def test_a_server_that_hangs(user: User) -> None:
                 _, said = reader.communicate(timeout=LIMIT_S)
                 assert reader.returncode == 1 and (b"abort" in said or b"not connected" in said), said
             finally:
-                os.kill(server.process.pid, signal.SIGCONT)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
 
 
 def _other(user: User) -> Path:

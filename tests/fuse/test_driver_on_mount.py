@@ -148,6 +148,9 @@ class Directory:
     async def readdir(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
         return self.readdir_nowait(fh, offset, limit)
 
+    def adopt_directory(self, node: int, fh: int) -> None:
+        pass
+
     def releasedir(self, fh: int) -> None:
         pass
 

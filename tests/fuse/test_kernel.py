@@ -143,6 +143,9 @@ class Files:
     async def readdir(self, fh: int, offset: int, limit: int) -> Sequence[DirEntry]:
         raise AssertionError
 
+    def adopt_directory(self, node: int, fh: int) -> None:
+        pass
+
     def releasedir(self, fh: int) -> None:
         pass
 

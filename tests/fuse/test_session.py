@@ -141,6 +141,9 @@ class Scripted:
         await self._later()
         return []
 
+    def adopt_directory(self, node: int, fh: int) -> None:
+        pass
+
     def releasedir(self, fh: int) -> None:
         pass
 

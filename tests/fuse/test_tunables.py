@@ -136,8 +136,8 @@ async def scene(
             made = service._session
             read_nowait = CacheOperations.read_nowait
 
-            def make(config: MountConfig, fd: int, operations: Operations) -> Any:
-                it.session = made(config, fd, operations)
+            def make(config: MountConfig, fd: int, operations: Operations, *others: Any) -> Any:
+                it.session = made(config, fd, operations, *others)
                 return it.session
 
             def read(self: CacheOperations, fh: int, offset: int, size: int) -> object:

@@ -1,0 +1,276 @@
+"""The server's side of the keeper (see `keeper`): what it hands over, and starting another one when it dies."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from cachefs.fuse.kept import Kept
+from cachefs.fuse.mounting import Mount
+from cachefs.fusewire import Negotiated
+from cachefs.model import CachefsError, ConfigError, TransportError
+from cachefs.wire.messages import ClusterInfo
+
+logger = logging.getLogger(__name__)
+
+KEEPER = str(Path(__file__).with_name("keeper.py"))
+VERSION = "1"
+_MESSAGE = 1 << 16
+_ANSWER_S = 180.0
+"""Of a keeper that is asked for an upgrade: its own limits are shorter."""
+_PAUSE_S = 1.0
+
+
+class MountFacts(msgspec.Struct, frozen=True):
+    """What a successor must know beside the open files. Newer versions may add to it."""
+
+    agreed: Negotiated
+    mountpoint: str
+    source: str
+    device: str
+    allows_other: bool
+    cluster: ClusterInfo
+    epoch: int
+    root: int | None
+    """Inode number of the directory that is mounted, once it is known in this namespace."""
+    tiers: tuple[str, ...] = ()
+    below: tuple[int, int, int] | None = None
+    """Mode, st_dev and st_ino of the directory under the mount, if we changed its mode."""
+
+    @property
+    def mounted(self) -> Mount:
+        return Mount(self.mountpoint, self.source, self.device, self.allows_other, self.below)
+
+    def save(self) -> bytes:
+        return msgspec.json.encode(self)
+
+
+class KeeperLink:
+    """One server's link to its keeper. Made before trio runs; `follow` it, and `close` it."""
+
+    def __init__(self, link: socket.socket, mountpoint: str) -> None:
+        """Waits for what the keeper hands over. Raises TransportError when it is gone, KeptError."""
+        data, fds, _, _ = socket.recv_fds(link, _MESSAGE, 3)
+        if not data.startswith(b"state ") or len(fds) < 2:
+            raise TransportError("the keeper of this mount is gone")
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        self.values, self.command = parse_facts(data.decode().removeprefix("state "))
+        self._mountpoint = mountpoint
+        self._memfd, self._listener, *rest = fds
+        self.fuse_fd = rest[0] if rest else -1
+        """-1: it is not mounted yet."""
+        self.kept = Kept(self._memfd)
+        self.on_drain: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
+        self.hands_over = False
+        """Another server goes on: nothing is unmounted."""
+        self.was_told_to_end = False
+        self._go = trio.Event()
+        self._phase: str | None = None
+        self._raw = link
+        self._link = _as_trio(link)
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._is_mounted = self.fuse_fd >= 0
+
+    @property
+    def has_server(self) -> bool:
+        """Another server answers, and ours is to take over from it."""
+        return self.values.get("server", "0") not in ("0", str(os.getpid()))
+
+    @property
+    def connects(self) -> bool:
+        """Servers come and go by themselves: one that is ended leaves the mount to the next."""
+        return self.values.get("mode") == "keep"
+
+    def facts(self) -> MountFacts | None:
+        """What an earlier server left. None: there was none that mounted. Raises KeptError."""
+        if self.fuse_fd < 0:
+            return None
+        saved = self.kept.facts
+        if saved is None:
+            return None
+        try:
+            return msgspec.json.decode(saved, type=MountFacts)
+        except msgspec.MsgspecError as error:
+            raise CachefsError(f"the state of this mount was made by another version: {error}") from error
+
+    # ---- what is told ----------------------------------------------------------------------------------------------
+
+    def _send(self, message: str, fds: Sequence[int] = ()) -> None:
+        with suppress(OSError):  # it is gone, which `follow` sees
+            socket.send_fds(self._raw, [message.encode()], list(fds))
+
+    def mounted(self, fd: int, connection: int) -> None:
+        self.fuse_fd = fd
+        self._is_mounted = True
+        self.values["connection"] = str(connection)
+        self._send(f"mounted {connection}", [fd])
+
+    def remount(self) -> None:
+        """The connection that the keeper holds is given up."""
+        self.fuse_fd = -1
+        self._is_mounted = False
+        self._send("remount")
+
+    async def stand_by(self) -> None:
+        """Returns when the earlier server is gone."""
+        self._phase = "standby"
+        self._send("standby")
+        await self._go.wait()
+
+    def ready(self) -> None:
+        self._phase = "ready"
+        self.values["established"] = "1"
+        self._send("ready")
+
+    def ending(self) -> None:
+        self._phase = "ending"
+        self._send("ending")
+
+    def done(self) -> None:
+        self._send("done 0")
+
+    # ---- what is heard ---------------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Do what the keeper says, and start another when it dies. Runs until cancelled."""
+        while True:
+            try:
+                data = await self._link.recv(_MESSAGE)
+            except OSError:
+                data = b""
+            match data.decode(errors="replace").split(" ")[0]:
+                case "" if self._phase == "ending":
+                    return
+                case "":
+                    await self._start_keeper()
+                case "ping":
+                    self._send("pong")
+                case "go":
+                    self._go.set()
+                case "drain":
+                    self.hands_over = True
+                    self.on_drain()
+                case "end":
+                    self.was_told_to_end = True
+                    self.on_end()
+
+    async def _start_keeper(self) -> None:
+        self._link.close()
+        if self._keeper is not None:
+            # The second one that dies: not in a hurry.
+            await trio.sleep(_PAUSE_S)
+            self._keeper.poll()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._raw, self._link = ours, _as_trio(ours)
+        values = {
+            **{key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")},
+            "listen": self._listener,
+            "memfd": self._memfd,
+            "server": theirs.fileno(),
+            "pid": os.getpid(),
+        }
+        passed = [self._listener, self._memfd, theirs.fileno()]
+        if self._is_mounted:
+            values["fuse"] = self.fuse_fd
+            passed.append(self.fuse_fd)
+        passed += [int(each) for each in self.values.get("hold", "").split(",") if each]
+        command_fd = command_file(self.command)
+        with theirs:
+            self._keeper = subprocess.Popen(  # noqa: ASYNC220  a few milliseconds
+                keeper_command(self._mountpoint, values, command_fd),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[*passed, command_fd],
+                start_new_session=True,
+            )
+        os.close(command_fd)
+        logger.info("the keeper was gone, another one is started pid=%d", self._keeper.pid)
+        if self._phase is not None:
+            self._send(self._phase)
+
+    def close(self) -> None:
+        """What the keeper holds stays."""
+        self._raw.close()
+        self.kept.close()
+        for fd in (self._memfd, self._listener):
+            os.close(fd)
+
+
+def _as_trio(link: socket.socket) -> trio.socket.SocketType:
+    link.setblocking(False)
+    return trio.socket.from_stdlib_socket(link)
+
+
+def keeper_command(mountpoint: str, values: dict[str, Any], command_fd: int) -> list[str]:
+    """What starts a keeper. -I and -S: nothing of the environment or of packages is looked at."""
+    return [
+        *(sys.executable, "-I", "-S", KEEPER, "mount-keeper", mountpoint, f"command={command_fd}"),
+        *(f"{key}={value}" for key, value in values.items() if value != ""),
+    ]
+
+
+def command_file(server: Sequence[str]) -> int:
+    """A descriptor of a file with what starts a server, for a keeper; inheritable, and the caller's to close."""
+    fd = os.memfd_create("cachefs-server", 0)
+    os.write(fd, b"".join(os.fsencode(each) + b"\0" for each in server))
+    return fd
+
+
+def parse_facts(text: str) -> tuple[dict[str, str], list[str]]:
+    """(values, command of servers) of what a keeper tells. Raises ConfigError for one of another version."""
+    head, *command = text.split("\0")
+    version, *words = head.split("\n")
+    if version != VERSION:
+        raise ConfigError("keeper", f"version {version}", f"version {VERSION}")
+    return dict(word.split("=", 1) for word in words), command
+
+
+def socket_of(mountpoint: str, directory: str) -> str:
+    """The path of the keeper's socket, in a directory for sockets. `mountpoint`: absolute, without symbolic links."""
+    return os.path.join(directory, f"mount-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock")
+
+
+def listen(path: str) -> socket.socket | None:
+    """None when a keeper listens there already. What a killed one left is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            if probe.connect_ex(path) == 0:
+                listener.close()
+                return None
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(8)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def ask(path: str, message: str) -> str:
+    """A keeper's answer. Raises TransportError when there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        link.settimeout(_ANSWER_S)
+        try:
+            link.connect(path)
+            link.send(message.encode())
+            answer = link.recv(_MESSAGE).decode(errors="replace")
+        except OSError as error:
+            raise TransportError(f"no keeper answers at {path}: {error.strerror or error}") from error
+    if not answer:
+        raise TransportError(f"the keeper at {path} ended before it answered")
+    return answer

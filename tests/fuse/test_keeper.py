@@ -1,0 +1,276 @@
+"""The keeper by itself: what it is made of, and what it does with servers that will not do. Those here are scripts."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cachefs.fuse.keeping import KEEPER, ask, command_file, keeper_command, listen, parse_facts, socket_of
+from cachefs.model import ConfigError, TransportError
+
+LIMIT_S = 30.0
+MOST_RSS_KB = 16_000
+
+SERVER = """
+    import os, socket, sys
+    link = socket.socket(fileno=int(sys.argv[1]))
+    data, fds, _, _ = socket.recv_fds(link, 65536, 3)
+    is_first = b"established=0" in data
+    def say(message, fds=()):
+        socket.send_fds(link, [message.encode()], list(fds))
+    def log(what):
+        with open(sys.argv[2], "a") as file:
+            print(os.getpid(), *what.split(), file=file)
+    def obey():
+        while True:
+            word = link.recv(100).decode()
+            log(word or "eof")
+            if word == "ping":
+                say("pong")
+            elif word == "drain" or word == "":
+                sys.exit(0)
+            elif word == "end":
+                say("done 0")
+                sys.exit(0)
+    def serve():
+        if not is_first:
+            say("standby")
+            assert link.recv(100) == b"go"
+        log("ready")
+        say("ready")
+        obey()
+"""
+
+
+class Scene:
+    def __init__(self, process: subprocess.Popen[bytes], path: str, log: Path) -> None:
+        self.process = process
+        self.path = path
+        self._log = log
+
+    def said(self, *words: str) -> list[int]:
+        """Process ids of the servers that said this, in order."""
+        lines = [line.split() for line in self._log.read_text().splitlines()] if self._log.exists() else []
+        return [int(pid) for pid, *rest in lines if rest == list(words)]
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not condition():
+            assert time.monotonic() < deadline, self._log.read_text() if self._log.exists() else "nothing"
+            time.sleep(0.01)
+
+    def upgrade(self, *command: str) -> str:
+        return ask(self.path, "\0".join(["upgrade", *command]))
+
+
+def server(directory: Path, name: str, body: str) -> list[str]:
+    script = directory / f"{name}.py"
+    script.write_text(textwrap.dedent(SERVER) + textwrap.dedent(body))
+    return [sys.executable, "-S", str(script), "{keeper}", str(directory / "log")]
+
+
+@contextmanager
+def keeper(directory: Path, body: str = "serve()", **values: str) -> Iterator[Scene]:
+    path = str(directory / "socket")
+    listener = listen(path)
+    assert listener is not None
+    command = command_file(server(directory, "server", body) if values.get("mode") != "keep" else [])
+    with listener:
+        started = keeper_command("/nowhere", {"listen": listener.fileno(), "path": path, **values}, command)
+        process = subprocess.Popen(started, pass_fds=[listener.fileno(), command])
+    os.close(command)
+    scene = Scene(process, path, directory / "log")
+    try:
+        yield scene
+    finally:
+        for pid in {process.pid, *scene.said("ready")}:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.wait()
+
+
+def test_it_imports_almost_nothing_and_is_small(tmp_path: Path) -> None:
+    """So that no upgrade of anything is a reason to start another."""
+    tree = ast.parse(Path(KEEPER).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"__future__", "os", "select", "signal", "socket", "sys", "time"}
+    with keeper(tmp_path) as it:
+        it.wait(lambda: it.said("ready"))
+        status = Path(f"/proc/{it.process.pid}/status").read_text().splitlines()
+        (line,) = [line for line in status if line.startswith("VmRSS:")]
+        assert int(line.split()[1]) < MOST_RSS_KB
+        loaded = Path(f"/proc/{it.process.pid}/maps").read_text()
+        assert not any(name in loaded for name in ("msgspec", "trio", "_ssl", "_ctypes"))
+
+
+def test_a_killed_server_has_a_successor(tmp_path: Path) -> None:
+    with keeper(tmp_path) as it:
+        for count in range(1, 4):
+            it.wait(lambda count=count: len(it.said("ready")) == count)
+            os.kill(it.said("ready")[-1], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 4)
+        it.process.terminate()
+        assert it.process.wait(LIMIT_S) == 0
+        assert it.said("end") == it.said("ready")[-1:]
+        assert not os.path.exists(it.path)
+
+
+def test_a_first_server_that_fails_is_the_end(tmp_path: Path) -> None:
+    with keeper(tmp_path, "log('ready'); sys.exit(3)") as it:
+        assert it.process.wait(LIMIT_S) == 3
+        assert len(it.said("ready")) == 1
+
+
+@pytest.mark.parametrize("how", ["stopped", "busy"])
+def test_a_server_that_hangs_is_replaced(tmp_path: Path, how: str) -> None:
+    loops = "if is_first:\n    say('ready'); log('ready')\n    while True: pass\nserve()"
+    with keeper(tmp_path, "serve()" if how == "stopped" else loops, hung="1") as it:
+        it.wait(lambda: it.said("ready"))
+        (first,) = it.said("ready")
+        if how == "stopped":
+            os.kill(first, signal.SIGSTOP)
+        it.wait(lambda: len(it.said("ready")) == 2)
+        assert not os.path.exists(f"/proc/{first}")
+
+
+def test_servers_that_never_come_up_are_given_up(tmp_path: Path) -> None:
+    with keeper(tmp_path, "if not is_first:\n    log('failed'); sys.exit(1)\nserve()") as it:
+        it.wait(lambda: it.said("ready"))
+        began = time.monotonic()
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        it.wait(lambda: len(it.said("failed")) == 4)
+        assert time.monotonic() - began >= 0.4 + 0.8  # more and more slowly
+        # The other limit comes sooner.
+        it.process.terminate()
+        assert it.process.wait(LIMIT_S) == 0
+
+
+def test_the_limit_is_what_the_file_says(tmp_path: Path) -> None:
+    """Ten in a row, half a minute of pauses: counted with the pauses taken out."""
+    source = Path(KEEPER).read_text()
+    hasty = tmp_path / "keeper.py"
+    hasty.write_text(source.replace("LONGEST_PAUSE_S = 5.0", "LONGEST_PAUSE_S = 0.0"))
+    assert "LONGEST_PAUSE_S = 0.0" in hasty.read_text()
+    listener = listen(str(tmp_path / "socket"))
+    assert listener is not None
+    body = "if not is_first:\n    log('failed'); sys.exit(1)\nserve()"
+    command = command_file(server(tmp_path, "server", body))
+    started = keeper_command("/nowhere", {"listen": listener.fileno()}, command)
+    started[started.index(KEEPER)] = str(hasty)
+    with listener, subprocess.Popen(started, pass_fds=[listener.fileno(), command]) as process:
+        os.close(command)
+        it = Scene(process, "", tmp_path / "log")
+        it.wait(lambda: it.said("ready"))
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        assert process.wait(LIMIT_S) == 1
+        assert len(it.said("failed")) == 10
+
+
+def test_an_upgrade_drains_the_old_server_first(tmp_path: Path) -> None:
+    with keeper(tmp_path) as it:
+        it.wait(lambda: it.said("ready"))
+        (old,) = it.said("ready")
+        answer = it.upgrade(*server(tmp_path, "new", "serve()"))
+        assert it.said("drain") == [old]
+        new = it.said("ready")[-1]
+        assert answer == f"ok {new}" and new != old
+        # The new version is what is started from now on.
+        os.kill(new, signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 3)
+        _, command = parse_facts(ask(it.path, "who").removeprefix("keeper "))
+        assert command[2].endswith("new.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        ("sys.exit(1)", {}),
+        ("import time; time.sleep(60)", {"start": "1"}),
+        ("say('standby'); link.recv(100); sys.exit(1)", {}),
+    ],
+    ids=["ends", "hangs", "ends when it should answer"],
+)
+def test_a_new_version_that_does_not_come_up_changes_nothing(tmp_path: Path, body: str, values: dict[str, str]) -> None:
+    with keeper(tmp_path, **values) as it:
+        it.wait(lambda: it.said("ready"))
+        (old,) = it.said("ready")
+        assert it.upgrade(*server(tmp_path, "new", body)).startswith("failed ")
+        if "standby" in body:
+            # It had drained already: one of the old version goes on.
+            it.wait(lambda: len(it.said("ready")) == 2)
+        else:
+            assert os.path.exists(f"/proc/{old}") and it.said("drain") == []
+        _, command = parse_facts(ask(it.path, "who").removeprefix("keeper "))
+        assert command[2].endswith("server.py")
+
+
+def test_while_the_old_one_drains_for_too_long_it_is_killed(tmp_path: Path) -> None:
+    ignores = "say('ready'); log('ready')\nwhile True:\n    word = link.recv(100)\n    word == b'ping' and say('pong')"
+    with keeper(tmp_path, ignores) as it:
+        it.wait(lambda: it.said("ready"))
+        assert it.upgrade(*server(tmp_path, "new", "serve()")).startswith("ok ")
+        assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
+
+
+def test_servers_that_connect(tmp_path: Path) -> None:
+    with keeper(tmp_path, mode="keep") as it:
+        connect = "link.close(); link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); link.connect(%r)\n"
+        connect += "say('hello 1 0'); data = socket.recv_fds(link, 65536, 3)[0]; is_first = b'established=0' in data\n"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            memfd = os.memfd_create("none")
+            running = []
+            try:
+                for name in ("first", "second"):
+                    socket.send_fds(ours, [b"state 1"], [memfd])
+                    command = server(tmp_path, name, connect % it.path + "serve()")
+                    command[3] = str(theirs.fileno())
+                    running.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
+                    it.wait(lambda name=name: len(it.said("ready")) == len(running))
+                # The second took over from the first.
+                assert running[0].wait(LIMIT_S) == 0 and it.said("drain") == [running[0].pid]
+                it.process.terminate()
+                assert it.process.wait(LIMIT_S) == 0 and running[1].wait(LIMIT_S) == 0
+            finally:
+                os.close(memfd)
+                for process in running:
+                    process.kill()
+                    process.wait()
+
+
+def test_who_else_listens_there(tmp_path: Path) -> None:
+    path = socket_of("/mnt/a b", str(tmp_path))
+    first = listen(path)
+    assert first is not None
+    with first:
+        assert listen(path) is None
+    with pytest.raises(TransportError, match="no keeper answers"):
+        ask(path, "who")
+    again = listen(path)  # what a killed one left is replaced
+    assert again is not None
+    again.close()
+    with pytest.raises(ConfigError, match="version 1"):
+        parse_facts("2\nmode=spawn")
+
+
+def test_strangers_get_a_word(tmp_path: Path) -> None:
+    with keeper(tmp_path) as it:
+        it.wait(lambda: it.said("ready"))
+        assert ask(it.path, "\xff nonsense") == "failed not understood"
+        assert ask(it.path, "hello 1 5") == "failed not understood"
+        values, _ = parse_facts(ask(it.path, "who").removeprefix("keeper "))
+        assert (values["server"], values["state"]) == (str(it.said("ready")[0]), "serving")
