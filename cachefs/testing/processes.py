@@ -87,12 +87,11 @@ def child_of(up: Running, role: str) -> int:
     """The process with this role of a `cachefs up`, or of a `cachefs mount`: "mount" is the one that answers, which is
     a child of the "mount-keeper".
     """
-    if role == "mount":
-        role = "mount-server"
+    names = {"mount", "mount-server"} if role == "mount" else {role}
     todo = [up.process.pid]
     while todo:
         pid = todo.pop()
-        if role in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+        if not names.isdisjoint(Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
             return pid
         todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     raise CachefsError(f"no process with the role {role}")
