@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from cachefs.cli.services import json_ready_option, log_level_option, supervised
 from cachefs.cli.settings import Configured
 from cachefs.fuse import FS_TYPE, ChosenMode, Driver, Mount, MountConfig, find_mount, run_mount
 from cachefs.fuse.keeping import KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
-from cachefs.model import CachefsError, ConfigError, format_duration
+from cachefs.model import CachefsError, ConfigError
 from cachefs.net import Address, Role, open_background
 from cachefs.policy import Promote
 
@@ -95,13 +96,6 @@ def _served(function: params.F) -> params.F:
     help="With --keep-only: where to listen. Without: serve what the keeper at this socket keeps; from a server that "
     "does so already, take over.",
 )
-@click.option(
-    "--hung-after",
-    type=params.DURATION,
-    default="10s",
-    show_default=True,
-    help="A server that gives no sign of life for so long is replaced; 2s to 10m.",
-)
 @click.pass_context
 def mount(
     ctx: click.Context,
@@ -110,7 +104,6 @@ def mount(
     upgrade: bool,
     keep_only: bool,
     keeper_socket: str | None,
-    hung_after: float,
     **values: Any,
 ) -> None:
     """Mount the namespace, read only, and serve it until it is unmounted.
@@ -122,9 +115,7 @@ def mount(
     if upgrade:
         _upgrade(mountpoint)
         return
-    if not 2 <= hung_after <= 600:
-        raise ConfigError("--hung-after", format_duration(hung_after), "2s to 10m")
-    kept = {"hung": f"{hung_after:g}"}
+    kept = {"hung": f"{values['hung_after']:g}"}
     if keep_only:
         _become_keeper(mountpoint, {**kept, "mode": "keep"}, [], values["supervised_fd"], keeper_socket)
     config = _config(ctx, mountpoint, values)
@@ -154,6 +145,7 @@ def mount_server(ctx: click.Context, /, mountpoint: str, keeper_fd: int, **value
     set_up_logging("mount", values["log_level"])
     with closing(KeeperLink(socket.socket(fileno=keeper_fd), mountpoint)) as keeper:
         _run(_config(ctx, mountpoint, values), values, keeper)
+        keeper.end_if_left()
 
 
 def _config(ctx: click.Context, mountpoint: str, values: dict[str, Any]) -> MountConfig:
@@ -225,7 +217,7 @@ def _run(config: MountConfig, values: Mapping[str, Any], keeper: KeeperLink | No
     async def serve(report: Report, shown: Shown) -> None:
         def ready(mounted: Mount, chosen: ChosenMode) -> None:
             shown.begin()
-            if is_successor:
+            if is_successor and keeper is not None and not keeper.connects:
                 return  # it was said by the first
             report(
                 {
@@ -294,6 +286,12 @@ def _become_keeper(
     listener = listen_for(mountpoint, path)
     for fd in (listener.fileno(), *([hold] if hold is not None else [])):
         os.set_inheritable(fd, True)
+    if values["mode"] == "keep":
+        said = {"mountpoint": os.path.abspath(mountpoint), "keeper_socket": path}
+        if hold is not None:
+            os.write(hold, json.dumps(said).encode() + b"\n")
+        else:
+            click.echo(f"cachefs mount keeps {said['mountpoint']} for servers with --keeper-socket {path}")
     values |= {"listen": listener.detach(), "path": path, "hold": hold if hold is not None else ""}
     command = server_command(mountpoint, arguments) if values["mode"] == "spawn" else []
     _execute(keeper_command(mountpoint, values, command_file(command)))

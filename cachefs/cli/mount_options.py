@@ -126,6 +126,13 @@ _OPTIONS = (
         is_flag=True,
         help="Show user.cachefs.key, .cached_bytes, .tier, .workers of files (getfattr -d). `ls -l` takes longer then.",
     ),
+    click.option(
+        "--hung-after",
+        type=params.DURATION,
+        default="10s",
+        show_default=True,
+        help="A server of the mount that gives no sign of life for so long is killed, and another goes on; 2s to 10m.",
+    ),
     click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
     click.option(
         "--ignore-kernel-feature",
@@ -167,6 +174,8 @@ def mount_config(
     if read_ahead > TiB or 0 < read_ahead < PAGE_SIZE:
         accepted = f"0, or {write_size(PAGE_SIZE)} to 1T: the kernel reads ahead in whole pages"
         raise ConfigError("--read-ahead", write_size(read_ahead), accepted)
+    if not 2 <= flags["hung_after"] <= 600:
+        raise ConfigError("--hung-after", format_duration(flags["hung_after"]), "2s to 10m")
     ignored = 0
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
@@ -245,7 +254,7 @@ def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         elif name == "umask":
             arguments += [option, f"{value:o}"]
-        elif name in ("attr_timeout", "entry_timeout", "negative_timeout"):
+        elif name in ("hung_after", "attr_timeout", "entry_timeout", "negative_timeout"):
             arguments += [option, format_duration(value)]
         elif isinstance(value, tuple):
             for each in value:

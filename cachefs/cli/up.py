@@ -25,7 +25,7 @@ from cachefs.cli.mount import keeper_socket_of, listen_for, server_command
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
-from cachefs.fuse import FS_TYPE, Driver, MountError, abort, check_apart, find_mount, probe, unmount
+from cachefs.fuse import FS_TYPE, Driver, MountError, abort, allow_left_below, check_apart, find_mount, probe, unmount
 from cachefs.fuse.keeping import command_file, keeper_command
 from cachefs.model import CachefsError, ConfigError, format_duration, format_size, without_credentials
 from cachefs.net import Address, TcpAddress
@@ -52,6 +52,7 @@ class UpConfig:
     mount_flags: tuple[str, ...]
     log_level: str
     driver: Driver = Driver.KERNEL
+    hung_after_s: float = 10.0
 
 
 class Child:
@@ -205,6 +206,7 @@ async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGener
         def command(link: str) -> list[str]:
             fds.append(command_file(server_command(config.mountpoint, [*arguments, "--supervised", link])))
             values = {"listen": listener.fileno(), "path": path, "hold": link, "end": END_TIMEOUT_S - 5}
+            values["hung"] = config.hung_after_s
             return keeper_command(config.mountpoint, values, fds[-1])
 
         async with _child("mount", arguments, command=command, fds=fds) as child:
@@ -332,6 +334,7 @@ def up(
         mount_flags=(*as_arguments(flags), *_http(mount_http)),
         log_level=log_level,
         driver=Driver(flags["driver"]),
+        hung_after_s=flags["hung_after"],
     )
     if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)
@@ -356,6 +359,7 @@ def _check_machine(mountpoint: str, allow_nonempty: bool, needed: Sequence[tuple
     if not os.path.isdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an existing directory")
     check_apart(mountpoint, needed, "MOUNTPOINT")
+    allow_left_below(mountpoint)
     if not allow_nonempty and os.listdir(mountpoint):
         raise ConfigError("MOUNTPOINT", mountpoint, "an empty directory, or --allow-nonempty to hide what is in it")
 

@@ -308,7 +308,7 @@ class Keeper:
             self.status = server.done
         elif not self.established:
             # What was wrong, it has said.
-            self.take_away(status if status > 0 else 1)
+            self.take_away(status if status > 0 or (self.ending and status == 0) else 1)
             if self.mode == "keep" and not self.ending:
                 self.status, self.connection = None, ""
         elif self.next is not None:

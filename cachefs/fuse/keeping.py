@@ -79,6 +79,7 @@ class KeeperLink:
         self.was_told_to_end = False
         self._go = trio.Event()
         self._phase: str | None = None
+        self._is_done = False
         self._raw = link
         self._link = _as_trio(link)
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -140,7 +141,13 @@ class KeeperLink:
         self._send("ending")
 
     def done(self) -> None:
+        self._is_done = True
         self._send("done 0")
+
+    def end_if_left(self) -> None:
+        """We were told to end before we served: the keeper takes away what an earlier server mounted."""
+        if not (self._is_done or self.hands_over or self.connects):
+            self._send("ending")
 
     # ---- what is heard ---------------------------------------------------------------------------------------------
 

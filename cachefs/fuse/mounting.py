@@ -12,8 +12,10 @@ import ctypes
 import errno
 import logging
 import os
+import stat
 import threading
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachefs.fuse import fusermount
@@ -39,6 +41,7 @@ _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
 _DEAD_ANSWER_LIMIT_S = 1.0
 """A dead mount answers at once; a living one may never."""
+_USUAL_MODE = 0o755
 _CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,6 +74,9 @@ class MountOptions:
     """Mount over a directory that has entries, hiding them."""
     needed: tuple[tuple[str, str], ...] = ()
     """(what it is, its directory) of what must not be at, below or above the mountpoint; see `check_apart`."""
+    forbid_below: bool = False
+    """Take all permissions from the directory below, if it is empty and ours to change: who writes there by mistake,
+    because the mount is gone, gets an error instead of filling a disk (root does not). See `allow_below`."""
     replace_dead: bool = False
     """Take away a cachefs mount whose server is gone ("Transport endpoint is not connected") before mounting."""
 
@@ -91,7 +97,7 @@ class Mount:
     """`major:minor`, st_dev of everything on the mount."""
     allows_other: bool = True
     below: tuple[int, int, int] | None = None
-    """Mode, st_dev and st_ino of the directory under the mount, if its mode was changed; see `restore_below`."""
+    """Mode, st_dev and st_ino of the directory under the mount, if its mode was changed; see `allow_below`."""
 
     @property
     def connection(self) -> int:
@@ -205,11 +211,13 @@ def mount(fd: int, mountpoint: str | os.PathLike[str], source: str, options: Mou
     data += ",".join(_words(options, allow_other))
     flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if options.read_only else 0)
     raw_source, raw_path = os.fsencode(source), os.fsencode(path)
+    below = _Below(path, options.forbid_below)
     if _libc.mount(raw_source, raw_path, FS_TYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
         code = ctypes.get_errno()
         hint = "; root (CAP_SYS_ADMIN) is needed" if code == errno.EPERM else ""
+        below.close()
         raise MountError(f"cannot mount on {path}: {os.strerror(code)}{hint}", code)
-    return _found(path, source, allow_other)
+    return replace(_found(path, source, allow_other), below=below.forbid())
 
 
 def _mount_by_helper(mountpoint: str | os.PathLike[str], source: str, options: MountOptions) -> tuple[int, Mount]:
@@ -221,12 +229,14 @@ def _mount_by_helper(mountpoint: str | os.PathLike[str], source: str, options: M
     path = _check_mountpoint(mountpoint, options)
     allow_other = fusermount.user_allow_other() if options.allow_other is None else options.allow_other
     words = [*_words(options, allow_other), *(["ro"] if options.read_only else [])]
+    below = _Below(path, options.forbid_below)
     try:
         fd = fusermount.mount(path, source, FS_TYPE.partition(".")[2], words)
     except FusermountError as error:
+        below.close()
         raise MountError(f"cannot mount on {path}: {error}", error.errno) from error
     try:
-        return fd, _found(path, source, allow_other)
+        return fd, replace(_found(path, source, allow_other), below=below.forbid())
     except BaseException:
         os.close(fd)
         raise
@@ -251,6 +261,57 @@ def _found(path: str, source: str, allows_other: bool) -> Mount:
     if info is None:
         raise MountError(f"cannot mount on {path}: it was unmounted at once", errno.ENOENT)
     return Mount(path, source, info.device, allows_other)
+
+
+class _Below:
+    """The directory under a mount, opened before there is one."""
+
+    def __init__(self, path: str, wanted: bool) -> None:
+        self._fd = -1
+        if wanted:
+            with suppress(OSError):
+                self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def forbid(self) -> tuple[int, int, int] | None:
+        """Take all permissions; what `Mount.below` says. None where it is in use, or not ours to change."""
+        if self._fd < 0:
+            return None
+        try:
+            status = os.fstat(self._fd)
+            with os.scandir(self._fd) as entries:
+                if next(entries, None) is not None:
+                    return None
+            os.fchmod(self._fd, 0)
+        except OSError:
+            return None
+        finally:
+            self.close()
+        # Without any, because it was left so: see `allow_left_below`.
+        return stat.S_IMODE(status.st_mode) or _USUAL_MODE, status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def allow_below(mounted: Mount) -> None:
+    """Give the directory back the permissions that it had, now that nothing is mounted there."""
+    if mounted.below is None or find_mount(mounted.mountpoint) is not None:
+        return
+    mode, *identity = mounted.below
+    with suppress(OSError):
+        status = os.stat(mounted.mountpoint, follow_symlinks=False)
+        if [status.st_dev, status.st_ino] == identity and stat.S_IMODE(status.st_mode) == 0:
+            os.chmod(mounted.mountpoint, mode)
+
+
+def allow_left_below(mountpoint: str | os.PathLike[str]) -> None:
+    """The same for a directory that a killed mount has left without any, so that its owner can look into it."""
+    with suppress(OSError):
+        status = os.stat(mountpoint)
+        if stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0 and status.st_uid == os.geteuid():
+            os.chmod(mountpoint, _USUAL_MODE)
 
 
 def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
@@ -369,6 +430,7 @@ def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions)
         unmount(given, lazy=True)
         logger.info("dead mount taken away mountpoint=%s source=%s", info.mountpoint, info.source)
         info = find_mount(given)
+    allow_left_below(given)
     try:
         with os.scandir(given) as entries:
             occupied = next(entries, None) is not None

@@ -28,6 +28,7 @@ from cachefs.fuse.mounting import (
     MountError,
     MountOptions,
     abort,
+    allow_below,
     check_options,
     open_mount,
     probe,
@@ -232,7 +233,7 @@ class _Serving:
         config = self._config
         needed = tuple(("the worker's tier", tier) for tier in self._client.tiers)
         fd, mounted = await trio.to_thread.run_sync(
-            open_mount, config.mountpoint, config.source, replace(config.options, needed=needed)
+            open_mount, config.mountpoint, config.source, replace(config.options, needed=needed, forbid_below=True)
         )
         self._mounted = mounted
         if self._keeper is not None:
@@ -323,6 +324,7 @@ class _Serving:
         if self._keeper is not None:
             self._keeper.ending()
         await _unmount(self._mounted)
+        allow_below(self._mounted)
         if self._keeper is not None and (self._is_ready or self._is_successor):
             self._keeper.done()
 

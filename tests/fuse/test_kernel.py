@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import inspect
 import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from cachefs.fuse import (
     unmount,
 )
 from cachefs.fuse.errno import ERRNO
+from cachefs.fuse.kept import Kept
 from cachefs.fusewire import Opcode
 from cachefs.model import Attr, CachefsError, ConfigError, ContentKey, Ino, Kind, NotFoundError, StaleError, errors
 from cachefs.net import open_background
@@ -49,6 +51,7 @@ class Files:
     """Operations on a flat directory: name -> content, with some files passed through and some that block."""
 
     def __init__(self, directory: Path, fd: int) -> None:
+        self.fd = fd
         self.backings = BackingRegistry(fd)
         self.directory = directory
         self.nodes: dict[int, tuple[bytes, bytes]] = {}
@@ -348,3 +351,50 @@ def test_every_error_has_an_errno() -> None:
     assert set(ERRNO) == classes
     assert errno_of(NotFoundError()) == errno.ENOENT and errno_of(OSError(errno.ENOSPC, "x")) == errno.ENOSPC
     assert errno_of(RuntimeError()) is None
+
+
+@needs_mount
+async def test_the_next_server_releases_what_nobody_uses(tmp_path: Path) -> None:
+    """Killed between registering a file and recording that: the lock on it tells whether the kernel still holds it."""
+    async with scene(tmp_path) as it:
+        if it.session.agreed is None or not it.session.agreed.passthrough:
+            pytest.skip("this kernel offers no passthrough")
+        connection = it.files.fd
+        attr = Attr(Ino(5), Kind.FILE, 1, 0, 0o644, 0, 0, ContentKey(b"k" * 16))
+
+        def is_held(name: str) -> bool:
+            with open(tmp_path / name, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+            return False
+
+        def register(registry: BackingRegistry, name: str) -> int:
+            (tmp_path / name).write_bytes(b"x")
+            with open(tmp_path / name, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                return registry.register(file.fileno())
+
+        memfd = os.memfd_create("test")
+        try:
+            for last in ("noted", "not even noted"):
+                with closing(Kept(memfd)) as killed:
+                    registry = BackingRegistry(connection, killed)
+                    backing_id = register(registry, "used")
+                    killed.add_node(5, attr, backing_id)
+                    killed.add_handle(1, 5, 2)
+                    register(registry if last == "noted" else BackingRegistry(connection), "leaked")
+                    assert is_held("used") and is_held("leaked")
+                with closing(Kept(memfd)) as state:
+                    registry = BackingRegistry(connection, state)
+                    found = state.load()
+                    for unused in found.unused_ids:
+                        registry.release(unused)
+                    state.settle()
+                    assert is_held("used") and not is_held("leaked")
+                    assert [each.backing_id for each in found.nodes] == [backing_id]
+                    registry.release(backing_id)
+                    state.clear()
+        finally:
+            os.close(memfd)
