@@ -57,6 +57,29 @@ def cachefs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
+LISTING = """
+import os, sys
+with os.scandir(sys.argv[1]) as entries:
+    found = [next(entries).name for _ in range(5)]
+    print("begun", flush=True)
+    sys.stdin.readline()
+    found += [entry.name for entry in entries]
+print(*found)
+"""
+
+
+@contextmanager
+def listing(directory: Path, names: list[str]) -> Iterator[None]:
+    """A directory that is being read, and is in the end known to have been read whole."""
+    command = [sys.executable, "-c", LISTING, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "begun\n"
+        yield
+        said, _ = reader.communicate("go\n", timeout=LIMIT_S)
+    assert sorted(said.split()) == names
+
+
 def check(report: Report) -> None:
     assert report.errors == []
     assert {"held", "mapped", "large", "warm", "cold", "listing"} <= set(report.gaps)
@@ -67,12 +90,13 @@ def test_a_server_that_is_killed_at_any_moment(tmp_path: Path, kills: int) -> No
     chance = random.Random(7)
     with up(tmp_path) as (mountpoint, source, process), reading(mountpoint, source) as readers:
         pid = None
-        for _ in range(kills):
-            pid = wait_for("mount-server", mountpoint, other_than=pid)
-            # Also while it is starting, or is taking over.
-            time.sleep(chance.uniform(0.0, 1.5))
-            os.kill(pid, signal.SIGKILL)
-        answers(mountpoint)
+        with listing(mountpoint / "cold", sorted(os.listdir(source / "cold"))):
+            for _ in range(kills):
+                pid = wait_for("mount-server", mountpoint, other_than=pid)
+                # Also while it is starting, or is taking over.
+                time.sleep(chance.uniform(0.0, 1.5))
+                os.kill(pid, signal.SIGKILL)
+            answers(mountpoint)
         check(readers.stop())
         # What it was opened by is closed by another: nothing is left behind, and `up` has noticed nothing.
         assert process.process.poll() is None
@@ -111,12 +135,13 @@ def test_a_server_that_hangs_is_replaced(tmp_path: Path) -> None:
 
 def test_an_upgrade_under_load(tmp_path: Path) -> None:
     with up(tmp_path) as (mountpoint, source, process), reading(mountpoint, source) as readers:
-        for _ in range(2):
-            old = wait_for("mount-server", mountpoint)
-            done = cachefs("mount", "--upgrade", mountpoint)
-            assert done.returncode == 0, done.stderr
-            new = wait_for("mount-server", mountpoint)
-            assert new != old and done.stdout == f"{mountpoint}: served by process {new}\n"
+        with listing(mountpoint / "cold", sorted(os.listdir(source / "cold"))):
+            for _ in range(2):
+                old = wait_for("mount-server", mountpoint)
+                done = cachefs("mount", "--upgrade", mountpoint)
+                assert done.returncode == 0, done.stderr
+                new = wait_for("mount-server", mountpoint)
+                assert new != old and done.stdout == f"{mountpoint}: served by process {new}\n"
         # One that does not come up changes nothing.
         failed = ask(keeper_socket_of(str(mountpoint)), "\0".join(["upgrade", "/bin/false"]))
         assert failed.startswith("failed ")

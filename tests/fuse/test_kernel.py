@@ -354,6 +354,20 @@ def test_every_error_has_an_errno() -> None:
 
 
 @needs_mount
+async def test_a_successor_of_a_mount_that_has_ended_returns(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        info = find_mount(it.mountpoint)
+        assert info is not None
+        own = os.dup(it.files.fd)
+        try:
+            abort(info.connection)
+            with trio.fail_after(20):
+                await KernelSession(own, it.files, agreed=it.session.agreed).serve()
+        finally:
+            os.close(own)
+
+
+@needs_mount
 async def test_the_next_server_releases_what_nobody_uses(tmp_path: Path) -> None:
     """Killed between registering a file and recording that: the lock on it tells whether the kernel still holds it."""
     async with scene(tmp_path) as it:

@@ -8,12 +8,13 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ from cachefs.fuse import (
     probe,
     unmount,
 )
+from cachefs.fuse.kept import Kept
 from cachefs.fusewire import (
     NO_REPLY,
     UNIQUE_RESEND,
@@ -204,12 +206,15 @@ class Kernel:
 
 
 @asynccontextmanager
-async def kernel(agreed: Negotiated | None = AGREED, max_tasks: int = 256) -> AsyncIterator[Kernel]:
+async def kernel(
+    agreed: Negotiated | None = AGREED, max_tasks: int = 256, kept: Kept | None = None
+) -> AsyncIterator[Kernel]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         theirs.setblocking(False)
         operations = Scripted()
-        session = KernelSession(theirs.fileno(), operations, SessionOptions(max_tasks=max_tasks), agreed=agreed)
+        options = SessionOptions(max_tasks=max_tasks)
+        session = KernelSession(theirs.fileno(), operations, options, agreed=agreed, kept=kept)
         link = trio.socket.from_stdlib_socket(ours)
         async with open_background() as nursery:
             nursery.start_soon(session.serve)
@@ -495,6 +500,56 @@ async def test_what_was_sent_again_is_answered_as_it_came() -> None:
         await it.running(1)
         await it.send(Opcode.INTERRUPT, interrupt(8))
         assert await it.answer() == (errno.EINTR, UNIQUE_RESEND | 8, b"")
+
+
+async def test_an_open_that_a_killed_server_had_nearly_answered_is_open_once() -> None:
+    """It had recorded a handle, and never told the kernel of it."""
+    memfd = os.memfd_create("test")
+    try:
+        with closing(Kept(memfd)) as killed:
+            killed.add_node(5, FILE, None)
+            killed.add_handle(77, 5, 8)
+            killed.add_handle(78, 5, 10)  # this one was given: its OPEN does not come again
+        with closing(Kept(memfd)) as kept:
+            kept.load()
+            async with kernel(kept=kept) as it:
+                await it.send(Opcode.OPEN, bytes(8), unique=UNIQUE_RESEND | 8)
+                code, unique, _ = await it.answer()
+                assert (code, unique) == (0, UNIQUE_RESEND | 8)
+                assert it.operations.released == [(5, 77)]
+                # Recorded before the answer, under the number that a successor would see.
+                assert kept.load().nodes[0].handles == {77, 78, 9}
+                assert kept.handle_never_given(UNIQUE_RESEND | 8) == 9
+    finally:
+        os.close(memfd)
+
+
+async def test_a_server_that_makes_way_answers_what_it_has_read() -> None:
+    async with kernel() as it:
+        it.operations.waits = True
+        sent = await it.send(Opcode.GETATTR, bytes(16))
+        await it.running(1)
+        it.session.drain()
+        await trio.testing.wait_all_tasks_blocked()
+        await it.send(Opcode.GETATTR, bytes(16))  # for its successor
+        it.operations.go.set()
+        assert (await it.answer())[1] == sent
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.operations.running == 0
+    assert it.left == b""
+
+
+async def test_what_takes_too_long_is_left_to_a_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachefs.fuse.kernel._DRAIN_LIMIT_S", 0.05)
+    async with kernel() as it:
+        it.operations.waits = True
+        await it.send(Opcode.GETATTR, bytes(16))
+        await it.running(1)
+        it.session.drain()
+        with trio.fail_after(10):
+            while it.operations.running:
+                await trio.sleep(0.01)
+    assert it.left == b""
 
 
 async def test_cancelled_requests_stay_unanswered_for_a_successor() -> None:
