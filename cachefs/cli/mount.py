@@ -15,12 +15,12 @@ import click
 import trio
 
 from cachefs.cli import params
+from cachefs.cli.common import json_ready_option, log_level_option, supervised_option, tcp_address
 from cachefs.cli.instances import runtime_root
 from cachefs.cli.lifecycle import ENDED_WELL, Report, keep_tables_apart, leaves, run_service, set_up_logging
 from cachefs.cli.monitoring import Shown, http_option, monitored, shown_later
 from cachefs.cli.mount_options import as_arguments, by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.security import security_arguments, security_of, security_options
-from cachefs.cli.services import json_ready_option, log_level_option, supervised_option, tcp_address
 from cachefs.cli.settings import Configured
 from cachefs.fuse import FS_TYPE, ChosenMode, Driver, Mount, MountConfig, find_mount, run_mount
 from cachefs.fuse.keeping import KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of

@@ -12,6 +12,7 @@ import click
 import trio
 
 from cachefs.cli import params
+from cachefs.cli.common import json_ready_option, log_level_option, supervised_option, tcp_address
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.monitoring import http_option, monitored
 from cachefs.cli.security import security_of, security_options
@@ -22,14 +23,6 @@ from cachefs.net import Address, Role, TcpAddress
 from cachefs.policy import Promote
 from cachefs.store import TierConfig
 from cachefs.worker import WorkerConfig, default_name, run_worker
-
-supervised_option = click.option("--supervised", "supervised_fd", type=int, hidden=True)
-json_ready_option = click.option(
-    "as_json", "--json", is_flag=True, help="Print the line that says it is ready as JSON. Errors stay text."
-)
-log_level_option = click.option(
-    "--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO", show_default=True
-)
 
 
 @click.command(cls=Configured)
@@ -196,9 +189,3 @@ def _is_wildcard(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_unspecified
     except ValueError:
         return False
-
-
-def tcp_address(key: str, address: Address) -> TcpAddress:
-    if not isinstance(address, TcpAddress):
-        raise ConfigError(key, str(address), "HOST:PORT")
-    return address

@@ -19,11 +19,11 @@ import click
 import trio
 
 from cachefs.cli import params
+from cachefs.cli.common import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
 from cachefs.cli.lifecycle import ENDED_WELL, Report, run_service, set_up_logging
 from cachefs.cli.mount import keeper_socket_of, listen_for, server_command
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
-from cachefs.cli.services import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, Driver, MountError, abort, allow_left_below, check_apart, find_mount, probe, unmount
 from cachefs.fuse.keeping import command_file, keeper_command
