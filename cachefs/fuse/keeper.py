@@ -13,7 +13,7 @@ Values: `listen`, `memfd`, `fuse`, `server`: descriptors that it is given. `comm
 server, each word ended by a zero byte (in a file, because keepers and servers are told apart by their arguments).
 `hold`: one that is passed on to servers unseen. `pid` of the server behind `server`. `mode`: spawn or keep. `path` of
 the listening socket. `connection`: number of the FUSE connection. `established=1`: the mount has answered before.
-`hung`, `start`, `absent`, `end`: limits, in seconds.
+And those of `LIMITS`.
 
 Messages, on sockets of whole messages, words of ASCII with `\\0` before arguments:
 
@@ -35,13 +35,10 @@ import sys
 import time
 
 VERSION = 1
-LIMITS = {"hung": 10.0, "start": 60.0, "absent": 300.0, "end": 30.0}
+LIMITS = {"hung": 10.0, "start": 60.0, "absent": 300.0, "end": 30.0, "failures": 10.0, "deaths": 100.0}
 """Seconds: without a sign of life from a server; from its start until it answers; without any server (mode=keep); for
-an orderly end."""
-FAILURES = 10
-"""Servers in a row that never came to answer: the mount is given up."""
-DEATHS = 100
-"""The same, of those that did, and died within `SETTLED_S`."""
+an orderly end. Servers in a row that never came to answer, and that did and died within `SETTLED_S`: with so many the
+mount is given up."""
 SETTLED_S = 5.0
 DRAIN_S = 5.0
 KILL_S = 10.0
@@ -330,9 +327,9 @@ class Keeper:
                 self.upgrade_failed(f"the new server ended with status {status} before it answered")
         else:
             self.deaths = self.deaths + 1 if now - server.ready_at < SETTLED_S else 1
-            pause_s = 1.0 if self.deaths > DEATHS / 4 else 0.0
+            pause_s = 1.0 if self.deaths > self.limits["deaths"] / 4 else 0.0
         log(f"server gone pid={server.pid} status={status} failures={self.failures}")
-        if self.failures >= FAILURES or self.deaths >= DEATHS:
+        if self.failures >= self.limits["failures"] or self.deaths >= self.limits["deaths"]:
             self.give_up(f"{self.failures or self.deaths} servers in a row did not stay")
         self.start_at = now + pause_s
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cachefs.cli.mount import keeper_socket_of
+from cachefs.cli.mount import keeper_socket_of, server_command
 from cachefs.fuse import find_mount, is_mounted, probe
-from cachefs.fuse.keeping import ask
+from cachefs.fuse.keeping import ask, command_file, keeper_command, listen
 from cachefs.testing.processes import Running, kill_mount, mountpoint_below, running
 from cachefs.testing.survivors import Report, kill, make_source, pid_of, reading, wait_for
 
@@ -187,6 +187,34 @@ def test_without_opens(tmp_path: Path) -> None:
         wait_for("mount-server", mountpoint, other_than=pid)
         answers(mountpoint)
         check(readers.stop())
+
+
+def test_a_mount_that_cannot_be_saved(tmp_path: Path) -> None:
+    """It is taken away, and who waited for it is told."""
+    able = tmp_path / "able"
+    able.touch()
+    with up(tmp_path) as (_, _, process), mountpoint_below(made(tmp_path / "other")) as mountpoint:
+        server = server_command(str(mountpoint), ["--master", process.facts["master"], "--insecure"])
+        command = command_file(["/bin/sh", "-c", 'test -e "$0" && exec "$@"; exit 1', str(able), *server])
+        path = str(tmp_path / "socket")
+        listener = listen(path)
+        assert listener is not None
+        values = {"listen": listener.fileno(), "path": path, "failures": 2}
+        with (
+            listener,
+            subprocess.Popen(
+                keeper_command(str(mountpoint), values, command), pass_fds=[listener.fileno(), command]
+            ) as keeper,
+        ):
+            os.close(command)
+            until(lambda: "state=serving" in ask(path, "who"))
+            able.unlink()
+            pid = kill("mount-server", mountpoint)
+            until(lambda: pid_of("mount-server", mountpoint) != pid)
+            waiting = subprocess.run(["cat", mountpoint / "cold/00001"], capture_output=True, timeout=LIMIT_S)
+            assert waiting.returncode == 1 and b"00001" in waiting.stderr
+            assert keeper.wait(LIMIT_S) == 1
+            assert not is_mounted(mountpoint) and not os.path.exists(path)
 
 
 def test_both_at_once_are_the_end(tmp_path: Path) -> None:
