@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cachefs.fuse import FS_TYPE, abort, find_mount, unmount
+from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, unmount
 from cachefs.model import CachefsError
 
 READY_TIMEOUT_S = 60.0
@@ -81,6 +81,7 @@ def running(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _wait_gone(ours)
 
 
 def child_of(up: Running, role: str) -> int:
@@ -103,6 +104,15 @@ def kill_mount(process: Running) -> None:
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in (keeper, server):
             os.kill(pid, number)
+
+
+def _wait_gone(link: socket.socket) -> None:
+    """Whoever holds the other end: a mount may have another keeper than the one that was started."""
+    link.settimeout(END_TIMEOUT_S)
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_WR)
+        while link.recv(4096):
+            pass
 
 
 def _wait_ready(role: str, link: socket.socket) -> dict[str, Any]:
@@ -132,5 +142,6 @@ def mountpoint_below(directory: Path) -> Iterator[Path]:
     finally:
         while (mounted := find_mount(mountpoint)) is not None and mounted.fs_type == FS_TYPE:
             abort(mounted.connection)  # first: once nothing is mounted by it, its number is another's
-            unmount(mountpoint, lazy=True)
+            with suppress(MountError):  # somebody was faster
+                unmount(mountpoint, lazy=True)
         mountpoint.rmdir()
