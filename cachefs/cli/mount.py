@@ -273,7 +273,10 @@ def keeper_socket_of(mountpoint: str) -> str:
 
 def listen_for(mountpoint: str, path: str) -> socket.socket:
     """Raises ConfigError when a keeper listens there."""
-    listener = listen(path)
+    try:
+        listener = listen(path)
+    except OSError as error:
+        raise ConfigError("--keeper-socket", path, f"a path where a socket can be made ({error})") from error
     if listener is None:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that no cachefs is mounted on; unmount it first")
     return listener

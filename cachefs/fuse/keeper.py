@@ -294,8 +294,7 @@ class Keeper:
         server.link.close()
         status = 1
         if server.is_child:
-            _, wait_status = os.waitpid(server.pid, 0)
-            status = os.waitstatus_to_exitcode(wait_status)
+            status = reap(server.pid)
         if server is self.next:
             self.next = None
             self.upgrade_failed(f"the new server ended with status {status} before it was ready")
@@ -472,6 +471,18 @@ class Keeper:
                 pass
             self.asker.close()
             self.asker = None
+
+
+def reap(pid: int) -> int:
+    """The exit status of a child that has nothing left to do but to end."""
+    give_up_at = time.monotonic() + KILL_S
+    while True:
+        found, wait_status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(wait_status)
+        if time.monotonic() > give_up_at:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
 
 
 def peer_of(client: socket.socket) -> tuple[int, int]:

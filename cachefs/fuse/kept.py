@@ -185,6 +185,12 @@ class Kept:
         self._store(_AT_LAST_ID, 0)
         self._by_unique.clear()
 
+    @property
+    def generation(self) -> int:
+        """How many servers have begun."""
+        found: int = self._words[_AT_GENERATION]
+        return found
+
     def begin_generation(self) -> int:
         """The first of this server's handles: none of them was ever used before."""
         generation = self._words[_AT_GENERATION] + 1

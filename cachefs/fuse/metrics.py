@@ -54,6 +54,11 @@ MOUNT_METRICS: Sequence[Metric[MountParts]] = (
         ),
         "mode",
     ),
+    gauge(
+        "cachefs_mount_servers",
+        "Servers of this mount until now, this one included: those before it died, hung or were upgraded.",
+        lambda parts: parts.operations.servers,
+    ),
     gauge("cachefs_open_files", "Handles that are open now.", lambda parts: parts.operations.open_files),
     counter(
         "cachefs_mount_read_bytes_total",

@@ -152,6 +152,11 @@ class CacheOperations:
         """Handles."""
         return len(self._by_handle)
 
+    @property
+    def servers(self) -> int:
+        """Of this mount until now, this one included."""
+        return self._kept.generation if self._kept is not None else 1
+
     def set_mode(self, chosen: ChosenMode, backings: BackingRegistry) -> None:
         """What was decided after INIT, and again for other tiers; before, files are opened in cached mode."""
         self._passthrough = chosen.mode is OpenMode.PASSTHROUGH

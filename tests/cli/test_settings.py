@@ -200,7 +200,7 @@ def test_up_with_a_file_and_two_tiers(tmp_path: Path) -> None:
         assert process.facts["open_mode"] == "passthrough"
         listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
         mine = [line for line in listed if str(tmp_path) in line]
-        (mount,) = [line for line in mine if " mount " in line]
+        (mount,) = [line for line in mine if " mount-server " in line]
         (worker,) = [line for line in mine if " worker " in line]
         (master,) = [line for line in mine if " master " in line]
         assert "--umask 77" in mount and "--no-allow-other" in mount and f"--read-ahead {3 << 20}" in mount

@@ -81,13 +81,25 @@ def server(directory: Path, name: str, body: str) -> list[str]:
 
 
 @contextmanager
-def keeper(directory: Path, body: str = "serve()", **values: str) -> Iterator[Scene]:
+def hasty(directory: Path, body: str, before: str, after: str) -> Iterator[Scene]:
+    """With another constant."""
+    source = Path(KEEPER).read_text()
+    assert before in source
+    script = directory / "keeper.py"
+    script.write_text(source.replace(before, after))
+    with keeper(directory, body, script=str(script)) as it:
+        yield it
+
+
+@contextmanager
+def keeper(directory: Path, body: str = "serve()", script: str = KEEPER, **values: str) -> Iterator[Scene]:
     path = str(directory / "socket")
     listener = listen(path)
     assert listener is not None
     command = command_file(server(directory, "server", body) if values.get("mode") != "keep" else [])
     with listener:
         started = keeper_command("/nowhere", {"listen": listener.fileno(), "path": path, **values}, command)
+        started[started.index(KEEPER)] = script
         process = subprocess.Popen(started, pass_fds=[listener.fileno(), command])
     os.close(command)
     scene = Scene(process, path, directory / "log")
@@ -127,6 +139,16 @@ def test_a_killed_server_has_a_successor(tmp_path: Path) -> None:
         assert it.process.wait(LIMIT_S) == 0
         assert it.said("end") == it.said("ready")[-1:]
         assert not os.path.exists(it.path)
+
+
+def test_a_server_that_lets_go_and_does_not_end_is_killed(
+    tmp_path: Path,
+) -> None:
+    """Its end of the link is closed: whatever keeps it from ending, it has nothing to say any more."""
+    stays = "import time\nif is_first:\n    say('ready'); log('ready'); link.close(); time.sleep(600)\nserve()"
+    with hasty(tmp_path, stays, "KILL_S = 10.0", "KILL_S = 0.1") as it:
+        it.wait(lambda: len(it.said("ready")) == 2)
+        assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
 
 
 def test_a_first_server_that_fails_is_the_end(tmp_path: Path) -> None:
