@@ -34,12 +34,15 @@ def memory_bytes(pid: int, what: str = "VmRSS") -> int:
 
 
 def process_of(directory: Path, role: str) -> int:
-    """The process with this role of the `cachefs up` below this directory. Raises ProcessLookupError."""
+    """The process with this role of the `cachefs up` below this directory; "mount" is the one that answers. Raises
+    ProcessLookupError.
+    """
+    names = {"mount", "mount-server"} if role == "mount" else {role}
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             with suppress(OSError):
                 arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if role in arguments and any(str(directory) in each for each in arguments):
+                if not names.isdisjoint(arguments) and any(str(directory) in each for each in arguments):
                     return int(process.name)
     raise ProcessLookupError(f"the {role} is not there")
 
