@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from contextlib import suppress
@@ -83,7 +84,8 @@ def _end(mountpoints: tuple[str, ...], connection: int, force: bool) -> None:
     for mountpoint in mountpoints:
         found = find_mount(mountpoint)
         if found is not None and found.fs_type == FS_TYPE and found.connection == connection:
-            unmount(mountpoint, lazy=True)
+            with suppress(MountError):  # somebody was faster
+                unmount(mountpoint, lazy=True)
 
 
 def _ask(mounts: list[MountInfo]) -> None:
@@ -102,10 +104,15 @@ def _mounted(mountpoint: str) -> MountInfo:
 
 def _unmount(info: MountInfo, lazy: bool, force: bool) -> str | None:
     """What went wrong. One whose server is gone goes away whoever has files on it open: they have errors already."""
+    problem = None
+    if force:
+        try:
+            abort(info.connection)
+        except MountError as error:
+            problem = str(error)
     try:
         unmount(info.mountpoint, lazy=lazy or force or is_dead(info))
-        if force:
-            abort(info.connection)
     except MountError as error:
-        return str(error)
-    return None
+        if not force or error.errno != errno.EINVAL:  # its server may have been faster
+            return str(error)
+    return problem

@@ -184,7 +184,8 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
         logger.warning("removing what the mount left mountpoint=%s", mountpoint)
         with suppress(MountError):  # not root: it ends with its server
             abort(left.connection)
-        unmount(mountpoint, lazy=True)
+        with suppress(MountError):  # its server was faster
+            unmount(mountpoint, lazy=True)
 
 
 def _environment() -> dict[str, str]:

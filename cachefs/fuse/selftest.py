@@ -42,9 +42,10 @@ async def try_passthrough(directories: Sequence[str], ignored: int = 0) -> dict[
         try:
             return await _try(fd, directories, ignored)
         finally:
-            unmount(mountpoint, lazy=True)
+            # In this order: once nothing is mounted by it, the number of a connection is another's.
             with suppress(MountError):  # not root: it ends with the device
                 abort(mounted.connection)
+            unmount(mountpoint, lazy=True)
             os.close(fd)
 
 

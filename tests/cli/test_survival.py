@@ -278,7 +278,7 @@ def test_the_directory_below_is_nobodys(tmp_path: Path) -> None:
             assert mountpoint.stat().st_mode & 0o777 == 0o755
             kill("mount-server", mountpoint)
             answers(mountpoint)
-            assert mount.end() == 0
+            assert mount.end(signal.SIGINT) == 0
         assert mountpoint.stat().st_mode & 0o777 == 0o750
         with running(*arguments) as mount:
             kill_mount(mount)

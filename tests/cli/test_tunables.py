@@ -67,7 +67,7 @@ def test_every_flag_reaches_the_mount(tmp_path: Path) -> None:
         assert info is not None
         assert "max_read=131072" in info.options and "allow_other" not in info.options
         # The children decide nothing by themselves: their command lines have all of it.
-        told = sh('ps -ww -eo args | grep -F "cachefs mount $1 " | grep -v grep', mountpoint).splitlines()[0]
+        told = sh('ps -ww -eo args | grep -F "cachefs mount-server $1 " | grep -v grep', mountpoint).splitlines()[0]
         for flag in ("--threads 3", "--max-background 9", "--attr-timeout 0.25s", "--negative-timeout 0s"):
             assert flag in told
 
@@ -95,7 +95,7 @@ def test_the_profile_for_training_and_what_is_asked_for_besides(tmp_path: Path) 
     with up(tmp_path, "--profile", "training", "--attr-timeout", "5s") as (mountpoint, process):
         assert process.facts["open_mode"] == "passthrough"
         assert read_ahead_kb(mountpoint) == 8192
-        told = sh('ps -ww -eo args | grep -F "cachefs mount $1 " | grep -v grep', mountpoint).splitlines()[0]
+        told = sh('ps -ww -eo args | grep -F "cachefs mount-server $1 " | grep -v grep', mountpoint).splitlines()[0]
         for flag in ("--attr-timeout 5s", "--entry-timeout 7200s", "--negative-timeout 7200s"):
             assert flag in told
         assert "Read-only" in sh('touch "$1/new"', mountpoint)

@@ -192,8 +192,8 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
                 yield Scene(mountpoint, files, session)
             finally:
                 if is_mounted(mountpoint):
+                    abort(mounted.connection)
                     unmount(mountpoint, lazy=True)
-                abort(mounted.connection)
     finally:
         os.close(fd)
 
