@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -37,6 +38,27 @@ def up(directory: Path, *flags: str) -> Iterator[tuple[Path, Path, Running]]:
         small = ["--page-size", "64K", "--open-wait", "512K"]
         with running("up", *arguments, "--tier", tier, *small, *flags) as process:
             yield mountpoint, source, process
+
+
+class Shared(NamedTuple):
+    """A master and a worker for mounts of other kinds."""
+
+    source: Path
+    master: str
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    with up(tmp_path_factory.mktemp("shared")) as (_, source, process):
+        yield Shared(source, process.facts["master"])
+
+
+@contextmanager
+def mounted(directory: Path, shared: Shared, *flags: str) -> Iterator[tuple[Path, Running]]:
+    with mountpoint_below(directory) as mountpoint:
+        arguments = [mountpoint, "--master", shared.master, "--insecure", "--open-wait", "512K", *flags]
+        with running("mount", *arguments) as process:
+            yield mountpoint, process
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -121,10 +143,10 @@ def test_a_keeper_that_is_killed_and_then_its_server(tmp_path: Path) -> None:
         assert pid_of("mount-server", mountpoint) is None and pid_of("mount-keeper", mountpoint) is None
 
 
-def test_a_server_that_hangs_is_replaced(tmp_path: Path) -> None:
+def test_a_server_that_hangs_is_replaced(tmp_path: Path, shared: Shared) -> None:
     with (
-        up(tmp_path, "--hung-after", "2s") as (mountpoint, source, process),
-        reading(mountpoint, source) as readers,
+        mounted(tmp_path, shared, "--hung-after", "2s") as (mountpoint, process),
+        reading(mountpoint, shared.source) as readers,
     ):
         stopped = kill("mount-server", mountpoint, signal.SIGSTOP)
         wait_for("mount-server", mountpoint, other_than=stopped)
@@ -151,9 +173,9 @@ def test_an_upgrade_under_load(tmp_path: Path) -> None:
         assert process.end() == 0
 
 
-def test_a_kernel_that_cannot_send_again(tmp_path: Path) -> None:
+def test_a_kernel_that_cannot_send_again(tmp_path: Path, shared: Shared) -> None:
     """It is mounted anew: what is open gets errors, what is opened later is there."""
-    with up(tmp_path, "--ignore-kernel-feature", "has-resend") as (mountpoint, _, process):
+    with mounted(tmp_path, shared, "--ignore-kernel-feature", "has-resend") as (mountpoint, process):
         with open(mountpoint / "held/0", "rb") as held:
             before = find_mount(mountpoint)
             pid = kill("mount-server", mountpoint)
@@ -168,10 +190,10 @@ def test_a_kernel_that_cannot_send_again(tmp_path: Path) -> None:
         assert process.end() == 0
 
 
-def test_a_kernel_without_passthrough(tmp_path: Path) -> None:
+def test_a_kernel_without_passthrough(tmp_path: Path, shared: Shared) -> None:
     with (
-        up(tmp_path, "--ignore-kernel-feature", "passthrough") as (mountpoint, source, process),
-        reading(mountpoint, source) as readers,
+        mounted(tmp_path, shared, "--ignore-kernel-feature", "passthrough") as (mountpoint, process),
+        reading(mountpoint, shared.source) as readers,
     ):
         assert process.facts["open_mode"] == "cached"
         for _ in range(2):
@@ -181,20 +203,23 @@ def test_a_kernel_without_passthrough(tmp_path: Path) -> None:
         check(readers.stop())
 
 
-def test_without_opens(tmp_path: Path) -> None:
-    with up(tmp_path, "--open-mode", "no-open") as (mountpoint, source, _), reading(mountpoint, source) as readers:
+def test_without_opens(tmp_path: Path, shared: Shared) -> None:
+    with (
+        mounted(tmp_path, shared, "--open-mode", "no-open") as (mountpoint, _),
+        reading(mountpoint, shared.source) as readers,
+    ):
         pid = kill("mount-server", mountpoint)
         wait_for("mount-server", mountpoint, other_than=pid)
         answers(mountpoint)
         check(readers.stop())
 
 
-def test_a_mount_that_cannot_be_saved(tmp_path: Path) -> None:
+def test_a_mount_that_cannot_be_saved(tmp_path: Path, shared: Shared) -> None:
     """It is taken away, and who waited for it is told."""
     able = tmp_path / "able"
     able.touch()
-    with up(tmp_path) as (_, _, process), mountpoint_below(made(tmp_path / "other")) as mountpoint:
-        server = server_command(str(mountpoint), ["--master", process.facts["master"], "--insecure"])
+    with mountpoint_below(tmp_path) as mountpoint:
+        server = server_command(str(mountpoint), ["--master", shared.master, "--insecure"])
         command = command_file(["/bin/sh", "-c", 'test -e "$0" && exec "$@"; exit 1', str(able), *server])
         path = str(tmp_path / "socket")
         listener = listen(path)
@@ -217,26 +242,15 @@ def test_a_mount_that_cannot_be_saved(tmp_path: Path) -> None:
             assert not is_mounted(mountpoint) and not os.path.exists(path)
 
 
-def test_both_at_once_are_the_end(tmp_path: Path) -> None:
-    """Nobody is left who would know. What `up` then does is tested with it."""
-    with up(tmp_path) as (mountpoint, _, process):
-        for role in ("mount-keeper", "mount-server"):
-            kill(role, mountpoint, signal.SIGSTOP)
-        for role in ("mount-keeper", "mount-server"):
-            kill(role, mountpoint)
-        assert process.process.wait(LIMIT_S) == 1
-        assert not is_mounted(mountpoint)
-
-
-def test_a_keeper_by_itself(tmp_path: Path) -> None:
+def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
     """Servers come and go on their own; the last one that came serves."""
-    with up(tmp_path) as (_, source, process), mountpoint_below(made(tmp_path / "other")) as mountpoint:
+    with mountpoint_below(tmp_path) as mountpoint:
         socket = tmp_path / "keeper"
-        arguments = [mountpoint, "--keeper-socket", socket, "--master", process.facts["master"], "--insecure"]
+        arguments = [mountpoint, "--keeper-socket", socket, "--master", shared.master, "--insecure"]
         with (
             running("mount", mountpoint, "--keep-only", "--keeper-socket", socket) as keeper,
             running("mount", *arguments) as first,
-            reading(mountpoint, source) as readers,
+            reading(mountpoint, shared.source) as readers,
         ):
             with running("mount", *arguments) as second:
                 # It has taken over, and the first is gone.
@@ -260,17 +274,16 @@ def test_a_keeper_by_itself(tmp_path: Path) -> None:
                 assert not is_mounted(mountpoint)
 
 
-def test_the_directory_below_is_nobodys(tmp_path: Path) -> None:
+def test_the_directory_below_is_nobodys(tmp_path: Path, shared: Shared) -> None:
     """Who writes there because the mount is gone gets an error, unless it is root."""
-    other = made(tmp_path / "other")
-    with up(tmp_path) as (_, _, process), mountpoint_below(other) as mountpoint:
+    with mountpoint_below(tmp_path) as mountpoint:
         mountpoint.chmod(0o750)
-        arguments = ["mount", mountpoint, "--master", process.facts["master"], "--insecure"]
+        arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]
 
         def below() -> int:
             """The mode of the directory, seen without what is mounted on it."""
             look = 'mount --bind "$1" "$2" && stat -c %a "$2/mnt"'
-            with_root = ["unshare", "-m", "sh", "-c", look, "sh", str(other), "/mnt"]
+            with_root = ["unshare", "-m", "sh", "-c", look, "sh", str(tmp_path), "/mnt"]
             return int(subprocess.run(with_root, capture_output=True, check=True).stdout, 8)
 
         with running(*arguments) as mount:
@@ -298,8 +311,3 @@ def test_the_directory_below_is_nobodys(tmp_path: Path) -> None:
             assert below() == 0o755
             assert mount.end() == 0
         (mountpoint / "kept").unlink()
-
-
-def made(directory: Path) -> Path:
-    directory.mkdir()
-    return directory

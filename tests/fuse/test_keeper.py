@@ -228,7 +228,7 @@ def test_a_new_version_that_does_not_come_up_changes_nothing(tmp_path: Path, bod
 
 def test_while_the_old_one_drains_for_too_long_it_is_killed(tmp_path: Path) -> None:
     ignores = "say('ready'); log('ready')\nwhile True:\n    word = link.recv(100)\n    word == b'ping' and say('pong')"
-    with keeper(tmp_path, ignores) as it:
+    with hasty(tmp_path, ignores, "DRAIN_S = 5.0", "DRAIN_S = 0.0") as it:
         it.wait(lambda: it.said("ready"))
         assert it.upgrade(*server(tmp_path, "new", "serve()")).startswith("ok ")
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
