@@ -167,12 +167,11 @@ class Keeper:
     def signalled(self) -> None:
         numbers = os.read(self.wake, 64)
         if any(number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for number in numbers):
-            self.end("signal")
+            self.end()
 
-    def end(self, why: str) -> None:
+    def end(self) -> None:
         if self.ending:
             return
-        log(f"ending reason={why}")
         self.ending, self.end_ticks = True, 0
         if self.next is not None:
             self.kill(self.next)
