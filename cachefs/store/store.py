@@ -52,7 +52,7 @@ class Store:
         self.tiers = tiers
         self._clock = clock
         self._pinned = pinned
-        self.quotas = QuotaRoom(quotas or Quotas(), tiers, self._cannot_remove)
+        self.quotas = QuotaRoom(quotas or Quotas(), tiers, self._cannot_evict)
         """What counts for quotas, and what room these leave."""
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
@@ -273,6 +273,10 @@ class Store:
     def _cannot_remove(self, tier: Tier, error: OSError) -> None:
         self._judge(tier, self._health[tier].cannot_remove, error)
 
+    def _cannot_evict(self, tier: Tier, error: OSError) -> None:
+        if not is_of_the_process(error):
+            self._cannot_remove(tier, error)
+
     def to_probe(self) -> list[Tier]:
         """Whose disks should be tried now, by `Tier.try_disk`."""
         now = self._clock()
@@ -343,8 +347,7 @@ class Store:
         try:
             return tier.evict(block)
         except OSError as error:
-            if not is_of_the_process(error):
-                self._cannot_remove(tier, error)
+            self._cannot_evict(tier, error)
             return False
 
     def move_down(self, mode: Promote) -> int:
