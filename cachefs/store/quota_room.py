@@ -9,6 +9,9 @@ from cachefs.policy import Promote, fits_quota
 from cachefs.store.quotas import Quotas
 from cachefs.store.tier import Tier
 
+_EXTRA_BYTES = 64 << 20
+"""Given up for one block beside twice its own length: what is far over a quota gets below it by and by."""
+
 
 class QuotaRoom:
     """Callable from any thread. `on_failed` is called with a tier whose disk fails to remove what makes room."""
@@ -103,8 +106,9 @@ class QuotaRoom:
 
     def make_room(self, block: BlockId, length: int, mode: Promote) -> None:
         """For what is begun now. Raises CapacityError, possibly having evicted."""
+        most = 2 * self.need(length) + _EXTRA_BYTES
         for quota, lacking in self.lacking(block, length).items():
-            if self._give_up(quota, lacking, block, evict=mode is Promote.ALWAYS) < lacking:
+            if self._give_up(quota, min(lacking, most), block, evict=mode is Promote.ALWAYS) < lacking:
                 self.book.refused([quota])
                 raise CapacityError(f"{self.describe(quota)} has no room for {length} bytes")
 

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 _IDLE_EVERY_S = 5.0
 _FREE_EVERY_S = 1.0
 _EVICTED_AT_ONCE = 64
-"""Blocks that make room in a quota for one more: what is far over it gets below it by and by."""
+"""Blocks that make room in a quota for one more, at most."""
 _SORTED_AT_ONCE = 1000
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
@@ -504,8 +504,8 @@ class Tier:
             # What others hold as well is given up first, and by agreement only: see `to_give_up`.
             yield from (block for block in self._sieve.candidates() if block not in self._shared)
 
-    def _evict_dormant(self, block: BlockId) -> bool:
-        gone = self._evict(self._layout.partial_fd, block)
+    def _evict_dormant(self, block: BlockId, later: list[int] | None = None) -> bool:
+        gone = self._evict(self._layout.partial_fd, block, later)
         if gone:
             self._space.used -= self._dormant.pop(block)
             self._count(block, 0)
@@ -583,29 +583,58 @@ class Tier:
         """
         freed = 0
         with self._lock:
-            for block in [each for each in self._dormant if quota in self._book.counts_for(each)]:
-                size = self._dormant[block]
-                if block != wanted and freed < need and self._evict_dormant(block):
-                    freed += size
-            for block in itertools.islice(self._to_evict_of_quota(quota, evict), _EVICTED_AT_ONCE):
-                if freed >= need:
+            dormant = [each for each in self._dormant if each != wanted and quota in self._book.counts_for(each)]
+            sealed = self._to_evict_of_quota(quota, evict)
+        for block in dormant:
+            if freed >= need:
+                break
+            with self._closed_later() as later:
+                if block in self._dormant:
+                    size = self._dormant[block]
+                    freed += size if self._evict_dormant(block, later) else 0
+        for _ in range(_EVICTED_AT_ONCE):
+            if freed >= need:
+                break
+            with self._closed_later() as later:
+                found = next(sealed, None)
+                if found is None:
                     break
-                size = self._sealed[block]
-                if self._evict(self._layout.sealed_fd, block):
-                    self._discount_sealed(block)
+                size = self._sealed.get(found, 0)
+                if size and self._evict(self._layout.sealed_fd, found, later):
+                    self._discount_sealed(found)
                     self._evictions += 1
                     freed += size
         return freed
 
+    @contextmanager
+    def _closed_later(self) -> Iterator[list[int]]:
+        """Holds the lock for one block to be evicted, and closes its file without it: that is when a file system gives
+        its room back, and for a large block it takes a good part of a second.
+        """
+        later: list[int] = []
+        try:
+            with self._lock:
+                yield later
+        finally:
+            for fd in later:
+                os.close(fd)
+
     def _to_evict_of_quota(self, quota: int, evict: bool) -> Iterator[BlockId]:
+        """Others may be at it as well, and change things between two steps: each is taken with the lock held."""
         now = time.monotonic()
         idle = self._look_for_free().idle.get(quota, deque())
         for _ in range(len(idle)):
-            block = idle.popleft()
+            if not idle:
+                break
+            block = idle[0]
             is_free = block in self._retired or self._groups.is_idle(block, now)
-            if block in self._sealed and is_free and not self._sieve.is_pinned(block):
+            is_free = is_free and block in self._sealed and not self._sieve.is_pinned(block)
+            if is_free:
                 yield block
-                if block in self._sealed:
+            # Only now, as nobody may have asked for the next one.
+            if idle and idle[0] == block:
+                idle.popleft()
+                if is_free and block in self._sealed:
                     idle.append(block)
         if evict:
             yield from (block for block in self._book.candidates(quota) if block not in self._shared)
@@ -634,8 +663,10 @@ class Tier:
             self._book.pin(block, self._sieve.is_pinned(block))
         self._set_shared(block, self._is_shared(block))
 
-    def _evict(self, directory_fd: int, block: BlockId) -> bool:
-        """Unlink a block that nobody reads; False if somebody does."""
+    def _evict(self, directory_fd: int, block: BlockId, later: list[int] | None = None) -> bool:
+        """Unlink a block that nobody reads; False if somebody does. With `later`, its descriptor is added to that, and
+        its room is free once it is closed.
+        """
         try:
             fd = os.open(data_name(block), READ_FLAGS, dir_fd=directory_fd)
         except OSError as error:
@@ -652,7 +683,10 @@ class Tier:
             self._unlink(directory_fd, block)
             return True
         finally:
-            os.close(fd)
+            if later is None:
+                os.close(fd)
+            else:
+                later.append(fd)
 
     def _can_evict(self, block: BlockId) -> bool:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from cachefs.model import CapacityError, ContentKey
 from cachefs.policy import Promote
-from cachefs.store import Partial, QuotaKeys, Quotas, Rule, Store, TierConfig, open_store, page_checksum
+from cachefs.store import Partial, QuotaKeys, Quotas, Rule, Store, TierConfig, open_store, page_checksum, quota_room
 from cachefs.store.space import estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, seal
 
@@ -329,3 +330,74 @@ def test_what_is_beyond_a_quota_counts_as_free_for_others(tmp_path: Path) -> Non
         store.close(partial)
         assert store.quotas.book.used_bytes(1) <= capacity - need(8)
         assert not store.admits(len(CONTENTS[11]), Promote.IF_SPACE)
+
+
+@contextmanager
+def full_quota(directory: Path, numbers: Sequence[int]) -> Iterator[tuple[Store, int]]:
+    """These are sealed and count for quota 1, which they fill with so many bytes; everything else counts for it too."""
+    with scene(directory) as store:
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        total = sum(need(number) for number in numbers)
+        store.quotas.book.grant({1: total})
+        for number in numbers:
+            seal(store, block(number), CONTENTS[number])
+        yield store, total
+
+
+def sealed(store: Store) -> list[int]:
+    return [number for number in NUMBERS if store.is_sealed(block(number))]
+
+
+def test_each_call_gives_up_what_is_idle_and_forgets_none_of_it(tmp_path: Path) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        for number in range(4):
+            store.retire(block(number))
+        for number in range(4):
+            total -= need(number)
+            store.quotas.book.grant({1: total})
+            store.quotas.trim()
+            assert sealed(store) == list(range(number + 1, 8))
+
+
+def test_files_are_freed_without_the_lock_that_others_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        partial = store.open_partial(block(7), len(CONTENTS[7]))
+        assert partial is None
+        waited: list[bool] = []
+        real = os.close
+
+        def close(fd: int) -> None:
+            if os.fstat(fd).st_nlink == 0:
+                waited.append(store.tiers[0]._lock.locked())
+            real(fd)
+
+        store.quotas.book.grant({1: total - need(0) - need(1) - need(2)})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            partial = store.open_partial(block(8), len(CONTENTS[8]))
+        assert partial is not None
+        store.close(partial)
+        assert sealed(store) == [4, 5, 6, 7] and waited == [False] * 4
+
+
+def test_no_more_is_given_up_for_one_block_than_is_bounded_by_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_room, "_EXTRA_BYTES", 0)
+    with full_quota(tmp_path, range(12)) as (store, total):
+        store.drop(block(0))
+        store.quotas.book.grant({1: 2 * need(3)})
+        left = total - need(0)
+        while left > 2 * need(3):
+            before = left
+            try:
+                partial = store.open_partial(block(0), len(CONTENTS[0]))
+            except CapacityError:
+                partial = None
+            left = sum(need(number) for number in sealed(store))
+            assert before - 2 * need(0) - need(3) < left < before
+            if partial is not None:
+                store.close(partial)
+                break
+        assert store.quotas.book.used_bytes(1) <= 2 * need(3)

@@ -138,3 +138,5 @@ def test_what_makes_room_in_a_quota_stays_for_want_of_descriptors(tmp_path: Path
             book.grant({1: 0})
             store.quotas.trim()
         assert is_whole(store)
+        store.quotas.trim()
+        assert not store.is_sealed(block(0)) and store.is_sealed(block(1))
