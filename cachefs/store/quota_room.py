@@ -14,11 +14,20 @@ _EXTRA_BYTES = 64 << 20
 
 
 class QuotaRoom:
-    """Callable from any thread. `on_failed` is called with a tier whose disk fails to remove what makes room."""
+    """Callable from any thread. `on_failed` is called with a tier whose disk fails to remove what makes room. `served`
+    tells the tiers whose blocks are here: others count for nothing, and are not waited for.
+    """
 
-    def __init__(self, book: Quotas, tiers: Sequence[Tier], on_failed: Callable[[Tier, OSError], None]) -> None:
+    def __init__(
+        self,
+        book: Quotas,
+        tiers: Sequence[Tier],
+        served: Callable[[], Sequence[Tier]],
+        on_failed: Callable[[Tier, OSError], None],
+    ) -> None:
         self.book = book
-        self._tiers = tiers
+        self._any = tiers[0]
+        self._served = served
         self._on_failed = on_failed
 
     @property
@@ -28,7 +37,7 @@ class QuotaRoom:
 
     def apply(self) -> None:
         """Others count for quotas than before. Looks at every block: for a thread."""
-        for tier in self._tiers:
+        for tier in self._served():
             tier.apply_quotas()
         if not self.book.active:
             self.book.reset()
@@ -38,7 +47,7 @@ class QuotaRoom:
         if blocks and quota not in self.book.keys.of(blocks[0].key):
             self.book.keys.add(blocks[0].key, quota)
             if self.book.active:
-                for tier in self._tiers:
+                for tier in self._served():
                     tier.apply_quotas(blocks)
 
     def of(self, block: BlockId) -> tuple[int, ...]:
@@ -47,14 +56,14 @@ class QuotaRoom:
 
     def need(self, length: int) -> int:
         """What a block of that length takes, its checksums included."""
-        return self._tiers[0].need(length)
+        return self._any.need(length)
 
     def lacking(self, block: BlockId, length: int) -> dict[int, int]:
         """What a block would take beyond what may be taken of its quotas: nothing, as a rule."""
         quotas = self.book.of(block.key)
         if not quotas:
             return {}
-        need = self.need(length) - max(tier.quota_bytes(block) for tier in self._tiers)
+        need = self.need(length) - max((tier.quota_bytes(block) for tier in self._served()), default=0)
         lacking = {quota: self.book.lacking(quota, need, block) for quota in quotas} if need > 0 else {}
         return {quota: size for quota, size in lacking.items() if size > 0}
 
@@ -73,7 +82,7 @@ class QuotaRoom:
         ]
 
     def _free(self, quota: int) -> tuple[int, int]:
-        found = [tier.free_of_quota(quota) for tier in self._tiers]
+        found = [tier.free_of_quota(quota) for tier in self._served()]
         return sum(idle for idle, _ in found), sum(shared for _, shared in found)
 
     def idle_bytes(self) -> dict[int, int]:
@@ -98,7 +107,7 @@ class QuotaRoom:
         found: dict[BlockId, None] = {}
         for quota, lacking in self.lacking(block, length).items():
             lacking -= self._free(quota)[0]
-            for tier in self._tiers:
+            for tier in self._served():
                 for each in tier.to_give_up_of_quota(quota, lacking):
                     found[each] = None
                     lacking -= tier.held_bytes(each)
@@ -115,7 +124,7 @@ class QuotaRoom:
     def _give_up(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
         """As `Tier.make_room_in_quota`, on all tiers, the last one first."""
         freed = 0
-        for tier in reversed(self._tiers):
+        for tier in reversed(self._served()):
             if freed < need:
                 try:
                     freed += tier.make_room_in_quota(quota, need - freed, wanted, evict=evict)

@@ -308,6 +308,15 @@ class QuotaBook:
         elif ids in self._sieves:
             self._sieves[ids].remove(block)
 
+    def clear(self) -> None:
+        """Nothing here counts any more."""
+        taken: dict[Ids, int] = {}
+        for ids, size in self._charged.values():
+            taken[ids] = taken.get(ids, 0) + size
+        self._charged, self._sieves = {}, {}
+        for ids, size in taken.items():
+            self._quotas.charge(ids, -size)
+
     def sort(self, block: BlockId, size: int, *, sealed: bool) -> None:
         """It may count for others than before."""
         ids = self._quotas.keys.of(block.key) if self._quotas.active else ()

@@ -52,7 +52,7 @@ class Store:
         self.tiers = tiers
         self._clock = clock
         self._pinned = pinned
-        self.quotas = QuotaRoom(quotas or Quotas(), tiers, self._cannot_evict)
+        self.quotas = QuotaRoom(quotas or Quotas(), tiers, lambda: self._served, self._cannot_evict)
         """What counts for quotas, and what room these leave."""
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
@@ -305,6 +305,8 @@ class Store:
             logger.log(
                 level, "tier is %s, was %s path=%s reason=%s", after.value, before.value, tier.config.path, reason
             )
+        if was_served is not (tier in self._served):
+            tier.count(lambda: tier in self._served)
         if was_served and tier not in self._served:
             for block, _ in tier.blocks():
                 if not self.is_sealed(block):

@@ -98,6 +98,8 @@ class Tier:
         self._pinned = pinned
         self._quotas = quotas
         self._book = QuotaBook(quotas)
+        self._counts = True
+        """For quotas."""
         self._free_of = FreeOfQuotas({}, {}, 0.0)
         self._pinned_bytes = 0
         self._cluster_id = cluster_id
@@ -312,7 +314,7 @@ class Tier:
 
     def _count(self, block: BlockId, size: int, *, sealed: bool = False) -> None:
         """What it takes now, for quotas; 0: it is gone."""
-        if self._quotas.active:
+        if self._quotas.active and self._counts:
             self._book.put(block, size, sealed=sealed)
 
     def close(self, partial: Partial) -> None:
@@ -532,7 +534,18 @@ class Tier:
         with self._lock:
             self._free_of = FreeOfQuotas({}, {}, 0.0)
 
+    def count(self, counts: Callable[[], bool]) -> None:
+        """Whether what is here counts for quotas from now on, as is found with the lock held. Looks at every block."""
+        with self._lock:
+            self._counts = counts()
+            self._book.clear()
+            self._free_of = FreeOfQuotas({}, {}, 0.0)
+        if self._counts:
+            self.apply_quotas()
+
     def _sort_by_quota(self, block: BlockId) -> None:
+        if not self._counts:
+            return
         if block in self._sealed:
             self._book.sort(block, self._sealed[block], sealed=True)
             self._book.pin(block, self._sieve.is_pinned(block))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import sys
@@ -16,7 +17,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from cachefs.model import CapacityError, ContentKey
 from cachefs.policy import Promote
-from cachefs.store import Partial, QuotaKeys, Quotas, Rule, Store, TierConfig, open_store, page_checksum, quota_room
+from cachefs.store import (
+    HealthConfig,
+    Partial,
+    QuotaKeys,
+    Quotas,
+    Rule,
+    Store,
+    TierConfig,
+    TierState,
+    open_store,
+    page_checksum,
+    quota_room,
+)
 from cachefs.store.space import estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, seal
 
@@ -401,3 +414,38 @@ def test_no_more_is_given_up_for_one_block_than_is_bounded_by_its_length(
                 store.close(partial)
                 break
         assert store.quotas.book.used_bytes(1) <= 2 * need(3)
+
+
+# ---- a tier that is down --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+def test_a_tier_that_is_down_counts_for_nothing_and_is_not_waited_for(tmp_path: Path) -> None:
+    configs = [TierConfig("ssd", str(tmp_path / name), 60 * PAGE, free_floor_bytes=0) for name in ("upper", "lower")]
+    health = HealthConfig(probe_every_s=0.0, good_probes=1, failed_reads=2)
+    with open_store(configs, GEOMETRY, CLUSTER, health=health) as store:
+        upper = store.tiers[0]
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: need(3) + need(2)})
+        seal(store, block(3), CONTENTS[3])
+        began = store.open_partial(block(2), len(CONTENTS[2]))
+        assert began is not None and store.tier_of(began) is upper
+        assert store.quotas.full(block(7), len(CONTENTS[7]), Promote.IF_SPACE) == [1]
+        for _ in range(2):
+            upper.on_failed(OSError(errno.EIO, "broken"), True)
+        assert store.state(upper) is TierState.DOWN and store.quotas.book.used_bytes(1) == 0
+        # As if its disk hung.
+        with upper._lock:
+            seal(store, block(7), CONTENTS[7])
+            partial = store.open_partial(block(11), len(CONTENTS[11]))
+            assert partial is not None and not store.is_sealed(block(7)), "it made room in the quota, the other did not"
+            store.close(partial)
+            assert store.quotas.idle_bytes() == {} and store.quotas.to_give_up(block(11), len(CONTENTS[11])) == []
+            store.quotas.add([block(11)], 1)
+        store.probed(upper, True)
+        store.probed(upper, True)
+        assert store.state(upper) is TierState.HEALTHY
+        assert store.quotas.book.used_bytes(1) == need(2) and upper.quota_bytes(block(2)) == need(2)
+        assert store.restore(block(3)) and store.quotas.book.used_bytes(1) == need(2) + need(3)
+        store.close(began)
