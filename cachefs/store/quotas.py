@@ -277,6 +277,9 @@ class QuotaBook:
         self._charged: dict[BlockId, tuple[Ids, int]] = {}
         self._sieves: dict[Ids, Sieve[BlockId]] = {}
         """Of sealed blocks, by what they count for."""
+        self._shared: dict[Ids, dict[BlockId, None]] = {}
+        """Those of them that are not pinned and that other nodes hold as well."""
+        self._shared_bytes: dict[Ids, int] = {}
 
     def ids(self, block: BlockId) -> Ids:
         """As of `QuotaKeys`, as it was counted."""
@@ -297,6 +300,7 @@ class QuotaBook:
             ids, before = charged
         if not ids:
             return
+        self.share(block, False)
         if size:
             self._charged[block] = ids, size
         else:
@@ -313,7 +317,7 @@ class QuotaBook:
         taken: dict[Ids, int] = {}
         for ids, size in self._charged.values():
             taken[ids] = taken.get(ids, 0) + size
-        self._charged, self._sieves = {}, {}
+        self._charged, self._sieves, self._shared, self._shared_bytes = {}, {}, {}, {}
         for ids, size in taken.items():
             self._quotas.charge(ids, -size)
 
@@ -338,6 +342,34 @@ class QuotaBook:
             else:
                 sieve.unpin(block)
 
+    def share(self, block: BlockId, shared: bool) -> None:
+        """Other nodes hold it as well, and it is sealed and not pinned; or no more."""
+        charged = self._charged.get(block)
+        if charged is None:
+            return
+        ids, size = charged
+        blocks = self._shared.setdefault(ids, {})
+        if shared is not (block in blocks):
+            if shared:
+                blocks[block] = None
+            else:
+                del blocks[block]
+            self._shared_bytes[ids] = self._shared_bytes.get(ids, 0) + (size if shared else -size)
+
+    def unshare_all(self) -> None:
+        self._shared, self._shared_bytes = {}, {}
+
+    def shared(self, quota: int) -> Iterator[BlockId]:
+        """Of a quota."""
+        for ids in self._parts(quota):
+            yield from self._shared.get(ids, ())
+
+    def shared_bytes(self, quota: int) -> int:
+        return sum(self._shared_bytes.get(ids, 0) for ids in self._parts(quota))
+
+    def _parts(self, quota: int) -> list[Ids]:
+        return [ids for ids in self._sieves if quota in self._quotas.chain(ids)]
+
     def counts_for(self, block: BlockId) -> Ids:
         """All quotas that a block here counts for."""
         charged = self._charged.get(block)
@@ -345,6 +377,5 @@ class QuotaBook:
 
     def candidates(self, quota: int) -> Iterator[BlockId]:
         """Sealed blocks of a quota that are not pinned, in the order to give them up; the largest part of it first."""
-        parts = [ids for ids in self._sieves if quota in self._quotas.chain(ids)]
-        for ids in sorted(parts, key=lambda ids: len(self._sieves[ids]), reverse=True):
+        for ids in sorted(self._parts(quota), key=lambda ids: len(self._sieves[ids]), reverse=True):
             yield from self._sieves[ids].candidates()

@@ -57,6 +57,8 @@ _FREE_EVERY_S = 1.0
 _EVICTED_AT_ONCE = 64
 """Blocks that make room in a quota for one more, at most."""
 _SORTED_AT_ONCE = 1000
+_COLD_AMONG = 4096
+"""So many shared blocks are looked at for those that nobody read lately: it is done while others wait."""
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
 
@@ -76,8 +78,6 @@ class FreeOfQuotas(NamedTuple):
     """Of what counts for each quota; looked for now and then only, since that looks at all of it."""
 
     idle: dict[int, deque[BlockId]]
-    shared_bytes: dict[int, int]
-    """That others hold as well, and that is not idle."""
     until: float
     """When to look again, by the monotonic clock."""
 
@@ -100,7 +100,7 @@ class Tier:
         self._book = QuotaBook(quotas)
         self._counts = True
         """For quotas."""
-        self._free_of = FreeOfQuotas({}, {}, 0.0)
+        self._free_of = FreeOfQuotas({}, 0.0)
         self._pinned_bytes = 0
         self._cluster_id = cluster_id
         self._layout = layout
@@ -189,11 +189,13 @@ class Tier:
             self._shared.clear()
             self._shared_pinned.clear()
             self._shared_bytes = 0
+            self._book.unshare_all()
 
     def _set_shared(self, block: BlockId, shared: bool) -> None:
         if block in self._shared:
             del self._shared[block]
             self._shared_bytes -= self._sealed[block]
+            self._book.share(block, False)
         self._shared_pinned.discard(block)
         if not shared or block not in self._sealed:
             return
@@ -202,27 +204,26 @@ class Tier:
         else:
             self._shared[block] = None
             self._shared_bytes += self._sealed[block]
+            self._book.share(block, True)
 
     def _is_shared(self, block: BlockId) -> bool:
         return block in self._shared or block in self._shared_pinned
 
     def to_give_up(self, need: int) -> list[BlockId]:
-        """Shared blocks of about `need` bytes that nobody reads, those not read lately first."""
+        """Shared blocks of about `need` bytes that nobody reads, of the first ones those not read lately first."""
         with self._lock:
-            return self._to_give_up(need)
+            return self._to_give_up(need, lambda: iter(self._shared))
 
-    def _to_give_up(self, need: int, quota: int = 0) -> list[BlockId]:
-        found: list[BlockId] = []
-        for visited in (False, True):
-            for block in self._shared:
-                if need <= 0:
-                    return found
-                if quota and quota not in self._book.counts_for(block):
-                    continue
-                if self._sieve.is_visited(block) is visited and self._can_evict(block):
-                    found.append(block)
-                    need -= self._sealed[block]
-        return found
+    def _to_give_up(self, need: int, shared: Callable[[], Iterator[BlockId]]) -> list[BlockId]:
+        found: dict[BlockId, None] = {}
+        cold = (block for block in itertools.islice(shared(), _COLD_AMONG) if not self._sieve.is_visited(block))
+        for block in itertools.chain(cold, shared()):
+            if need <= 0:
+                break
+            if block not in found and self._can_evict(block):
+                found[block] = None
+                need -= self._sealed[block]
+        return list(found)
 
     def _idle(self) -> deque[BlockId]:
         """Blocks that count as free, longest idle first; looked for now and then only, since that looks at all of them.
@@ -532,14 +533,14 @@ class Tier:
                 for block in waiting[start : start + _SORTED_AT_ONCE]:
                     self._sort_by_quota(block)
         with self._lock:
-            self._free_of = FreeOfQuotas({}, {}, 0.0)
+            self._free_of = FreeOfQuotas({}, 0.0)
 
     def count(self, counts: Callable[[], bool]) -> None:
         """Whether what is here counts for quotas from now on, as is found with the lock held. Looks at every block."""
         with self._lock:
             self._counts = counts()
             self._book.clear()
-            self._free_of = FreeOfQuotas({}, {}, 0.0)
+            self._free_of = FreeOfQuotas({}, 0.0)
         if self._counts:
             self.apply_quotas()
 
@@ -549,6 +550,7 @@ class Tier:
         if block in self._sealed:
             self._book.sort(block, self._sealed[block], sealed=True)
             self._book.pin(block, self._sieve.is_pinned(block))
+            self._book.share(block, block in self._shared)
         elif block in self._open:
             partial = self._open[block]
             self._book.sort(block, estimate(partial.length, partial.page_count), sealed=False)
@@ -562,23 +564,18 @@ class Tier:
     def free_of_quota(self, quota: int) -> tuple[int, int]:
         """Of what counts for a quota: (what is idle, what others hold as well and is not idle). About a second old."""
         with self._lock:
-            found = self._look_for_free()
-            idle = sum(self._sealed.get(block, 0) for block in found.idle.get(quota, ()))
-            return idle, found.shared_bytes.get(quota, 0)
+            idle = self._look_for_free().idle.get(quota, ())
+            shared = sum(self._sealed[block] for block in idle if block in self._shared)
+            return sum(self._sealed.get(block, 0) for block in idle), self._book.shared_bytes(quota) - shared
 
     def _look_for_free(self) -> FreeOfQuotas:
         began = time.monotonic()
         if began >= self._free_of.until:
-            found = FreeOfQuotas({}, {}, 0.0)
+            found = FreeOfQuotas({}, 0.0)
             for block in self._idle():
                 for quota in self._book.counts_for(block):
                     if not self._sieve.is_pinned(block):
                         found.idle.setdefault(quota, deque()).append(block)
-            idle = set(itertools.chain.from_iterable(found.idle.values()))
-            for block in self._shared:
-                for quota in self._book.counts_for(block):
-                    if block not in idle:
-                        found.shared_bytes[quota] = found.shared_bytes.get(quota, 0) + self._sealed[block]
             now = time.monotonic()
             # Looking at all of it takes at most a fiftieth of the time.
             self._free_of = found._replace(until=now + max(_FREE_EVERY_S, 50 * (now - began)))
@@ -587,7 +584,7 @@ class Tier:
     def to_give_up_of_quota(self, quota: int, need: int) -> list[BlockId]:
         """As `to_give_up`, of what counts for a quota."""
         with self._lock:
-            return self._to_give_up(need, quota)
+            return self._to_give_up(need, lambda: self._book.shared(quota))
 
     def make_room_in_quota(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
         """Give up what counts for a quota until it is `need` bytes less, perhaps for a block that is wanted: what is in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import sys
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from cachefs.model import CapacityError, ContentKey
+from cachefs.model import BlockId, CapacityError, ContentKey
 from cachefs.policy import Promote
 from cachefs.store import (
     HealthConfig,
@@ -183,6 +184,14 @@ class Counting(RuleBasedStateMachine):
     def pin(self, number: int) -> None:
         self.store.pin([block(number)])
 
+    @rule(numbers=st.sets(st.sampled_from(NUMBERS)), shared=st.booleans())
+    def share(self, numbers: set[int], shared: bool) -> None:
+        self.store.share([block(number) for number in numbers], shared)
+
+    @rule()
+    def unshare_all(self) -> None:
+        self.store.unshare_all()
+
     @rule()
     def move_down(self) -> None:
         self.store.move_down(Promote.ALWAYS)
@@ -225,6 +234,10 @@ class Counting(RuleBasedStateMachine):
                 for quota in chain:
                     expected[quota] += size
         assert {quota: self.quotas.used_bytes(quota) for quota in self.rules} == expected
+        for tier, quota in itertools.product(self.store.tiers, self.rules):
+            shared = [each for each in tier._shared if quota in tier._book.counts_for(each)]
+            assert sorted(tier._book.shared(quota)) == sorted(shared)
+            assert tier._book.shared_bytes(quota) == sum(tier.held_bytes(each) for each in shared)
         if not self.rules:
             assert not self.quotas._own and not any(tier._book._charged for tier in self.store.tiers)
 
@@ -414,6 +427,31 @@ def test_no_more_is_given_up_for_one_block_than_is_bounded_by_its_length(
                 store.close(partial)
                 break
         assert store.quotas.book.used_bytes(1) <= 2 * need(3)
+
+
+def test_shared_blocks_of_a_quota_are_found_without_a_look_at_all_others(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        tell(store.quotas.book, [()] * 8 + [(1,)] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 1000 * PAGE})
+        for number in NUMBERS:
+            seal(store, block(number), CONTENTS[number])
+        store.share([block(number) for number in range(10)], True)
+        tier, looked = store.tiers[0], []
+        assert tier.free_of_quota(1) == (0, need(8) + need(9))
+
+        class Watched(dict[BlockId, None]):
+            def __iter__(self) -> Iterator[BlockId]:
+                looked.append(1)
+                return super().__iter__()
+
+        tier._shared = Watched(tier._shared)
+        store.visited(block(8))
+        assert tier.to_give_up_of_quota(1, 1) == [block(9)] and looked == []
+        assert tier.to_give_up_of_quota(1, need(9) + 1) == [block(9), block(8)]
+        tier._free_of = tier._free_of._replace(until=0.0)
+        store.pin([block(9)])
+        assert tier.free_of_quota(1) == (0, need(8)) and looked == []
 
 
 # ---- a tier that is down --------------------------------------------------------------------------------------------
