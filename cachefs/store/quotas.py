@@ -277,6 +277,8 @@ class QuotaBook:
         self._charged: dict[BlockId, tuple[Ids, int]] = {}
         self._sieves: dict[Ids, Sieve[BlockId]] = {}
         """Of sealed blocks, by what they count for."""
+        self._unpinned_bytes: dict[Ids, int] = {}
+        """Of those."""
         self._shared: dict[Ids, dict[BlockId, None]] = {}
         """Those of them that are not pinned and that other nodes hold as well."""
         self._shared_bytes: dict[Ids, int] = {}
@@ -301,6 +303,10 @@ class QuotaBook:
         if not ids:
             return
         self.share(block, False)
+        sieve = self._sieves.get(ids)
+        if sieve is not None and block in sieve:
+            self._add_unpinned(ids, 0 if sieve.is_pinned(block) else -before)
+            sieve.remove(block)
         if size:
             self._charged[block] = ids, size
         else:
@@ -309,15 +315,18 @@ class QuotaBook:
         self._quotas.settle(block)
         if sealed:
             self._sieves.setdefault(ids, Sieve()).add(block)
-        elif ids in self._sieves:
-            self._sieves[ids].remove(block)
+            self._add_unpinned(ids, size)
+
+    def _add_unpinned(self, ids: Ids, size: int) -> None:
+        self._unpinned_bytes[ids] = self._unpinned_bytes.get(ids, 0) + size
 
     def clear(self) -> None:
         """Nothing here counts any more."""
         taken: dict[Ids, int] = {}
         for ids, size in self._charged.values():
             taken[ids] = taken.get(ids, 0) + size
-        self._charged, self._sieves, self._shared, self._shared_bytes = {}, {}, {}, {}
+        self._charged, self._sieves, self._unpinned_bytes = {}, {}, {}
+        self.unshare_all()
         for ids, size in taken.items():
             self._quotas.charge(ids, -size)
 
@@ -336,11 +345,11 @@ class QuotaBook:
     def pin(self, block: BlockId, pinned: bool) -> None:
         charged = self._charged.get(block)
         if charged is not None and charged[0] in self._sieves:
-            sieve = self._sieves[charged[0]]
+            ids, size = charged
             if pinned:
-                sieve.pin(block)
+                self._add_unpinned(ids, -size if self._sieves[ids].pin(block) else 0)
             else:
-                sieve.unpin(block)
+                self._add_unpinned(ids, size if self._sieves[ids].unpin(block) else 0)
 
     def share(self, block: BlockId, shared: bool) -> None:
         """Other nodes hold it as well, and it is sealed and not pinned; or no more."""
@@ -366,6 +375,31 @@ class QuotaBook:
 
     def shared_bytes(self, quota: int) -> int:
         return sum(self._shared_bytes.get(ids, 0) for ids in self._parts(quota))
+
+    def over_bytes(self, idle: Iterable[BlockId]) -> int:
+        """What is sealed here of what is beyond quotas, once those are gone which are idle: what is pinned, or others
+        hold as well, is left out.
+        """
+        over = self._quotas.over()
+        if not over:
+            return 0
+        loose = {ids: size - self._shared_bytes.get(ids, 0) for ids, size in self._unpinned_bytes.items()}
+        for block in idle:
+            if block in self._charged:
+                ids, size = self._charged[block]
+                for quota in over.keys() & set(self._quotas.chain(ids)):
+                    over[quota] -= size
+                if block not in self._shared.get(ids, ()):
+                    loose[ids] -= size
+        found = 0
+        for quota, size in over.items():
+            for ids in self._parts(quota):
+                # What counts for several of them is there once.
+                part = max(0, min(size, loose[ids]))
+                loose[ids] -= part
+                found += part
+                size -= part
+        return found
 
     def _parts(self, quota: int) -> list[Ids]:
         return [ids for ids in self._sieves if quota in self._quotas.chain(ids)]

@@ -164,11 +164,16 @@ class Tier:
 
     def idle_bytes(self) -> int:
         """What blocks take that are retired, or came with others of which none was read for `idle_after_s`; some
-        seconds old. Pinned ones are never idle. With them, what is beyond a quota: it counts as free like that.
+        seconds old. Pinned ones are never idle. With them, what is here
+        of what is beyond a quota and nobody else holds: it counts as free like that.
         """
-        over = sum(self._quotas.over().values()) if self._quotas.active else 0
         with self._lock:
-            return over + sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
+            idle = [block for block in dict.fromkeys(self._idle()) if self._is_free(block)]
+            over = self._book.over_bytes(idle) if self._quotas.active else 0
+            return over + sum(self._sealed[block] for block in idle)
+
+    def _is_free(self, block: BlockId) -> bool:
+        return block in self._sealed and not self._sieve.is_pinned(block)
 
     def shared_bytes(self) -> int:
         """What blocks take that other nodes hold as well, those that are pinned or idle left out."""

@@ -238,6 +238,11 @@ class Counting(RuleBasedStateMachine):
             shared = [each for each in tier._shared if quota in tier._book.counts_for(each)]
             assert sorted(tier._book.shared(quota)) == sorted(shared)
             assert tier._book.shared_bytes(quota) == sum(tier.held_bytes(each) for each in shared)
+            parts = [ids for ids in tier._book._sieves if quota in self.quotas.chain(ids)]
+            mine = [each for each, _ in tier.blocks() if quota in tier._book.counts_for(each)]
+            assert sum(tier._book._unpinned_bytes[ids] for ids in parts) == sum(
+                tier.held_bytes(each) for each in mine if not self.store.is_pinned(each)
+            )
         if not self.rules:
             assert not self.quotas._own and not any(tier._book._charged for tier in self.store.tiers)
 
@@ -427,6 +432,39 @@ def test_no_more_is_given_up_for_one_block_than_is_bounded_by_its_length(
                 store.close(partial)
                 break
         assert store.quotas.book.used_bytes(1) <= 2 * need(3)
+
+
+def test_of_what_is_beyond_a_quota_that_counts_as_free_which_can_go(tmp_path: Path) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        tier = store.tiers[0]
+        store.quotas.book.grant({1: total - need(3) - need(2)})
+        assert tier.idle_bytes() == need(3) + need(2)
+        store.retire(block(0))
+        assert tier.idle_bytes() == need(3) + need(2), "what is idle goes first, and then less is beyond it"
+        for number in (1, 3, 4, 5, 6):
+            store.pin([block(number)])
+        assert tier.idle_bytes() == need(3) + need(2)
+        store.share([block(2)], True)
+        store.pin([block(7)])
+        assert tier.idle_bytes() == need(0), "the rest is pinned or held by others as well"
+
+
+def test_what_others_hold_as_well_is_given_up_though_a_quota_is_exceeded(tmp_path: Path) -> None:
+    capacity = sum(need(number) for number in range(8))
+    with scene(tmp_path, capacity) as store:
+        tell(store.quotas.book, [(1,)] * 8 + [()] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: capacity})
+        for number in range(8):
+            seal(store, block(number), CONTENTS[number])
+        store.share([block(number) for number in range(8)], True)
+        store.quotas.book.grant({1: 0})
+        assert store.admits(len(CONTENTS[8]), Promote.IF_SPACE)
+        given_up = store.to_give_up(len(CONTENTS[8]))
+        assert given_up and all(store.evict(each) for each in given_up)
+        partial = store.open_partial(block(8), len(CONTENTS[8]), Promote.IF_SPACE)
+        assert partial is not None
+        store.close(partial)
 
 
 def test_shared_blocks_of_a_quota_are_found_without_a_look_at_all_others(tmp_path: Path) -> None:
