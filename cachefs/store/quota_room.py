@@ -99,6 +99,10 @@ class QuotaRoom:
         """It was admitted: its room is no other's until it is begun, or `settle` is called."""
         self.book.expect(block, self.need(length))
 
+    def keep_room(self, block: BlockId, size: int) -> None:
+        """As `expect`, of a block that will take so many bytes, its checksums included."""
+        self.book.expect(block, size)
+
     def settle(self, block: BlockId) -> None:
         self.book.settle(block)
 

@@ -312,7 +312,8 @@ class QuotaBook:
         else:
             del self._charged[block]
         self._quotas.charge(ids, size - before)
-        self._quotas.settle(block)
+        if size:
+            self._quotas.settle(block)
         if sealed:
             self._sieves.setdefault(ids, Sieve()).add(block)
             self._add_unpinned(ids, size)

@@ -374,7 +374,7 @@ class Store:
             if lower not in self._usable:
                 continue
             try:
-                upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
+                return self._move_to(block, upper, lower, mode)
             except BlockMissingError:
                 return False
             except BlockCorruptError as error:
@@ -385,14 +385,23 @@ class Store:
                 continue
             except OSError as error:
                 self._disk_failed(lower, error, False)
-                continue
+        return False
+
+    def _move_to(self, block: BlockId, upper: Tier, lower: Tier, mode: Promote) -> bool:
+        """Whether it went from the upper tier. As `Tier.copy_to`."""
+        try:
+            upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
+            # It counts above until it goes, and is no room for others between that and counting below.
+            self.quotas.keep_room(block, lower.held_bytes(block))
             if self._evict_from(upper, block):
                 return True
             if upper in self._served:
                 # Somebody began to read it meanwhile: one copy is enough.
                 self._drop_in(lower, block)
             return False
-        return False
+        finally:
+            lower.count_copy(block)
+            self.quotas.settle(block)
 
     # ---- verifying -------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,8 @@ class Tier:
         self._book = QuotaBook(quotas)
         self._counts = True
         """For quotas."""
+        self._copies: set[BlockId] = set()
+        """Of what is to go from another tier, and counts there until then."""
         self._free_of = FreeOfQuotas({}, 0.0)
         self._pinned_bytes = 0
         self._cluster_id = cluster_id
@@ -274,19 +276,26 @@ class Tier:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    def open_partial(self, block: BlockId, length: int, *, evict: bool = True) -> Partial | None:
+    def open_partial(self, block: BlockId, length: int, *, evict: bool = True, is_copy: bool = False) -> Partial | None:
         """The partial of a block of `length` bytes, resumed or new, with room reserved for all of it.
 
         Every call is paired with one `close`. None when the block is sealed already. Raises CapacityError when there is
         no room, and nothing more may be evicted: without `evict`, only what is idle or retired may. OSError for other
-        trouble with the disk.
+        trouble with the disk. One that `is_copy` counts for no quota until `count_copy` is called.
         """
         with self._lock:
             if block in self._sealed:
                 return None
             partial = self._open.get(block)
             if partial is None:
-                partial = self._make_partial(block, length, evict)
+                if is_copy:
+                    self._count(block, 0)
+                    self._copies.add(block)
+                try:
+                    partial = self._make_partial(block, length, evict)
+                except BaseException:
+                    self._count_copy(block)
+                    raise
                 self._open[block] = partial
             partial.users += 1
             return partial
@@ -320,7 +329,7 @@ class Tier:
 
     def _count(self, block: BlockId, size: int, *, sealed: bool = False) -> None:
         """What it takes now, for quotas; 0: it is gone."""
-        if self._quotas.active and self._counts:
+        if self._quotas.active and self._counts and block not in self._copies:
             self._book.put(block, size, sealed=sealed)
 
     def close(self, partial: Partial) -> None:
@@ -549,8 +558,19 @@ class Tier:
         if self._counts:
             self.apply_quotas()
 
+    def count_copy(self, block: BlockId) -> None:
+        """It went from the other tier, or is to stay there: what is here counts from now on."""
+        with self._lock:
+            self._count_copy(block)
+
+    def _count_copy(self, block: BlockId) -> None:
+        if block in self._copies:
+            self._copies.discard(block)
+            if self._quotas.active:
+                self._sort_by_quota(block)
+
     def _sort_by_quota(self, block: BlockId) -> None:
-        if not self._counts:
+        if not self._counts or block in self._copies:
             return
         if block in self._sealed:
             self._book.sort(block, self._sealed[block], sealed=True)
@@ -817,7 +837,8 @@ class Tier:
         return found
 
     def copy_to(self, block: BlockId, other: Tier, *, evict: bool) -> None:
-        """Make a sealed copy in another tier. Blocks on both disks.
+        """Make a sealed copy in another tier. Blocks on both disks. It counts for quotas there once its `count_copy` is
+        called.
 
         Every page is compared on the way. Raises BlockCorruptError, CapacityError, BlockMissingError, OSError.
         """
@@ -831,7 +852,7 @@ class Tier:
                 raise
             raise BlockCorruptError(f"{block.filename}: cannot be read: {error}") from error
         try:
-            partial = other.open_partial(block, known.length, evict=evict)
+            partial = other.open_partial(block, known.length, evict=evict, is_copy=True)
             if partial is None:
                 return
             try:

@@ -492,6 +492,58 @@ def test_shared_blocks_of_a_quota_are_found_without_a_look_at_all_others(tmp_pat
         assert tier.free_of_quota(1) == (0, need(8)) and looked == []
 
 
+def test_what_moves_down_counts_once_all_the_while(tmp_path: Path) -> None:
+    configs = [
+        TierConfig("ssd", str(tmp_path / name), size * PAGE, free_floor_bytes=0)
+        for name, size in (("upper", 24), ("lower", 90))
+    ]
+    with open_store(configs, GEOMETRY, CLUSTER) as store:
+        upper, lower = store.tiers
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        numbers = [number for number in range(8) if number != 7]
+        total = sum(need(number) for number in numbers)
+        store.quotas.book.grant({1: total})
+        for number in numbers:
+            seal(store, block(number), CONTENTS[number])
+        assert not lower.blocks()
+        found: list[tuple[int, bool]] = []
+
+        def look(*_: object) -> None:
+            found.append((store.quotas.book.lacking(1, 0), bool(store.quotas.book.over())))
+
+        def seal_and_look(partial: Partial) -> None:
+            sealing(partial)
+            look()
+
+        sealing, lower.seal, upper.on_evicted = lower.seal, seal_and_look, look  # type: ignore[method-assign]
+        assert store.move_down(Promote.IF_SPACE) > 0
+        moved = [each for each, _ in lower.blocks()]
+        assert moved and found == [(0, False)] * 2 * len(moved)
+        assert store.quotas.book.used_bytes(1) == total and store.quotas.book.lacking(1, 0) == 0
+        assert all(lower.quota_bytes(each) and not upper.quota_bytes(each) for each in moved)
+        store.quotas.book.grant({1: 0})
+        assert {*lower._book.candidates(1)} == {*moved}
+
+
+def test_a_copy_that_fails_half_way_counts_with_what_is_left_of_it(tmp_path: Path) -> None:
+    configs = [TierConfig("ssd", str(tmp_path / name), 60 * PAGE, free_floor_bytes=0) for name in ("upper", "lower")]
+    with open_store(configs, GEOMETRY, CLUSTER) as store:
+        upper, lower = store.tiers
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 2 * need(3)})
+        seal(store, block(3), CONTENTS[3])
+
+        def failing(partial: Partial) -> None:
+            raise CapacityError("full")
+
+        lower.seal = failing  # type: ignore[method-assign]
+        assert not store._move(block(3), upper, 0, Promote.IF_SPACE)
+        assert lower.quota_bytes(block(3)) == lower.held_bytes(block(3)) > 0
+        assert store.quotas.book.used_bytes(1) == need(3) + lower.held_bytes(block(3))
+
+
 # ---- a tier that is down --------------------------------------------------------------------------------------------
 
 
