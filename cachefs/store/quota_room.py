@@ -9,13 +9,25 @@ from cachefs.policy import Promote, fits_quota
 from cachefs.store.quotas import Quotas
 from cachefs.store.tier import Tier
 
+_EXTRA_BYTES = 64 << 20
+"""Given up for one block beside twice its own length: what is far over a quota gets below it by and by."""
+
 
 class QuotaRoom:
-    """Callable from any thread. `on_failed` is called with a tier whose disk fails to remove what makes room."""
+    """Callable from any thread. `on_failed` is called with a tier whose disk fails to remove what makes room. `served`
+    tells the tiers whose blocks are here: others count for nothing, and are not waited for.
+    """
 
-    def __init__(self, book: Quotas, tiers: Sequence[Tier], on_failed: Callable[[Tier, OSError], None]) -> None:
+    def __init__(
+        self,
+        book: Quotas,
+        tiers: Sequence[Tier],
+        served: Callable[[], Sequence[Tier]],
+        on_failed: Callable[[Tier, OSError], None],
+    ) -> None:
         self.book = book
-        self._tiers = tiers
+        self._any = tiers[0]
+        self._served = served
         self._on_failed = on_failed
 
     @property
@@ -25,7 +37,7 @@ class QuotaRoom:
 
     def apply(self) -> None:
         """Others count for quotas than before. Looks at every block: for a thread."""
-        for tier in self._tiers:
+        for tier in self._served():
             tier.apply_quotas()
         if not self.book.active:
             self.book.reset()
@@ -35,7 +47,7 @@ class QuotaRoom:
         if blocks and quota not in self.book.keys.of(blocks[0].key):
             self.book.keys.add(blocks[0].key, quota)
             if self.book.active:
-                for tier in self._tiers:
+                for tier in self._served():
                     tier.apply_quotas(blocks)
 
     def of(self, block: BlockId) -> tuple[int, ...]:
@@ -44,14 +56,14 @@ class QuotaRoom:
 
     def need(self, length: int) -> int:
         """What a block of that length takes, its checksums included."""
-        return self._tiers[0].need(length)
+        return self._any.need(length)
 
     def lacking(self, block: BlockId, length: int) -> dict[int, int]:
         """What a block would take beyond what may be taken of its quotas: nothing, as a rule."""
         quotas = self.book.of(block.key)
         if not quotas:
             return {}
-        need = self.need(length) - max(tier.quota_bytes(block) for tier in self._tiers)
+        need = self.need(length) - max((tier.quota_bytes(block) for tier in self._served()), default=0)
         lacking = {quota: self.book.lacking(quota, need, block) for quota in quotas} if need > 0 else {}
         return {quota: size for quota, size in lacking.items() if size > 0}
 
@@ -70,7 +82,7 @@ class QuotaRoom:
         ]
 
     def _free(self, quota: int) -> tuple[int, int]:
-        found = [tier.free_of_quota(quota) for tier in self._tiers]
+        found = [tier.free_of_quota(quota) for tier in self._served()]
         return sum(idle for idle, _ in found), sum(shared for _, shared in found)
 
     def idle_bytes(self) -> dict[int, int]:
@@ -87,6 +99,10 @@ class QuotaRoom:
         """It was admitted: its room is no other's until it is begun, or `settle` is called."""
         self.book.expect(block, self.need(length))
 
+    def keep_room(self, block: BlockId, size: int) -> None:
+        """As `expect`, of a block that will take so many bytes, its checksums included."""
+        self.book.expect(block, size)
+
     def settle(self, block: BlockId) -> None:
         self.book.settle(block)
 
@@ -95,7 +111,7 @@ class QuotaRoom:
         found: dict[BlockId, None] = {}
         for quota, lacking in self.lacking(block, length).items():
             lacking -= self._free(quota)[0]
-            for tier in self._tiers:
+            for tier in self._served():
                 for each in tier.to_give_up_of_quota(quota, lacking):
                     found[each] = None
                     lacking -= tier.held_bytes(each)
@@ -103,15 +119,16 @@ class QuotaRoom:
 
     def make_room(self, block: BlockId, length: int, mode: Promote) -> None:
         """For what is begun now. Raises CapacityError, possibly having evicted."""
+        most = 2 * self.need(length) + _EXTRA_BYTES
         for quota, lacking in self.lacking(block, length).items():
-            if self._give_up(quota, lacking, block, evict=mode is Promote.ALWAYS) < lacking:
+            if self._give_up(quota, min(lacking, most), block, evict=mode is Promote.ALWAYS) < lacking:
                 self.book.refused([quota])
                 raise CapacityError(f"{self.describe(quota)} has no room for {length} bytes")
 
     def _give_up(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
         """As `Tier.make_room_in_quota`, on all tiers, the last one first."""
         freed = 0
-        for tier in reversed(self._tiers):
+        for tier in reversed(self._served()):
             if freed < need:
                 try:
                     freed += tier.make_room_in_quota(quota, need - freed, wanted, evict=evict)

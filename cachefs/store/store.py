@@ -52,7 +52,7 @@ class Store:
         self.tiers = tiers
         self._clock = clock
         self._pinned = pinned
-        self.quotas = QuotaRoom(quotas or Quotas(), tiers, self._cannot_remove)
+        self.quotas = QuotaRoom(quotas or Quotas(), tiers, lambda: self._served, self._cannot_evict)
         """What counts for quotas, and what room these leave."""
         self._opening = threading.Lock()
         self._homes: dict[Partial, Tier] = {}
@@ -273,6 +273,10 @@ class Store:
     def _cannot_remove(self, tier: Tier, error: OSError) -> None:
         self._judge(tier, self._health[tier].cannot_remove, error)
 
+    def _cannot_evict(self, tier: Tier, error: OSError) -> None:
+        if not is_of_the_process(error):
+            self._cannot_remove(tier, error)
+
     def to_probe(self) -> list[Tier]:
         """Whose disks should be tried now, by `Tier.try_disk`."""
         now = self._clock()
@@ -301,6 +305,8 @@ class Store:
             logger.log(
                 level, "tier is %s, was %s path=%s reason=%s", after.value, before.value, tier.config.path, reason
             )
+        if was_served is not (tier in self._served):
+            tier.count(lambda: tier in self._served)
         if was_served and tier not in self._served:
             for block, _ in tier.blocks():
                 if not self.is_sealed(block):
@@ -343,8 +349,7 @@ class Store:
         try:
             return tier.evict(block)
         except OSError as error:
-            if not is_of_the_process(error):
-                self._cannot_remove(tier, error)
+            self._cannot_evict(tier, error)
             return False
 
     def move_down(self, mode: Promote) -> int:
@@ -369,7 +374,7 @@ class Store:
             if lower not in self._usable:
                 continue
             try:
-                upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
+                return self._move_to(block, upper, lower, mode)
             except BlockMissingError:
                 return False
             except BlockCorruptError as error:
@@ -380,14 +385,23 @@ class Store:
                 continue
             except OSError as error:
                 self._disk_failed(lower, error, False)
-                continue
+        return False
+
+    def _move_to(self, block: BlockId, upper: Tier, lower: Tier, mode: Promote) -> bool:
+        """Whether it went from the upper tier. As `Tier.copy_to`."""
+        try:
+            upper.copy_to(block, lower, evict=mode is Promote.ALWAYS)
+            # It counts above until it goes, and is no room for others between that and counting below.
+            self.quotas.keep_room(block, lower.held_bytes(block))
             if self._evict_from(upper, block):
                 return True
             if upper in self._served:
                 # Somebody began to read it meanwhile: one copy is enough.
                 self._drop_in(lower, block)
             return False
-        return False
+        finally:
+            lower.count_copy(block)
+            self.quotas.settle(block)
 
     # ---- verifying -------------------------------------------------------------------------------------------------
 

@@ -55,8 +55,10 @@ logger = logging.getLogger(__name__)
 _IDLE_EVERY_S = 5.0
 _FREE_EVERY_S = 1.0
 _EVICTED_AT_ONCE = 64
-"""Blocks that make room in a quota for one more: what is far over it gets below it by and by."""
+"""Blocks that make room in a quota for one more, at most."""
 _SORTED_AT_ONCE = 1000
+_COLD_AMONG = 4096
+"""So many shared blocks are looked at for those that nobody read lately: it is done while others wait."""
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
 
@@ -76,8 +78,6 @@ class FreeOfQuotas(NamedTuple):
     """Of what counts for each quota; looked for now and then only, since that looks at all of it."""
 
     idle: dict[int, deque[BlockId]]
-    shared_bytes: dict[int, int]
-    """That others hold as well, and that is not idle."""
     until: float
     """When to look again, by the monotonic clock."""
 
@@ -98,7 +98,11 @@ class Tier:
         self._pinned = pinned
         self._quotas = quotas
         self._book = QuotaBook(quotas)
-        self._free_of = FreeOfQuotas({}, {}, 0.0)
+        self._counts = True
+        """For quotas."""
+        self._copies: set[BlockId] = set()
+        """Of what is to go from another tier, and counts there until then."""
+        self._free_of = FreeOfQuotas({}, 0.0)
         self._pinned_bytes = 0
         self._cluster_id = cluster_id
         self._layout = layout
@@ -162,11 +166,16 @@ class Tier:
 
     def idle_bytes(self) -> int:
         """What blocks take that are retired, or came with others of which none was read for `idle_after_s`; some
-        seconds old. Pinned ones are never idle. With them, what is beyond a quota: it counts as free like that.
+        seconds old. Pinned ones are never idle. With them, what is here
+        of what is beyond a quota and nobody else holds: it counts as free like that.
         """
-        over = sum(self._quotas.over().values()) if self._quotas.active else 0
         with self._lock:
-            return over + sum(self._sealed.get(block, 0) for block in self._idle() if not self._sieve.is_pinned(block))
+            idle = [block for block in dict.fromkeys(self._idle()) if self._is_free(block)]
+            over = self._book.over_bytes(idle) if self._quotas.active else 0
+            return over + sum(self._sealed[block] for block in idle)
+
+    def _is_free(self, block: BlockId) -> bool:
+        return block in self._sealed and not self._sieve.is_pinned(block)
 
     def shared_bytes(self) -> int:
         """What blocks take that other nodes hold as well, those that are pinned or idle left out."""
@@ -187,11 +196,13 @@ class Tier:
             self._shared.clear()
             self._shared_pinned.clear()
             self._shared_bytes = 0
+            self._book.unshare_all()
 
     def _set_shared(self, block: BlockId, shared: bool) -> None:
         if block in self._shared:
             del self._shared[block]
             self._shared_bytes -= self._sealed[block]
+            self._book.share(block, False)
         self._shared_pinned.discard(block)
         if not shared or block not in self._sealed:
             return
@@ -200,27 +211,26 @@ class Tier:
         else:
             self._shared[block] = None
             self._shared_bytes += self._sealed[block]
+            self._book.share(block, True)
 
     def _is_shared(self, block: BlockId) -> bool:
         return block in self._shared or block in self._shared_pinned
 
     def to_give_up(self, need: int) -> list[BlockId]:
-        """Shared blocks of about `need` bytes that nobody reads, those not read lately first."""
+        """Shared blocks of about `need` bytes that nobody reads, of the first ones those not read lately first."""
         with self._lock:
-            return self._to_give_up(need)
+            return self._to_give_up(need, lambda: iter(self._shared))
 
-    def _to_give_up(self, need: int, quota: int = 0) -> list[BlockId]:
-        found: list[BlockId] = []
-        for visited in (False, True):
-            for block in self._shared:
-                if need <= 0:
-                    return found
-                if quota and quota not in self._book.counts_for(block):
-                    continue
-                if self._sieve.is_visited(block) is visited and self._can_evict(block):
-                    found.append(block)
-                    need -= self._sealed[block]
-        return found
+    def _to_give_up(self, need: int, shared: Callable[[], Iterator[BlockId]]) -> list[BlockId]:
+        found: dict[BlockId, None] = {}
+        cold = (block for block in itertools.islice(shared(), _COLD_AMONG) if not self._sieve.is_visited(block))
+        for block in itertools.chain(cold, shared()):
+            if need <= 0:
+                break
+            if block not in found and self._can_evict(block):
+                found[block] = None
+                need -= self._sealed[block]
+        return list(found)
 
     def _idle(self) -> deque[BlockId]:
         """Blocks that count as free, longest idle first; looked for now and then only, since that looks at all of them.
@@ -266,19 +276,26 @@ class Tier:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    def open_partial(self, block: BlockId, length: int, *, evict: bool = True) -> Partial | None:
+    def open_partial(self, block: BlockId, length: int, *, evict: bool = True, is_copy: bool = False) -> Partial | None:
         """The partial of a block of `length` bytes, resumed or new, with room reserved for all of it.
 
         Every call is paired with one `close`. None when the block is sealed already. Raises CapacityError when there is
         no room, and nothing more may be evicted: without `evict`, only what is idle or retired may. OSError for other
-        trouble with the disk.
+        trouble with the disk. One that `is_copy` counts for no quota until `count_copy` is called.
         """
         with self._lock:
             if block in self._sealed:
                 return None
             partial = self._open.get(block)
             if partial is None:
-                partial = self._make_partial(block, length, evict)
+                if is_copy:
+                    self._count(block, 0)
+                    self._copies.add(block)
+                try:
+                    partial = self._make_partial(block, length, evict)
+                except BaseException:
+                    self._count_copy(block)
+                    raise
                 self._open[block] = partial
             partial.users += 1
             return partial
@@ -312,7 +329,7 @@ class Tier:
 
     def _count(self, block: BlockId, size: int, *, sealed: bool = False) -> None:
         """What it takes now, for quotas; 0: it is gone."""
-        if self._quotas.active:
+        if self._quotas.active and self._counts and block not in self._copies:
             self._book.put(block, size, sealed=sealed)
 
     def close(self, partial: Partial) -> None:
@@ -504,8 +521,8 @@ class Tier:
             # What others hold as well is given up first, and by agreement only: see `to_give_up`.
             yield from (block for block in self._sieve.candidates() if block not in self._shared)
 
-    def _evict_dormant(self, block: BlockId) -> bool:
-        gone = self._evict(self._layout.partial_fd, block)
+    def _evict_dormant(self, block: BlockId, later: list[int] | None = None) -> bool:
+        gone = self._evict(self._layout.partial_fd, block, later)
         if gone:
             self._space.used -= self._dormant.pop(block)
             self._count(block, 0)
@@ -530,12 +547,35 @@ class Tier:
                 for block in waiting[start : start + _SORTED_AT_ONCE]:
                     self._sort_by_quota(block)
         with self._lock:
-            self._free_of = FreeOfQuotas({}, {}, 0.0)
+            self._free_of = FreeOfQuotas({}, 0.0)
+
+    def count(self, counts: Callable[[], bool]) -> None:
+        """Whether what is here counts for quotas from now on, as is found with the lock held. Looks at every block."""
+        with self._lock:
+            self._counts = counts()
+            self._book.clear()
+            self._free_of = FreeOfQuotas({}, 0.0)
+        if self._counts:
+            self.apply_quotas()
+
+    def count_copy(self, block: BlockId) -> None:
+        """It went from the other tier, or is to stay there: what is here counts from now on."""
+        with self._lock:
+            self._count_copy(block)
+
+    def _count_copy(self, block: BlockId) -> None:
+        if block in self._copies:
+            self._copies.discard(block)
+            if self._quotas.active:
+                self._sort_by_quota(block)
 
     def _sort_by_quota(self, block: BlockId) -> None:
+        if not self._counts or block in self._copies:
+            return
         if block in self._sealed:
             self._book.sort(block, self._sealed[block], sealed=True)
             self._book.pin(block, self._sieve.is_pinned(block))
+            self._book.share(block, block in self._shared)
         elif block in self._open:
             partial = self._open[block]
             self._book.sort(block, estimate(partial.length, partial.page_count), sealed=False)
@@ -549,23 +589,18 @@ class Tier:
     def free_of_quota(self, quota: int) -> tuple[int, int]:
         """Of what counts for a quota: (what is idle, what others hold as well and is not idle). About a second old."""
         with self._lock:
-            found = self._look_for_free()
-            idle = sum(self._sealed.get(block, 0) for block in found.idle.get(quota, ()))
-            return idle, found.shared_bytes.get(quota, 0)
+            idle = self._look_for_free().idle.get(quota, ())
+            shared = sum(self._sealed[block] for block in idle if block in self._shared)
+            return sum(self._sealed.get(block, 0) for block in idle), self._book.shared_bytes(quota) - shared
 
     def _look_for_free(self) -> FreeOfQuotas:
         began = time.monotonic()
         if began >= self._free_of.until:
-            found = FreeOfQuotas({}, {}, 0.0)
+            found = FreeOfQuotas({}, 0.0)
             for block in self._idle():
                 for quota in self._book.counts_for(block):
                     if not self._sieve.is_pinned(block):
                         found.idle.setdefault(quota, deque()).append(block)
-            idle = set(itertools.chain.from_iterable(found.idle.values()))
-            for block in self._shared:
-                for quota in self._book.counts_for(block):
-                    if block not in idle:
-                        found.shared_bytes[quota] = found.shared_bytes.get(quota, 0) + self._sealed[block]
             now = time.monotonic()
             # Looking at all of it takes at most a fiftieth of the time.
             self._free_of = found._replace(until=now + max(_FREE_EVERY_S, 50 * (now - began)))
@@ -574,7 +609,7 @@ class Tier:
     def to_give_up_of_quota(self, quota: int, need: int) -> list[BlockId]:
         """As `to_give_up`, of what counts for a quota."""
         with self._lock:
-            return self._to_give_up(need, quota)
+            return self._to_give_up(need, lambda: self._book.shared(quota))
 
     def make_room_in_quota(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
         """Give up what counts for a quota until it is `need` bytes less, perhaps for a block that is wanted: what is in
@@ -583,29 +618,58 @@ class Tier:
         """
         freed = 0
         with self._lock:
-            for block in [each for each in self._dormant if quota in self._book.counts_for(each)]:
-                size = self._dormant[block]
-                if block != wanted and freed < need and self._evict_dormant(block):
-                    freed += size
-            for block in itertools.islice(self._to_evict_of_quota(quota, evict), _EVICTED_AT_ONCE):
-                if freed >= need:
+            dormant = [each for each in self._dormant if each != wanted and quota in self._book.counts_for(each)]
+            sealed = self._to_evict_of_quota(quota, evict)
+        for block in dormant:
+            if freed >= need:
+                break
+            with self._closed_later() as later:
+                if block in self._dormant:
+                    size = self._dormant[block]
+                    freed += size if self._evict_dormant(block, later) else 0
+        for _ in range(_EVICTED_AT_ONCE):
+            if freed >= need:
+                break
+            with self._closed_later() as later:
+                found = next(sealed, None)
+                if found is None:
                     break
-                size = self._sealed[block]
-                if self._evict(self._layout.sealed_fd, block):
-                    self._discount_sealed(block)
+                size = self._sealed.get(found, 0)
+                if size and self._evict(self._layout.sealed_fd, found, later):
+                    self._discount_sealed(found)
                     self._evictions += 1
                     freed += size
         return freed
 
+    @contextmanager
+    def _closed_later(self) -> Iterator[list[int]]:
+        """Holds the lock for one block to be evicted, and closes its file without it: that is when a file system gives
+        its room back, and for a large block it takes a good part of a second.
+        """
+        later: list[int] = []
+        try:
+            with self._lock:
+                yield later
+        finally:
+            for fd in later:
+                os.close(fd)
+
     def _to_evict_of_quota(self, quota: int, evict: bool) -> Iterator[BlockId]:
+        """Others may be at it as well, and change things between two steps: each is taken with the lock held."""
         now = time.monotonic()
         idle = self._look_for_free().idle.get(quota, deque())
         for _ in range(len(idle)):
-            block = idle.popleft()
+            if not idle:
+                break
+            block = idle[0]
             is_free = block in self._retired or self._groups.is_idle(block, now)
-            if block in self._sealed and is_free and not self._sieve.is_pinned(block):
+            is_free = is_free and block in self._sealed and not self._sieve.is_pinned(block)
+            if is_free:
                 yield block
-                if block in self._sealed:
+            # Only now, as nobody may have asked for the next one.
+            if idle and idle[0] == block:
+                idle.popleft()
+                if is_free and block in self._sealed:
                     idle.append(block)
         if evict:
             yield from (block for block in self._book.candidates(quota) if block not in self._shared)
@@ -634,8 +698,10 @@ class Tier:
             self._book.pin(block, self._sieve.is_pinned(block))
         self._set_shared(block, self._is_shared(block))
 
-    def _evict(self, directory_fd: int, block: BlockId) -> bool:
-        """Unlink a block that nobody reads; False if somebody does."""
+    def _evict(self, directory_fd: int, block: BlockId, later: list[int] | None = None) -> bool:
+        """Unlink a block that nobody reads; False if somebody does. With `later`, its descriptor is added to that, and
+        its room is free once it is closed.
+        """
         try:
             fd = os.open(data_name(block), READ_FLAGS, dir_fd=directory_fd)
         except OSError as error:
@@ -652,7 +718,10 @@ class Tier:
             self._unlink(directory_fd, block)
             return True
         finally:
-            os.close(fd)
+            if later is None:
+                os.close(fd)
+            else:
+                later.append(fd)
 
     def _can_evict(self, block: BlockId) -> bool:
         try:
@@ -768,7 +837,8 @@ class Tier:
         return found
 
     def copy_to(self, block: BlockId, other: Tier, *, evict: bool) -> None:
-        """Make a sealed copy in another tier. Blocks on both disks.
+        """Make a sealed copy in another tier. Blocks on both disks. It counts for quotas there once its `count_copy` is
+        called.
 
         Every page is compared on the way. Raises BlockCorruptError, CapacityError, BlockMissingError, OSError.
         """
@@ -782,7 +852,7 @@ class Tier:
                 raise
             raise BlockCorruptError(f"{block.filename}: cannot be read: {error}") from error
         try:
-            partial = other.open_partial(block, known.length, evict=evict)
+            partial = other.open_partial(block, known.length, evict=evict, is_copy=True)
             if partial is None:
                 return
             try:

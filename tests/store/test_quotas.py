@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,9 +16,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from cachefs.model import CapacityError, ContentKey
+from cachefs.model import BlockId, CapacityError, ContentKey
 from cachefs.policy import Promote
-from cachefs.store import Partial, QuotaKeys, Quotas, Rule, Store, TierConfig, open_store, page_checksum
+from cachefs.store import (
+    HealthConfig,
+    Partial,
+    QuotaKeys,
+    Quotas,
+    Rule,
+    Store,
+    TierConfig,
+    TierState,
+    open_store,
+    page_checksum,
+    quota_room,
+)
 from cachefs.store.space import estimate
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, seal
 
@@ -169,6 +184,14 @@ class Counting(RuleBasedStateMachine):
     def pin(self, number: int) -> None:
         self.store.pin([block(number)])
 
+    @rule(numbers=st.sets(st.sampled_from(NUMBERS)), shared=st.booleans())
+    def share(self, numbers: set[int], shared: bool) -> None:
+        self.store.share([block(number) for number in numbers], shared)
+
+    @rule()
+    def unshare_all(self) -> None:
+        self.store.unshare_all()
+
     @rule()
     def move_down(self) -> None:
         self.store.move_down(Promote.ALWAYS)
@@ -211,6 +234,15 @@ class Counting(RuleBasedStateMachine):
                 for quota in chain:
                     expected[quota] += size
         assert {quota: self.quotas.used_bytes(quota) for quota in self.rules} == expected
+        for tier, quota in itertools.product(self.store.tiers, self.rules):
+            shared = [each for each in tier._shared if quota in tier._book.counts_for(each)]
+            assert sorted(tier._book.shared(quota)) == sorted(shared)
+            assert tier._book.shared_bytes(quota) == sum(tier.held_bytes(each) for each in shared)
+            parts = [ids for ids in tier._book._sieves if quota in self.quotas.chain(ids)]
+            mine = [each for each, _ in tier.blocks() if quota in tier._book.counts_for(each)]
+            assert sum(tier._book._unpinned_bytes[ids] for ids in parts) == sum(
+                tier.held_bytes(each) for each in mine if not self.store.is_pinned(each)
+            )
         if not self.rules:
             assert not self.quotas._own and not any(tier._book._charged for tier in self.store.tiers)
 
@@ -329,3 +361,219 @@ def test_what_is_beyond_a_quota_counts_as_free_for_others(tmp_path: Path) -> Non
         store.close(partial)
         assert store.quotas.book.used_bytes(1) <= capacity - need(8)
         assert not store.admits(len(CONTENTS[11]), Promote.IF_SPACE)
+
+
+@contextmanager
+def full_quota(directory: Path, numbers: Sequence[int]) -> Iterator[tuple[Store, int]]:
+    """These are sealed and count for quota 1, which they fill with so many bytes; everything else counts for it too."""
+    with scene(directory) as store:
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        total = sum(need(number) for number in numbers)
+        store.quotas.book.grant({1: total})
+        for number in numbers:
+            seal(store, block(number), CONTENTS[number])
+        yield store, total
+
+
+def sealed(store: Store) -> list[int]:
+    return [number for number in NUMBERS if store.is_sealed(block(number))]
+
+
+def test_each_call_gives_up_what_is_idle_and_forgets_none_of_it(tmp_path: Path) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        for number in range(4):
+            store.retire(block(number))
+        for number in range(4):
+            total -= need(number)
+            store.quotas.book.grant({1: total})
+            store.quotas.trim()
+            assert sealed(store) == list(range(number + 1, 8))
+
+
+def test_files_are_freed_without_the_lock_that_others_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        partial = store.open_partial(block(7), len(CONTENTS[7]))
+        assert partial is None
+        waited: list[bool] = []
+        real = os.close
+
+        def close(fd: int) -> None:
+            if os.fstat(fd).st_nlink == 0:
+                waited.append(store.tiers[0]._lock.locked())
+            real(fd)
+
+        store.quotas.book.grant({1: total - need(0) - need(1) - need(2)})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            partial = store.open_partial(block(8), len(CONTENTS[8]))
+        assert partial is not None
+        store.close(partial)
+        assert sealed(store) == [4, 5, 6, 7] and waited == [False] * 4
+
+
+def test_no_more_is_given_up_for_one_block_than_is_bounded_by_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_room, "_EXTRA_BYTES", 0)
+    with full_quota(tmp_path, range(12)) as (store, total):
+        store.drop(block(0))
+        store.quotas.book.grant({1: 2 * need(3)})
+        left = total - need(0)
+        while left > 2 * need(3):
+            before = left
+            try:
+                partial = store.open_partial(block(0), len(CONTENTS[0]))
+            except CapacityError:
+                partial = None
+            left = sum(need(number) for number in sealed(store))
+            assert before - 2 * need(0) - need(3) < left < before
+            if partial is not None:
+                store.close(partial)
+                break
+        assert store.quotas.book.used_bytes(1) <= 2 * need(3)
+
+
+def test_of_what_is_beyond_a_quota_that_counts_as_free_which_can_go(tmp_path: Path) -> None:
+    with full_quota(tmp_path, range(8)) as (store, total):
+        tier = store.tiers[0]
+        store.quotas.book.grant({1: total - need(3) - need(2)})
+        assert tier.idle_bytes() == need(3) + need(2)
+        store.retire(block(0))
+        assert tier.idle_bytes() == need(3) + need(2), "what is idle goes first, and then less is beyond it"
+        for number in (1, 3, 4, 5, 6):
+            store.pin([block(number)])
+        assert tier.idle_bytes() == need(3) + need(2)
+        store.share([block(2)], True)
+        store.pin([block(7)])
+        assert tier.idle_bytes() == need(0), "the rest is pinned or held by others as well"
+
+
+def test_what_others_hold_as_well_is_given_up_though_a_quota_is_exceeded(tmp_path: Path) -> None:
+    capacity = sum(need(number) for number in range(8))
+    with scene(tmp_path, capacity) as store:
+        tell(store.quotas.book, [(1,)] * 8 + [()] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: capacity})
+        for number in range(8):
+            seal(store, block(number), CONTENTS[number])
+        store.share([block(number) for number in range(8)], True)
+        store.quotas.book.grant({1: 0})
+        assert store.admits(len(CONTENTS[8]), Promote.IF_SPACE)
+        given_up = store.to_give_up(len(CONTENTS[8]))
+        assert given_up and all(store.evict(each) for each in given_up)
+        partial = store.open_partial(block(8), len(CONTENTS[8]), Promote.IF_SPACE)
+        assert partial is not None
+        store.close(partial)
+
+
+def test_shared_blocks_of_a_quota_are_found_without_a_look_at_all_others(tmp_path: Path) -> None:
+    with scene(tmp_path) as store:
+        tell(store.quotas.book, [()] * 8 + [(1,)] * 4, {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 1000 * PAGE})
+        for number in NUMBERS:
+            seal(store, block(number), CONTENTS[number])
+        store.share([block(number) for number in range(10)], True)
+        tier, looked = store.tiers[0], []
+        assert tier.free_of_quota(1) == (0, need(8) + need(9))
+
+        class Watched(dict[BlockId, None]):
+            def __iter__(self) -> Iterator[BlockId]:
+                looked.append(1)
+                return super().__iter__()
+
+        tier._shared = Watched(tier._shared)
+        store.visited(block(8))
+        assert tier.to_give_up_of_quota(1, 1) == [block(9)] and looked == []
+        assert tier.to_give_up_of_quota(1, need(9) + 1) == [block(9), block(8)]
+        tier._free_of = tier._free_of._replace(until=0.0)
+        store.pin([block(9)])
+        assert tier.free_of_quota(1) == (0, need(8)) and looked == []
+
+
+def test_what_moves_down_counts_once_all_the_while(tmp_path: Path) -> None:
+    configs = [
+        TierConfig("ssd", str(tmp_path / name), size * PAGE, free_floor_bytes=0)
+        for name, size in (("upper", 24), ("lower", 90))
+    ]
+    with open_store(configs, GEOMETRY, CLUSTER) as store:
+        upper, lower = store.tiers
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        numbers = [number for number in range(8) if number != 7]
+        total = sum(need(number) for number in numbers)
+        store.quotas.book.grant({1: total})
+        for number in numbers:
+            seal(store, block(number), CONTENTS[number])
+        assert not lower.blocks()
+        found: list[tuple[int, bool]] = []
+
+        def look(*_: object) -> None:
+            found.append((store.quotas.book.lacking(1, 0), bool(store.quotas.book.over())))
+
+        def seal_and_look(partial: Partial) -> None:
+            sealing(partial)
+            look()
+
+        sealing, lower.seal, upper.on_evicted = lower.seal, seal_and_look, look  # type: ignore[method-assign]
+        assert store.move_down(Promote.IF_SPACE) > 0
+        moved = [each for each, _ in lower.blocks()]
+        assert moved and found == [(0, False)] * 2 * len(moved)
+        assert store.quotas.book.used_bytes(1) == total and store.quotas.book.lacking(1, 0) == 0
+        assert all(lower.quota_bytes(each) and not upper.quota_bytes(each) for each in moved)
+        store.quotas.book.grant({1: 0})
+        assert {*lower._book.candidates(1)} == {*moved}
+
+
+def test_a_copy_that_fails_half_way_counts_with_what_is_left_of_it(tmp_path: Path) -> None:
+    configs = [TierConfig("ssd", str(tmp_path / name), 60 * PAGE, free_floor_bytes=0) for name in ("upper", "lower")]
+    with open_store(configs, GEOMETRY, CLUSTER) as store:
+        upper, lower = store.tiers
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: 2 * need(3)})
+        seal(store, block(3), CONTENTS[3])
+
+        def failing(partial: Partial) -> None:
+            raise CapacityError("full")
+
+        lower.seal = failing  # type: ignore[method-assign]
+        assert not store._move(block(3), upper, 0, Promote.IF_SPACE)
+        assert lower.quota_bytes(block(3)) == lower.held_bytes(block(3)) > 0
+        assert store.quotas.book.used_bytes(1) == need(3) + lower.held_bytes(block(3))
+
+
+# ---- a tier that is down --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.expect_warnings("a disk that fails is told")
+def test_a_tier_that_is_down_counts_for_nothing_and_is_not_waited_for(tmp_path: Path) -> None:
+    configs = [TierConfig("ssd", str(tmp_path / name), 60 * PAGE, free_floor_bytes=0) for name in ("upper", "lower")]
+    health = HealthConfig(probe_every_s=0.0, good_probes=1, failed_reads=2)
+    with open_store(configs, GEOMETRY, CLUSTER, health=health) as store:
+        upper = store.tiers[0]
+        tell(store.quotas.book, [(1,)] * len(NUMBERS), {1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        store.quotas.book.grant({1: need(3) + need(2)})
+        seal(store, block(3), CONTENTS[3])
+        began = store.open_partial(block(2), len(CONTENTS[2]))
+        assert began is not None and store.tier_of(began) is upper
+        assert store.quotas.full(block(7), len(CONTENTS[7]), Promote.IF_SPACE) == [1]
+        for _ in range(2):
+            upper.on_failed(OSError(errno.EIO, "broken"), True)
+        assert store.state(upper) is TierState.DOWN and store.quotas.book.used_bytes(1) == 0
+        # As if its disk hung.
+        with upper._lock:
+            seal(store, block(7), CONTENTS[7])
+            partial = store.open_partial(block(11), len(CONTENTS[11]))
+            assert partial is not None and not store.is_sealed(block(7)), "it made room in the quota, the other did not"
+            store.close(partial)
+            assert store.quotas.idle_bytes() == {} and store.quotas.to_give_up(block(11), len(CONTENTS[11])) == []
+            store.quotas.add([block(11)], 1)
+        store.probed(upper, True)
+        store.probed(upper, True)
+        assert store.state(upper) is TierState.HEALTHY
+        assert store.quotas.book.used_bytes(1) == need(2) and upper.quota_bytes(block(2)) == need(2)
+        assert store.restore(block(3)) and store.quotas.book.used_bytes(1) == need(2) + need(3)
+        store.close(began)

@@ -12,7 +12,7 @@ import pytest
 
 from cachefs.model import CapacityError
 from cachefs.policy import Promote
-from cachefs.store import SealedReader, Store, TierConfig, TierState, open_store, page_checksum, partial
+from cachefs.store import Rule, SealedReader, Store, TierConfig, TierState, open_store, page_checksum, partial
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 from cachefs.testing.shortage import few_descriptors
 
@@ -120,3 +120,23 @@ def test_a_miss_is_told_from_what_cannot_be_known(tmp_path: Path) -> None:
             fd = reader.find(block(0), LENGTH)
             assert fd is not None
             os.close(fd)
+
+
+def test_what_makes_room_in_a_quota_stays_for_want_of_descriptors(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        book = store.quotas.book
+        for number in range(4):
+            book.keys.add(block(number).key, 1)
+        book.keys.add(block(9).key, 1)
+        book.put_in_force({1: Rule("/a", 0, 0)})
+        store.quotas.apply()
+        book.grant({1: book.used_bytes(1)})
+        store.retire(block(0))
+        with few_descriptors():
+            with pytest.raises(CapacityError, match="the quota of /a"):
+                store.open_partial(block(9), LENGTH)
+            book.grant({1: 0})
+            store.quotas.trim()
+        assert is_whole(store)
+        store.quotas.trim()
+        assert not store.is_sealed(block(0)) and store.is_sealed(block(1))
