@@ -213,8 +213,11 @@ class QuotaShares:
         self._settled_at = trio.current_time() + _SETTLED_S
 
     def came(self, worker: str) -> None:
-        """It has registered: what it said before is over. What it has is waited for."""
-        self._said.pop(worker, None)
+        """It has registered: what it said before is over, and is replaced by what it says next. What it has is waited
+        for.
+        """
+        if worker in self._said:
+            self._said[worker] = self._said[worker]._replace(serial=0)
         self._settled_at = trio.current_time() + _SETTLED_S
 
     def gone(self, worker: str) -> None:
@@ -246,8 +249,11 @@ class QuotaShares:
             is_settled = self._quotas.since[use.quota_id] <= told
             wanted = use.wanted_bytes if is_settled else 0
             granted = shares.grant(worker, wanted, len(counting), use.idle_bytes)
-            is_short = granted < max(use.used_bytes, use.granted_bytes) + use.wanted_bytes
-            soon = is_short and (not is_settled or shares.unused_by_others(worker) > 0)
+            needed = max(use.used_bytes, use.granted_bytes) + use.wanted_bytes
+            is_short = granted < needed
+            # Less than what is asked for helps nobody, and would go round among those who ask.
+            most = granted + shares.unused_by_others(worker)
+            soon = is_short and (not is_settled or most >= needed)
             grants.append(QuotaGrant(use.quota_id, granted, soon))
         return QuotaGrants(grants)
 

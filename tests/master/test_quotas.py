@@ -212,9 +212,9 @@ async def _grants(tmp_path: Path) -> None:
         assert report("x", 10, 10, 20) == 10
         clock.jump(16)
         assert report("x", 10, 10, 20) == 30
-        # What others have not used they may give back; what they have, they do not.
+        # What others have not used they may give back; what they have, they do not. Less than is wanted is no help.
         report("y", 30, 60)
-        assert soon("x", 30, 30, 50) and not soon("x", 30, 30, 5)
+        assert soon("x", 30, 30, 40) and not soon("x", 30, 30, 41) and not soon("x", 30, 30, 5)
         report("y", 60, 60)
         assert not soon("x", 40, 40, 50)
         # Dead, it takes no room; to go, neither.
@@ -230,3 +230,23 @@ async def _grants(tmp_path: Path) -> None:
         quotas.changed()
         shares.changed()
         assert shares.report("x", ReportQuotas(2, [QuotaUse(number, 1, 1, 0)])).grants == []
+
+
+async def test_what_a_worker_had_before_it_registered_again_does_not_stay_taken(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        quotas, number = Quotas(store), store.set_quota("/a", 1000).quota_id
+        quotas.changed()
+        shares = QuotaShares(quotas, cast(Workers, _Workers(x="active")))
+
+        def report(*uses: QuotaUse) -> int:
+            shares.report("x", ReportQuotas(quotas.serial, list(uses)))
+            return shares.used_bytes(number)
+
+        assert report(QuotaUse(number, 900, 900, 0)) == 900
+        shares.came("x")
+        assert report() == 0
+        assert report(QuotaUse(number, 900, 900, 0)) == 900
+        shares.came("x")
+        # It dies before it says anything.
+        shares.gone("x")
+        assert (shares.used_bytes(number), report()) == (0, 0)
