@@ -33,6 +33,7 @@ from cachefs.worker.prefetch import Prefetch
 from cachefs.worker.read_through import ReadThrough
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
+from cachefs.worker.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Blocks:
         config: WorkerConfig,
         geometry: Geometry,
         store: Store,
+        suspects: Suspects,
         sources: Sources,
         filler: Filler,
         supply: Supply,
@@ -59,6 +61,7 @@ class Blocks:
         self._config = config
         self._geometry = geometry
         self._store = store
+        self._suspects = suspects
         self._sources = sources
         self._filler = filler
         self._supply = supply
@@ -371,7 +374,7 @@ class Blocks:
 
     async def is_sealed(self, block: BlockId) -> bool:
         if self._store.is_suspect(block):
-            return await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
+            return await self._suspects.restore(block, self._disk)
         return self._store.is_sealed(block)
 
     def _confirm_sealed(self, fd: int, length: int) -> Answer[FetchReply]:
@@ -421,7 +424,7 @@ class Blocks:
         filling = [job for job in self._jobs.values() if job.in_use]
         blocks = len(filling) + self._filler.sealing + self._admitting
         if self._config.scrub_bytes_per_s:
-            blocks += len(self._store.suspects())
+            blocks += self._suspects.left
         return Unsettled(blocks, sum(job.partial.unwritten_bytes for job in filling))
 
     @contextmanager

@@ -13,6 +13,7 @@ from cachefs.store import Store, Tier
 from cachefs.store.blame import is_of_the_process
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
+from cachefs.worker.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,9 @@ class Care:
     threads of their own, as a failing one may hang for good.
     """
 
-    def __init__(self, store: Store, counters: Counters, config: WorkerConfig) -> None:
+    def __init__(self, store: Store, suspects: Suspects, counters: Counters, config: WorkerConfig) -> None:
         self._store = store
+        self._suspects = suspects
         self._counters = counters
         self._config = config
         self._disk = trio.CapacityLimiter(1)
@@ -87,7 +89,7 @@ class Care:
         """
         while True:
             for block in self._store.suspects():
-                await trio.to_thread.run_sync(self._store.restore, block, limiter=self._disk)
+                await self._suspects.restore(block, self._disk)
             await trio.sleep(_EVERY_S)
 
     async def _scrub(self) -> None:

@@ -9,11 +9,14 @@ import trio
 from cachefs.store import Store
 from cachefs.wire.messages import VerifyProgress
 from cachefs.worker.counters import Counters
+from cachefs.worker.suspects import Suspects
 
 _TELL_EVERY_S = 0.5
 
 
-async def verify(store: Store, counters: Counters, *, repair: bool) -> AsyncGenerator[VerifyProgress, None]:
+async def verify(
+    store: Store, suspects: Suspects, counters: Counters, *, repair: bool
+) -> AsyncGenerator[VerifyProgress, None]:
     """How far it is, now and then; the last one is complete. Nothing is changed without `repair`.
 
     One thread, as readers come first. Cancelling ends it after the block that is being read.
@@ -21,8 +24,8 @@ async def verify(store: Store, counters: Counters, *, repair: bool) -> AsyncGene
     disk = trio.CapacityLimiter(1)
     if repair:
         for block in store.suspects():
-            await trio.to_thread.run_sync(store.restore, block, limiter=disk)
-    suspects = len(store.suspects())
+            await suspects.restore(block, disk)
+    unverified = len(store.suspects())
     blocks = store.blocks()
     total = sum(size for _, size in blocks)
     done = 0
@@ -37,6 +40,6 @@ async def verify(store: Store, counters: Counters, *, repair: bool) -> AsyncGene
         done += size
         if trio.current_time() - told >= _TELL_EVERY_S:
             told = trio.current_time()
-            yield VerifyProgress(number + 1, len(blocks), done, total, suspects, damaged)
+            yield VerifyProgress(number + 1, len(blocks), done, total, unverified, damaged)
             damaged = []
-    yield VerifyProgress(len(blocks), len(blocks), done, total, suspects, damaged)
+    yield VerifyProgress(len(blocks), len(blocks), done, total, unverified, damaged)

@@ -38,6 +38,7 @@ from cachefs.worker.places import Places
 from cachefs.worker.quotas import QuotaFollower
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
+from cachefs.worker.suspects import Suspects
 from cachefs.worker.tasks import Tasks
 from cachefs.worker.verify import verify
 
@@ -57,12 +58,14 @@ class Worker:
         store: Store,
         blocks: Blocks,
         giving: Giving,
+        suspects: Suspects,
         counters: Counters,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._sources = sources
         self._store = store
+        self._suspects = suspects
         self._blocks = blocks
         self._giving = giving
         self._outside = Outside(blocks, self._check_namespace, counters, nursery)
@@ -130,7 +133,7 @@ class Worker:
         return await self._blocks.free(m.block_ids(request.blocks))
 
     async def verify(self, request: m.Verify, session: Session) -> AsyncGenerator[m.VerifyProgress, None]:
-        async for progress in verify(self._store, self._counters, repair=request.repair):
+        async for progress in verify(self._store, self._suspects, self._counters, repair=request.repair):
             yield progress
 
     async def get_status(self, request: m.GetWorkerStatus, session: Session) -> m.WorkerStatus:
@@ -300,12 +303,15 @@ async def run_worker(
                         nursery=background,
                     )
                     admission = Admission(geometry, store, members, supply, drops, quotas, counters)
-                    blocks = Blocks(config, geometry, store, sources, filler, supply, admission, counters, background)
+                    suspects = Suspects(store)
+                    blocks = Blocks(
+                        config, geometry, store, suspects, sources, filler, supply, admission, counters, background
+                    )
                     background.start_soon(quotas.run)
                     background.start_soon(blocks.end_idle)
-                    background.start_soon(Care(store, counters, config).run)
+                    background.start_soon(Care(store, suspects, counters, config).run)
                     giving = Giving(store, blocks, sources, counters, background)
-                    worker = Worker(config, sources, store, blocks, giving, counters, background)
+                    worker = Worker(config, sources, store, blocks, giving, suspects, counters, background)
                     if monitor is not None:
                         worker.times = Times()
                         parts = WorkerParts(

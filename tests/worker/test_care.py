@@ -19,6 +19,7 @@ from cachefs.testing.shortage import few_descriptors
 from cachefs.worker import care
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
+from cachefs.worker.suspects import Suspects
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +46,7 @@ async def test_the_scrub_finds_damage_once_nothing_is_fetched_or_after_a_while(
         with sealed_path(tier.path, block(1)).open("r+b") as file:
             file.write(b"!!")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(care.Care(store, counters, config).run)
+            nursery.start_soon(care.Care(store, Suspects(store), counters, config).run)
 
             async def fetch() -> None:
                 while trio.current_time() < began + busy_s:
@@ -77,7 +78,7 @@ async def test_what_becomes_suspect_does_not_wait_for_the_scrub_to_come_round(tm
         for number in range(3):
             seal(store, block(number), content(number, 2 * PAGE))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(care.Care(store, Counters(), config).run)
+            nursery.start_soon(care.Care(store, Suspects(store), Counters(), config).run)
             await trio.sleep(10)
             store.tiers[0].distrust()
             with trio.fail_after(60):
@@ -106,7 +107,7 @@ async def test_a_disk_that_breaks_is_tried_until_it_is_well_and_what_it_holds_co
             async with trio.open_nursery() as nursery:
                 with broken(disk):
                     store.check(block(0))
-                    nursery.start_soon(care.Care(store, Counters(), config).run)
+                    nursery.start_soon(care.Care(store, Suspects(store), Counters(), config).run)
                     while store.state(store.tiers[0]) is not TierState.DOWN:
                         await trio.sleep(1)
                     assert sorted(gone) == blocks and store.blocks() == []
@@ -131,7 +132,7 @@ async def test_a_disk_is_judged_when_everybody_else_waits_for_threads(tmp_path: 
         store.failed(partial, OSError(errno.EIO, "it hangs no more"))
         store.close(partial)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(care.Care(store, Counters(), config).run)
+            nursery.start_soon(care.Care(store, Suspects(store), Counters(), config).run)
             with trio.fail_after(1000):
                 while store.state(store.tiers[0]) is not TierState.HEALTHY:
                     await trio.sleep(1)
@@ -150,7 +151,7 @@ async def test_a_disk_that_cannot_be_tried_for_want_of_descriptors_is_not_worse_
         store.close(partial)
         async with trio.open_nursery() as nursery:
             with few_descriptors():
-                nursery.start_soon(care.Care(store, Counters(), config).run)
+                nursery.start_soon(care.Care(store, Suspects(store), Counters(), config).run)
                 await trio.sleep(20)
                 assert store.state(store.tiers[0]) is TierState.LIMITED
             with trio.fail_after(1000):
