@@ -101,23 +101,44 @@ class Blocks:
         block = BlockId(attr.key, 0)
         if not request.background:
             self._counters.asked(attr.size_bytes, is_here=self._store.is_sealed(block))
-        if await self.keep(block, source, mode, background=request.background):
+        if await self.keep(block, source, mode, background=request.background, patient=request.background):
             return PromoteReply(True)
-        return PromoteReply(False, self.why_not(block, source))
+        return PromoteReply(False, self.why_not(block))
 
-    def why_not(self, block: BlockId, source: Source) -> str:
-        """Why a block is not kept, where that is not just for want of room in the tiers."""
-        length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        quotas = self._store.quotas
-        return ", ".join(f"{quotas.describe(quota)} is used up" for quota in quotas.lacking(block, length))
+    def why_not(self, block: BlockId) -> str:
+        """Why a block was not kept, where that is not just for want of room in the tiers."""
+        return self._admission.why_not(block)
 
     @property
     def keeps(self) -> bool:
         """It was not told to keep nothing."""
         return self._config.promote is not Promote.NEVER
 
-    async def keep(self, block: BlockId, source: Source, mode: Promote, *, background: bool) -> bool:
-        """Make a block local; False means not admitted. Raises as `Filler.fetch`."""
+    async def keep(
+        self,
+        block: BlockId,
+        source: Source,
+        mode: Promote,
+        *,
+        background: bool,
+        patient: bool = False,
+        for_others: bool = False,
+    ) -> bool:
+        """Make a block local; False means not admitted. Raises as `Filler.fetch`.
+
+        `patient`: it may wait for room in a quota, which nobody does who has a reader waiting, nor waits for together
+        with one. `for_others`: no reader of this node asks for it.
+        """
+        if not patient or block in self._jobs or await self.is_sealed(block):
+            return await self._keep(block, source, mode, background=background, for_others=for_others)
+        has_room = await self._admission.wait_for_room(block, source, mode)
+        try:
+            return await self._keep(block, source, mode, background=background, for_others=for_others)
+        finally:
+            if has_room:
+                self._admission.stop_waiting(block)
+
+    async def _keep(self, block: BlockId, source: Source, mode: Promote, *, background: bool, for_others: bool) -> bool:
         is_small = self._is_small(source)
         for attempt in range(_ATTEMPTS):
             if await self.is_sealed(block):
@@ -127,7 +148,8 @@ class Blocks:
             if is_small and block not in self._jobs:
                 try:
                     if not await self._whole.join(
-                        block, lambda: self._keep_whole(block, source, mode, loading=background)
+                        block,
+                        lambda: self._keep_whole(block, source, mode, loading=background, for_others=for_others),
                     ):
                         return False
                 except BlockMissingError:
@@ -138,10 +160,11 @@ class Blocks:
                     logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
                 except CapacityError as error:
                     self._counters.not_admitted += 1
+                    self._admission.note_refusal(block, source)
                     logger.info("not kept block=%s error=%s", block.filename, error)
                     return False
                 continue
-            job = await self._job(block, source, mode, patient=background)
+            job = await self._job(block, source, mode, for_others=for_others)
             if job is None:
                 if self._store.is_sealed(block):
                     continue
@@ -159,6 +182,7 @@ class Blocks:
                 # What was read back is not what was written, and is gone: once more, from the under-store.
                 logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
             except CapacityError as error:
+                self._admission.note_refusal(block, source)
                 logger.info("not kept block=%s error=%s", block.filename, error)
                 return False
             finally:
@@ -344,10 +368,10 @@ class Blocks:
             raise BlockMissingError(f"{block.filename}: inode {ino} is another content")
         mode = self._mode_for_workers(source)
         if self._is_small(source):
-            if not await self.keep(block, source, mode, background=True):
+            if not await self.keep(block, source, mode, background=True, for_others=True):
                 raise CapacityError(f"{block.filename}: not admitted")
             return
-        job = await self._job(block, source, mode)
+        job = await self._job(block, source, mode, for_others=True)
         if job is None:
             if self._store.is_sealed(block):
                 return
@@ -435,14 +459,14 @@ class Blocks:
         finally:
             self._admitting -= 1
 
-    async def _job(self, block: BlockId, source: Source, mode: Promote, *, patient: bool = False) -> Job | None:
+    async def _job(self, block: BlockId, source: Source, mode: Promote, *, for_others: bool = False) -> Job | None:
         """The job that fills a block, or a new one; None when it is not admitted, or sealed in this very moment. To be
         used without a checkpoint in between.
         """
         with self._under_way():
-            return await self._find_job(block, source, mode, patient)
+            return await self._find_job(block, source, mode, for_others)
 
-    async def _find_job(self, block: BlockId, source: Source, mode: Promote, patient: bool) -> Job | None:
+    async def _find_job(self, block: BlockId, source: Source, mode: Promote, for_others: bool) -> Job | None:
         job = self._jobs.get(block)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
@@ -452,7 +476,7 @@ class Blocks:
             job.route.source = source
             return job
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
-        route = await self._admission.route(block, source, mode, patient=patient)
+        route = await self._admission.route(block, source, mode, for_others=for_others)
         if route is None:
             return None
         self._opening[block] += 1
@@ -460,6 +484,7 @@ class Blocks:
             partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, mode, limiter=self._disk)
         except CapacityError as error:
             self._counters.not_admitted += 1
+            self._admission.note_refusal(block, source)
             logger.info("not admitted block=%s error=%s", block.filename, error)
             self._supply.end(route)
             return None
@@ -482,10 +507,12 @@ class Blocks:
         job = self._jobs[block] = Job(partial, route)
         return job
 
-    async def _keep_whole(self, block: BlockId, source: Source, mode: Promote, *, loading: bool) -> bool:
+    async def _keep_whole(
+        self, block: BlockId, source: Source, mode: Promote, *, loading: bool, for_others: bool
+    ) -> bool:
         """Whether it was admitted; then it is sealed. Raises as `Filler.keep_whole`."""
         with self._under_way():
-            route = await self._admission.route(block, source, mode, patient=loading)
+            route = await self._admission.route(block, source, mode, for_others=for_others)
             if route is None:
                 return False
             try:

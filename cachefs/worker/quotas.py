@@ -5,7 +5,9 @@ them before more is taken.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import trio
 
@@ -23,6 +25,23 @@ _ASKED_AGAIN_S = 1.0
 _PATIENT_S = 5.0
 """For how long who can wait waits for what others may give back."""
 _PAUSE_S = 0.25
+_IN_VAIN_S = 30.0
+"""After somebody waited so and got nothing, nobody else does."""
+
+
+class _Answer(NamedTuple):
+    """Of the master, to somebody who can wait, which was not enough."""
+
+    until: float
+    """The master is not asked again before."""
+    wants: Mapping[int, int]
+    soon: frozenset[int]
+
+    def holds_for(self, wants: Mapping[int, int]) -> bool:
+        """It would be the same: who wants no less is not told of room that there was not for less."""
+        return trio.current_time() < self.until and all(
+            quota in self.wants and (quota in self.soon or self.wants[quota] <= size) for quota, size in wants.items()
+        )
 
 
 class QuotaFollower:
@@ -47,11 +66,24 @@ class QuotaFollower:
         self._counts = False
         self._denied: dict[int, float] = {}
         """Until when it makes no sense to ask for more of these."""
+        self._in_vain: dict[int, float] = {}
+        """Until when nobody waits for more of these."""
+        self._helped: dict[int, float] = {}
+        """When waiting brought something of these last."""
+        self._answer = _Answer(0.0, {}, frozenset())
+        self._silent = False
+        """The master did not answer when it was asked last: only what is told it every second finds out whether it does
+        again."""
+
+    @property
+    def can_grow(self) -> bool:
+        """The master is there to be asked for more."""
+        return self._peer is not None and not self._silent
 
     async def follow(self, peer: Peer) -> None:
         """Hear of quotas until the connection is lost, or cancelled."""
         keys = self.quotas.keys
-        self._peer, self._serial = peer, 0
+        self._peer, self._serial, self._silent = peer, 0, False
         try:
             async with peer.stream(WatchQuotas()) as parts:
                 begun = False
@@ -96,32 +128,64 @@ class QuotaFollower:
                     await trio.to_thread.run_sync(self.trim, limiter=self._disk)
             await trio.sleep(_REPORT_EVERY_S)
 
-    async def grow(self, needs: Mapping[int, int], *, patient: bool = False) -> None:
+    async def grow(self, needs: Mapping[int, int]) -> None:
         """So many bytes are to be taken of quotas: ask for what of it was not granted. Returns when the answer is in
-        force, if there is one. Where the master had no more to give, it is not asked again for a second; `patient`:
-        it is, for some seconds, as long as it says that there may be more soon.
+        force, if there is one. Where the master had no more to give, it is not asked again for a second.
         """
-        give_up = trio.current_time() + (_PATIENT_S if patient else 0.0)
-        while self._lacking(needs, patient=patient):
+        if not self._silent and self._lacking(needs, self._denied):
             async with self._one:
                 # Others may have asked, and got more than they need.
-                wants = self._lacking(needs, patient=patient)
-                soon = await self._ask(wants, {}) if wants else set()
-                short = self._lacking(needs, patient=patient)
-                now = trio.current_time()
-                if not short.keys() & soon or now >= give_up:
-                    self._denied = dict.fromkeys(short, now + _ASKED_AGAIN_S) | self._denied
-                    return
-            await trio.sleep(_PAUSE_S)
+                wants = self._lacking(needs, self._denied)
+                if wants:
+                    await self._ask(wants, {})
+                    self._deny(self._lacking(needs))
 
-    def _lacking(self, needs: Mapping[int, int], *, patient: bool) -> dict[int, int]:
+    async def wait(self, needs: Mapping[int, int]) -> None:
+        """As `grow`, for who can wait for some seconds, as long as the master says that there may be more soon. Of many
+        who wait, one asks at a time, and what it is told the others go by.
+        """
+        began = trio.current_time()
+        waits_for = wants = self._lacking(needs)
+        while wants:
+            if not self._answer.holds_for(wants):
+                async with self._one:
+                    wants = self._lacking(needs)
+                    if not self._answer.holds_for(wants):
+                        soon = await self._ask(wants, {}) if wants else set()
+                        wants = self._lacking(needs)
+                        if wants:
+                            until = trio.current_time() + _PAUSE_S
+                            self._answer = _Answer(until, wants, frozenset(soon))
+            now = trio.current_time()
+            if not wants:
+                break
+            is_over = now >= began + _PATIENT_S
+            if is_over:
+                self._in_vain |= {
+                    quota: now + _IN_VAIN_S for quota in wants if self._helped.get(quota, -math.inf) < began
+                }
+            is_in_vain = any(self._in_vain.get(quota, 0.0) > now for quota in wants)
+            if is_over or is_in_vain or not wants.keys() & self._answer.soon:
+                self._deny(wants)
+                return
+            await trio.sleep(_PAUSE_S)
+            wants = self._lacking(needs)
+        for quota in waits_for:
+            self._in_vain.pop(quota, None)
+            self._helped[quota] = trio.current_time()
+
+    def _deny(self, short: Mapping[int, int]) -> None:
+        self._denied = dict.fromkeys(short, trio.current_time() + _ASKED_AGAIN_S) | self._denied
+
+    def _lacking(self, needs: Mapping[int, int], but: Mapping[int, float] | None = None) -> dict[int, int]:
+        """`but`: of these nothing, until then."""
         now = trio.current_time()
         if self._denied:
             self._denied = {quota: until for quota, until in self._denied.items() if until > now}
         lacking = {
             quota: self.quotas.lacking(quota, need)
             for quota, need in needs.items()
-            if patient or quota not in self._denied
+            if but is None or but.get(quota, 0.0) <= now
         }
         return {quota: size for quota, size in lacking.items() if size > 0}
 
@@ -133,7 +197,7 @@ class QuotaFollower:
     async def _ask(self, wants: Mapping[int, int], idle: Mapping[int, int], *, gives_back: bool = False) -> set[int]:
         """Returns those of which there may be more soon."""
         peer = self._peer
-        if peer is None or not self._counts:
+        if peer is None or not self._counts or (self._silent and wants):
             return set()
         uses = self.quotas.to_report(gives_back=gives_back)
         told = [QuotaUse(quota, *use, wants.get(quota, 0), idle.get(quota, 0)) for quota, use in uses.items()]
@@ -143,6 +207,8 @@ class QuotaFollower:
                 answer = (await peer.call(ReportQuotas(self._serial, told))).message
         except (CachefsError, trio.TooSlowError) as error:
             logger.debug("quotas not told of error=%r", error)
+            self._silent = True
             return set()
+        self._silent = False
         self.quotas.grant({each.quota_id: each.granted_bytes for each in answer.grants})
         return {each.quota_id for each in answer.grants if each.soon}

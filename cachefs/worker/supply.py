@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import trio
 
-from cachefs.model import BlockId, CachefsError, Geometry, StaleError
+from cachefs.model import BlockId, CachefsError, CapacityError, Geometry, StaleError
 from cachefs.store import page_checksum
 from cachefs.wire.cluster import BlockPlace, Effort
 from cachefs.worker.members import Members
@@ -38,6 +38,8 @@ _BELIEVED_S = 5.0
 _REMEMBERED = 10_000
 _HOMES = 2
 """Workers asked to take in a block that this one cannot, one after the other."""
+_REFUSED_S = 5.0
+"""How long a worker that could not take in a block is not asked to again."""
 _INLINE_BYTES = 256 * 1024
 """Compared without a thread: 30 microseconds."""
 
@@ -89,6 +91,8 @@ class Supply:
         self._origin = origin
         self._slots = slots
         self._recent: OrderedDict[BlockId, tuple[float, BlockPlace]] = OrderedDict()
+        self._refusals: OrderedDict[tuple[str, BlockId], float] = OrderedDict()
+        """Of workers that cannot take in a block, and until when they are not asked again."""
         self.on_end: Callable[[BlockId], None] = lambda block: None
         """Called with each block whose route ends."""
 
@@ -247,6 +251,8 @@ class Supply:
         self._recent.pop(block, None)
         block_length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
         for worker in self._members.homes(block, block_length, _HOMES):
+            if self._refusals.get((worker, block), 0.0) > trio.current_time():
+                continue
             data = await self._verified(worker, source, block, offset, length, "home")
             if data is not None:
                 # The next reads go there at once, before the master has heard of it.
@@ -273,8 +279,16 @@ class Supply:
                 raise
             except CachefsError as error:
                 logger.debug("not from worker name=%s block=%s error=%s", worker, block.filename, error)
+                if isinstance(error, CapacityError):
+                    self._note_refusal(worker, block)
                 return None
         return None
+
+    def _note_refusal(self, worker: str, block: BlockId) -> None:
+        self._refusals[worker, block] = trio.current_time() + _REFUSED_S
+        self._refusals.move_to_end((worker, block))
+        if len(self._refusals) > _REMEMBERED:
+            self._refusals.popitem(last=False)
 
     async def _place_of(self, block: BlockId) -> BlockPlace:
         known = self._recent.get(block)

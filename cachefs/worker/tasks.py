@@ -133,8 +133,8 @@ class Tasks:
         if not blocks.keeps:
             return "full", 0, ""
         source = await self._source(task, block)
-        if not await blocks.keep(block, source, Promote(task.promote), background=True):
-            return "full", 0, blocks.why_not(block, source)
+        if not await blocks.keep(block, source, Promote(task.promote), background=True, patient=True):
+            return "full", 0, blocks.why_not(block)
         return "done", self._parts.geometry.block_length(source.attr.size_bytes, block.block_index), ""
 
     async def _source(self, task: BlockTask, block: BlockId) -> Source:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs.client import Client
 from cachefs.master import quotas as quotas_module
-from cachefs.model import Attr, CapacityError, ConfigError, MiB, NotADirectory, NotFoundError
+from cachefs.model import Attr, BlockId, CapacityError, ConfigError, MiB, NotADirectory, NotFoundError
+from cachefs.net import Answer, Peer
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import Quotas as StoreQuotas
+from cachefs.store import Rule, TierConfig
 from cachefs.store import tier as tier_module
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire.control import GetJob, JobInfo, JobSpec, StartJob
-from cachefs.wire.quotas import ListQuotas, QuotaInfo, RemoveQuota, SetQuota
+from cachefs.wire.messages import Promote as PromoteRequest
+from cachefs.wire.quotas import (
+    ListQuotas,
+    QuotaGrant,
+    QuotaGrants,
+    QuotaInfo,
+    RemoveQuota,
+    ReportQuotas,
+    SetQuota,
+)
+from cachefs.worker import quotas as worker_quotas
+from cachefs.worker import supply as supply_module
+from cachefs.worker.peers import Peers
 
 FILE = 6 * PAGE
 TAKES = FILE + 4096
@@ -473,3 +490,161 @@ async def test_bad_requests_change_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert await client.ask(ListQuotas()) is not None and (await quota_of(client, "/")).limit_bytes == 6
         assert (await client.ask(RemoveQuota("/"))).unconfirmed == []
         assert (await client.ask(ListQuotas())).quotas == []
+
+
+async def small_files(client: Client, data: Path, number: int) -> tuple[list[str], list[Attr]]:
+    """Of one page each."""
+    for each in range(number):
+        (data / f"bound/small{each:02}").write_bytes(bytes([each]) * PAGE)
+    await client.refresh("/bound")
+    names = [f"bound/small{each:02}" for each in range(number)]
+    return names, await attrs_of(client, names)
+
+
+async def test_no_reader_and_no_home_waits_for_a_used_up_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever waits at all waits beyond the end of this test.
+    monkeypatch.setattr(worker_quotas, "_PATIENT_S", 10_000.0)
+    async with scene(tmp_path, workers=3) as (cluster, clients, data):
+        # A rest of half a file is always left, to one worker or another.
+        await clients[0].ask(SetQuota("/bound", 12 * (PAGE + 4096) + PAGE // 2))
+        names, attrs = await small_files(clients[0], data, 24)
+        with trio.fail_after(60):
+            for _ in range(2):
+                for client in clients:
+                    for name, attr in zip(names, attrs, strict=True):
+                        await client.promote(attr.ino)
+                        parts = [bytes(part) async for part in client.read_file(f"/{name}", PAGE)]
+                        assert b"".join(parts) == bytes([names.index(name)]) * PAGE
+        held = [(await cluster.worker_status(name)).tiers[0].used_bytes for name in ("worker", "w1", "w2")]
+        assert 0 < sum(held) <= 12 * (PAGE + 4096)
+
+
+async def test_a_reader_does_not_wait_with_a_load_that_waits_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go_on = trio.Event(), trio.Event()
+
+    async def wait(follower: worker_quotas.QuotaFollower, needs: object) -> None:
+        waiting.set()
+        await go_on.wait()
+
+    async with scene(tmp_path) as (_, (client,), data):
+        await client.ask(SetQuota("/bound", 4 * TAKES))
+        assert await read(client, list(BOUND)[:4]) == [True] * 4
+        (small,), _ = await small_files(client, data, 1)
+        monkeypatch.setattr(worker_quotas.QuotaFollower, "wait", wait)
+        with trio.fail_after(60):
+            for name in (small, "bound/04"):
+                waiting = trio.Event()
+                await client.ask(StartJob(JobSpec("load", [f"/{name}"], promote="if-space")))
+                await waiting.wait()
+                reply = await client.view.ask_to_promote((await client.metadata.resolve(f"/{name}")).ino)
+                assert (reply.sealed, reply.reason) == (False, "the quota of /bound, 1.5 MiB, is used up")
+                assert [bytes(part) async for part in client.read_file(f"/{name}", PAGE)]
+                # That is not why it is not kept here.
+                ino = (await client.metadata.resolve(f"/{name}")).ino
+                reply = (await client.view._ask_worker(PromoteRequest(ino, "never"))).message
+                assert (reply.sealed, reply.reason) == (False, "")
+            go_on.set()
+
+
+async def test_a_home_that_refused_is_not_asked_again_at_once_and_counts_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supply_module, "_REFUSED_S", 10_000.0)
+    asked, refusing = list[tuple[str, BlockId]](), set[int]()
+    read_from, refused = Peers.read, StoreQuotas.refused
+
+    async def note_read(self: Peers, name: str, block: BlockId, *rest: Any) -> Any:
+        if rest[2] == "home":
+            asked.append((name, block))
+        return await read_from(self, name, block, *rest)
+
+    def note_refused(self: StoreQuotas, quotas: Iterable[int]) -> None:
+        refusing.add(id(self))
+        refused(self, quotas)
+
+    async with scene(tmp_path, workers=3) as (_, (client, *_), data):
+        await client.ask(SetQuota("/bound", 0))
+        names, _ = await small_files(client, data, 4)
+        monkeypatch.setattr(Peers, "read", note_read)
+        monkeypatch.setattr(StoreQuotas, "refused", note_refused)
+        for _ in range(3):
+            for name in names:
+                assert [bytes(part) async for part in client.read_file(f"/{name}", PAGE)]
+        assert len(names) <= len(asked) == len(set(asked)) <= 2 * len(names)
+        assert len(refusing) == 1, "the one that the readers are on"
+
+
+class Master:
+    """It has nothing to give, and says that there may be something soon."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.hangs = False
+        self.limit_bytes = 0
+
+    async def call(self, request: ReportQuotas) -> Answer[QuotaGrants]:
+        wanted = sum(use.wanted_bytes for use in request.uses)
+        self.asked += bool(wanted)
+        await trio.sleep(math.inf if self.hangs else 0.01)
+        return Answer(QuotaGrants([QuotaGrant(1, self.limit_bytes, wanted > self.limit_bytes)]))
+
+
+def follower_of(master: Master) -> worker_quotas.QuotaFollower:
+    follower = worker_quotas.QuotaFollower()
+    follower.quotas.put_in_force({1: Rule("/a", 100, 0)})
+    follower._peer, follower._counts = cast(Peer, master), True
+    return follower
+
+
+async def _many_wait() -> None:
+    master = Master()
+    follower = follower_of(master)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(follower.wait, {1: 10})
+        await trio.sleep(1)
+        before = master.asked
+        await follower.grow({1: 10})
+        # What a reader asks is asked after one of theirs at most.
+        assert master.asked <= before + 2 and trio.current_time() - began < 1.1
+    waited_s = trio.current_time() - began
+    assert worker_quotas._PATIENT_S <= waited_s < worker_quotas._PATIENT_S + 1
+    assert master.asked <= 1 + waited_s / worker_quotas._PAUSE_S + 1
+    # It was in vain: for some time nobody does so again, unless it helps.
+    began = trio.current_time()
+    await follower.wait({1: 10})
+    assert trio.current_time() - began < 0.1
+    master.limit_bytes = 10
+    await trio.sleep(1)
+    await follower.wait({1: 10})
+    assert follower.quotas.lacking(1, 10) == 0
+
+
+def test_of_many_who_wait_one_asks_and_readers_do_not_queue_behind_them() -> None:
+    trio.run(_many_wait, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def _silence() -> None:
+    master = Master()
+    follower, master.hangs = follower_of(master), True
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(follower.grow, {1: 10})
+            nursery.start_soon(follower.wait, {1: 10})
+    for _ in range(20):
+        await trio.sleep(1)
+        await follower.grow({1: 10})
+    assert master.asked == 1 and trio.current_time() - began < 20 + 2 * worker_quotas._ANSWER_TIMEOUT_S
+    assert not follower.can_grow
+    # What is told it every second finds that it answers.
+    master.hangs, master.limit_bytes = False, 10
+    await follower._exchange()
+    assert follower.can_grow and follower.quotas.lacking(1, 10) == 0
+
+
+def test_a_master_that_hangs_holds_readers_up_once() -> None:
+    trio.run(_silence, clock=trio.testing.MockClock(autojump_threshold=0))
