@@ -128,8 +128,8 @@ class QuotaGrant(msgspec.Struct, frozen=True, array_like=True):
     """What it may take. Less than it has: nothing new is to be kept, and what is idle is to be given up, since all
     together are over the limit, or others need what is idle here."""
     soon: bool = False
-    """It is less than was wanted, and there may be more in a moment: others have not used all that they were granted,
-    or have yet to say what they have."""
+    """It is less than was wanted, and there may be as much in a moment: others have not used what they were granted, or
+    have yet to say what they have."""
 
 
 class QuotaGrants(msgspec.Struct, frozen=True, array_like=True):

@@ -340,7 +340,7 @@ def test_parts_make_room_before_what_is_whole_but_for_those_that_are_wanted(tmp_
             store.close(partial)
         store.quotas.book.grant({1: need(3) + need(0)})
         partial = store.open_partial(block(3), len(CONTENTS[3]), Promote.IF_SPACE)
-        assert partial is not None and partial.has(0), "it goes on where it was"
+        assert partial is not None and partial.recall(0), "it goes on where it was"
         store.close(partial)
         assert store.is_sealed(block(0)) and not store.tiers[0].holds(block(7))
 

@@ -502,8 +502,12 @@ async def small_files(client: Client, data: Path, number: int) -> tuple[list[str
 
 
 async def test_no_reader_and_no_home_waits_for_a_used_up_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whoever waits at all waits beyond the end of this test.
-    monkeypatch.setattr(worker_quotas, "_PATIENT_S", 10_000.0)
+    waited = []
+
+    async def wait(follower: worker_quotas.QuotaFollower, needs: object) -> None:
+        waited.append(needs)
+
+    monkeypatch.setattr(worker_quotas.QuotaFollower, "wait", wait)
     async with scene(tmp_path, workers=3) as (cluster, clients, data):
         # A rest of half a file is always left, to one worker or another.
         await clients[0].ask(SetQuota("/bound", 12 * (PAGE + 4096) + PAGE // 2))
@@ -516,7 +520,7 @@ async def test_no_reader_and_no_home_waits_for_a_used_up_quota(tmp_path: Path, m
                         parts = [bytes(part) async for part in client.read_file(f"/{name}", PAGE)]
                         assert b"".join(parts) == bytes([names.index(name)]) * PAGE
         held = [(await cluster.worker_status(name)).tiers[0].used_bytes for name in ("worker", "w1", "w2")]
-        assert 0 < sum(held) <= 12 * (PAGE + 4096)
+        assert 0 < sum(held) <= 12 * (PAGE + 4096) and not waited
 
 
 async def test_a_reader_does_not_wait_with_a_load_that_waits_for_room(
