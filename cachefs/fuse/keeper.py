@@ -242,7 +242,9 @@ class Keeper:
     def told(self, server: Server, data: bytes, fds: list[int]) -> None:
         word, _, rest = data.decode(errors="replace").partition(" ")
         server.ticks = 0
-        if word == "mounted" and fds:
+        if server is not self.server and word in ("mounted", "remount", "ending", "done"):
+            pass  # it is not its mount yet
+        elif word == "mounted" and fds:
             self.fuse, self.connection = fds.pop(), rest
         elif word == "remount":
             if self.fuse >= 0:

@@ -152,7 +152,11 @@ class KeeperLink:
     # ---- what is heard ---------------------------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Do what the keeper says, and start another when it dies. Runs until cancelled."""
+        """Do what the keeper says, and start another when it dies. Runs until cancelled.
+
+        Raises TransportError when it dies while the earlier server still answers. One that drains starts a keeper as
+        well: it ends as it was told, and that keeper has another take its place.
+        """
         while True:
             try:
                 data = await self._link.recv(_MESSAGE)
@@ -161,11 +165,15 @@ class KeeperLink:
             match data.decode(errors="replace").split(" ")[0]:
                 case "" if self._phase == "ending":
                     return
+                case "" if self._phase in (None, "standby") and self._another_answers():
+                    # That one starts a keeper, and is to be the only one that does.
+                    raise TransportError("the keeper ended during the upgrade; the server that was there goes on")
                 case "":
                     await self._start_keeper()
                 case "ping":
                     self._send("pong")
                 case "go":
+                    self.values["server"] = "0"
                     self._go.set()
                 case "drain":
                     self.hands_over = True
@@ -173,6 +181,10 @@ class KeeperLink:
                 case "end":
                     self.was_told_to_end = True
                     self.on_end()
+
+    def _another_answers(self) -> bool:
+        """For all we know: whether a process of another namespace lives, we do not."""
+        return self.has_server and (self.connects or os.path.exists(f"/proc/{self.values['server']}"))
 
     async def _start_keeper(self) -> None:
         self._link.close()

@@ -11,12 +11,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
-from cachefs.fuse.keeping import KEEPER, ask, command_file, keeper_command, listen, parse_facts, socket_of
+from cachefs.fuse.keeping import KEEPER, KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
 from cachefs.model import ConfigError, TransportError
 
 LIMIT_S = 30.0
@@ -232,6 +234,89 @@ def test_while_the_old_one_drains_for_too_long_it_is_killed(tmp_path: Path) -> N
         it.wait(lambda: it.said("ready"))
         assert it.upgrade(*server(tmp_path, "new", "serve()")).startswith("ok ")
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
+
+
+def test_a_new_server_that_is_told_to_end_leaves_the_mount_to_the_old(tmp_path: Path) -> None:
+    with keeper(tmp_path, end="0") as it:
+        it.wait(lambda: it.said("ready"))
+        assert it.upgrade(*server(tmp_path, "new", "say('ending'); sys.exit(0)")).startswith("failed ")
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 2)
+
+
+@contextmanager
+def link_to(**values: str) -> Iterator[tuple[socket.socket, KeeperLink]]:
+    """(what the keeper holds, the server's side)"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memfd = os.memfd_create("test")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said = "\n".join(["1", *(f"{key}={value}" for key, value in values.items())])
+    with ours, listener:
+        socket.send_fds(ours, [f"state {said}\0/bin/false".encode()], [memfd, listener.fileno()])
+        os.close(memfd)
+        with closing(KeeperLink(theirs, "/nowhere")) as link:
+            yield ours, link
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The keepers that are started, which are killed at the end."""
+    found: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        found.append(real(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr("cachefs.fuse.keeping.subprocess.Popen", popen)
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", ["spawn", "keep"])
+async def test_only_the_old_server_starts_a_keeper_that_dies_during_an_upgrade(
+    mode: str, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """Two keepers would each have a server answer."""
+    with link_to(mode=mode, server=str(os.getppid()), established="1") as (keepers, new):
+        keepers.close()
+        with pytest.raises(TransportError, match="the server that was there goes on"):
+            await new.follow()
+    assert started == []
+    for words in (), ("drain",), ("go",):
+        is_new = words == ("go",)
+        with link_to(mode=mode, server=str(os.getppid() if is_new else 0), established="1") as (keepers, link):
+            async with trio.open_nursery() as nursery:
+                for word in words:
+                    keepers.send(word.encode())
+                keepers.close()
+                nursery.start_soon(link.follow)
+                await until(lambda: started)
+                nursery.cancel_scope.cancel()
+        process = started.pop()
+        process.kill()
+        process.wait()
+
+
+async def test_a_new_server_whose_predecessor_is_gone_starts_a_keeper(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    with link_to(server=str(gone.pid), established="1") as (keepers, new):
+        keepers.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(new.follow)
+            await until(lambda: started)
+            nursery.cancel_scope.cancel()
 
 
 def test_servers_that_connect(tmp_path: Path) -> None:
