@@ -230,6 +230,8 @@ class Keeper:
                 data, fds, _, _ = socket.recv_fds(server.link, MESSAGE, 1)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # told once, when it is gone and had not read all; what it said before comes next
             except OSError:
                 data, fds = b"", []
             for fd in fds:

@@ -160,6 +160,8 @@ class KeeperLink:
         while True:
             try:
                 data = await self._link.recv(_MESSAGE)
+            except ConnectionResetError:
+                continue  # told once, when the keeper had not read all; what it said before comes next
             except OSError:
                 data = b""
             match data.decode(errors="replace").split(" ")[0]:
