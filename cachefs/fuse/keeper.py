@@ -126,7 +126,10 @@ class Keeper:
         while self.status is None:
             now = time.monotonic()
             if self.server is None and self.mode == "spawn" and not self.ending and now >= self.start_at:
-                self.server = self.spawn(self.command)
+                try:
+                    self.server = self.spawn(self.command)
+                except OSError as error:  # this machine has no memory or no processes left, for now
+                    self.failed(f"no server could be started error={error}")
             self.wait(now)
             if time.monotonic() - self.ticked_at >= TICK_S:
                 self.ticked_at = time.monotonic()
@@ -192,7 +195,12 @@ class Keeper:
 
     def spawn(self, command: list[str]) -> Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             try:
                 os.setsid()  # a Ctrl-C at the terminal is for us
@@ -288,8 +296,8 @@ class Keeper:
         if server.pid > 0:
             try:
                 os.kill(server.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            except OSError:
+                pass  # it is gone; or another user's, and given up later
         server.become("killed")
 
     def gone(self, server: Server) -> None:
@@ -322,18 +330,26 @@ class Keeper:
     def lost(self, server: Server, status: int) -> None:
         now = time.monotonic()
         self.absent_ticks = 0
+        what = f"server gone pid={server.pid} status={status}"
         if server.ready_at == 0.0:
-            self.failures += 1
-            pause_s = min(LONGEST_PAUSE_S, 0.1 * 2**self.failures) if self.failures > 1 else 0.0
+            self.failed(what)
             if self.earlier_command is not None:
                 self.upgrade_failed(f"the new server ended with status {status} before it answered")
-        else:
-            self.deaths = self.deaths + 1 if now - server.ready_at < SETTLED_S else 1
-            pause_s = 1.0 if self.deaths > self.limits["deaths"] / 4 else 0.0
-        log(f"server gone pid={server.pid} status={status} failures={self.failures}")
-        if self.failures >= self.limits["failures"] or self.deaths >= self.limits["deaths"]:
-            self.give_up(f"{self.failures or self.deaths} servers in a row did not stay")
-        self.start_at = now + pause_s
+            return
+        self.deaths = self.deaths + 1 if now - server.ready_at < SETTLED_S else 1
+        log(f"{what} deaths={self.deaths}")
+        if self.deaths >= self.limits["deaths"]:
+            self.give_up(f"{self.deaths} servers in a row did not stay")
+        self.start_at = now + (1.0 if self.deaths > self.limits["deaths"] / 4 else 0.0)
+
+    def failed(self, what: str) -> None:
+        """A server that did not come to answer: the next one is started, more and more slowly."""
+        self.failures += 1
+        log(f"{what} failures={self.failures}")
+        if self.failures >= self.limits["failures"]:
+            self.give_up(f"{self.failures} servers in a row did not stay")
+        pause_s = min(LONGEST_PAUSE_S, 0.1 * 2**self.failures) if self.failures > 1 else 0.0
+        self.start_at = time.monotonic() + pause_s
 
     # ---- time ------------------------------------------------------------------------------------------------------
 
@@ -388,7 +404,12 @@ class Keeper:
         command = [sys.executable, "-m", "cachefs", "umount", "--connection", self.connection]
         if self.fuse >= 0:
             command.append("--force")  # it lives, so that its number is no other's
-        pid = os.fork()
+        pid = -1
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # The connection ends when we do, as we hold it last; "Transport endpoint is not connected" stays.
+            log(f"not taken out of the tree mountpoint={self.mountpoint} error={error}")
         if pid == 0:
             try:
                 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
@@ -396,7 +417,7 @@ class Keeper:
             finally:
                 os._exit(127)
         give_up_at = time.monotonic() + 20.0
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while pid > 0 and os.waitpid(pid, os.WNOHANG) == (0, 0):
             if time.monotonic() > give_up_at:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
@@ -458,7 +479,10 @@ class Keeper:
         self.asker = client
         self.earlier_command, self.command = self.command, command
         log(f"upgrade begins command={command[0]}")
-        self.next = self.spawn(command)
+        try:
+            self.next = self.spawn(command)
+        except OSError as error:
+            self.upgrade_failed(f"no server could be started: {error.strerror}")
 
     def upgrade_failed(self, why: str) -> None:
         if self.earlier_command is not None:

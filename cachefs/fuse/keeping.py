@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,19 @@ class KeeperLink:
             # The second one that dies: not in a hurry.
             await trio.sleep(_PAUSE_S)
             self._keeper.poll()
+        while True:
+            try:
+                self._begin_keeper()
+                break
+            except OSError as error:  # this machine has no memory or no processes left, for now; we go on serving
+                logger.error("the keeper is gone, and no other could be started error=%s", error)
+                await trio.sleep(_PAUSE_S)
+        if self._phase is not None:
+            self._send(self._phase)
+
+    def _begin_keeper(self) -> None:
+        """Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._raw, self._link = ours, _as_trio(ours)
         values = {
             **{key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")},
             "listen": self._listener,
@@ -208,18 +219,21 @@ class KeeperLink:
             values["fuse"] = self.fuse_fd
             passed.append(self.fuse_fd)
         passed += [int(each) for each in self.values.get("hold", "").split(",") if each]
-        command_fd = command_file(self.command)
-        with theirs:
-            self._keeper = subprocess.Popen(  # noqa: ASYNC220  a few milliseconds
+        with ExitStack() as opened:
+            opened.enter_context(theirs)
+            on_failure = opened.enter_context(ExitStack())
+            on_failure.enter_context(ours)
+            command_fd = command_file(self.command)
+            opened.callback(os.close, command_fd)
+            self._keeper = subprocess.Popen(
                 keeper_command(self._mountpoint, values, command_fd),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[*passed, command_fd],
                 start_new_session=True,
             )
-        os.close(command_fd)
+            on_failure.pop_all()
+        self._raw, self._link = ours, _as_trio(ours)
         logger.info("the keeper was gone, another one is started pid=%d", self._keeper.pid)
-        if self._phase is not None:
-            self._send(self._phase)
 
     def close(self) -> None:
         """What the keeper holds stays."""

@@ -275,6 +275,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[b
         process.wait()
 
 
+def ended_process() -> int:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
 async def until(condition: Callable[[], object]) -> None:
     with trio.fail_after(LIMIT_S):
         while not condition():
@@ -309,14 +315,56 @@ async def test_only_the_old_server_starts_a_keeper_that_dies_during_an_upgrade(
 async def test_a_new_server_whose_predecessor_is_gone_starts_a_keeper(
     started: list[subprocess.Popen[bytes]],
 ) -> None:
-    with subprocess.Popen(["true"]) as gone:
-        pass
-    with link_to(server=str(gone.pid), established="1") as (keepers, new):
+    with link_to(server=str(ended_process()), established="1") as (keepers, new):
         keepers.close()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(new.follow)
             await until(lambda: started)
             nursery.cancel_scope.cancel()
+
+
+def test_a_keeper_that_can_start_no_server_tries_again(tmp_path: Path) -> None:
+    """Nobody answers meanwhile: if it died of it, the mount would be lost."""
+    fails = """
+calls, fork = [], os.fork
+def failing():
+    calls.append(1)
+    if len(calls) in (2, 3, 5):
+        raise BlockingIOError(11, "no processes left")
+    return fork()
+os.fork = failing
+if __name__ == "__main__":"""
+    with hasty(tmp_path, "serve()", '\nif __name__ == "__main__":', fails) as it:
+        it.wait(lambda: it.said("ready"))
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 2)
+        assert it.upgrade(*server(tmp_path, "new", "serve()")) == "failed no server could be started: no processes left"
+        os.kill(it.said("ready")[1], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 3)
+
+
+@pytest.mark.expect_warnings("it says so")
+async def test_a_server_that_can_start_no_keeper_tries_again(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [BlockingIOError(11, "no processes left")]
+    works = subprocess.Popen
+
+    def popen(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if left:
+            raise left.pop()
+        return works(*args, **options)
+
+    monkeypatch.setattr("cachefs.fuse.keeping.subprocess.Popen", popen)
+    monkeypatch.setattr("cachefs.fuse.keeping._PAUSE_S", 0.0)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with link_to(established="1") as (keepers, link):
+        keepers.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.follow)
+            await until(lambda: started)
+            nursery.cancel_scope.cancel()
+    assert not left and len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_servers_that_connect(tmp_path: Path) -> None:
