@@ -12,8 +12,8 @@ six small modules, none of ours.
 Values: `listen`, `memfd`, `fuse`, `server`: descriptors that it is given. `command`: one of a file with what starts a
 server, each word ended by a zero byte (in a file, because keepers and servers are told apart by their arguments).
 `hold`: one that is passed on to servers unseen. `pid` of the server behind `server`. `mode`: spawn or keep. `path` of
-the listening socket. `connection`: number of the FUSE connection. `established=1`: the mount has answered before.
-And those of `LIMITS`.
+the listening socket, `file`: its device and inode number. `connection`: number of the FUSE connection.
+`established=1`: the mount has answered before. And those of `LIMITS`.
 
 Messages, on sockets of whole messages, words of ASCII with `\\0` before arguments:
 
@@ -108,6 +108,8 @@ class Keeper:
             if fd >= 0:
                 os.set_inheritable(fd, False)
         self.listener.setblocking(False)
+        if "path" in values:
+            values.setdefault("file", identity(values["path"]))
         self.wake, waker = os.pipe()
         os.set_blocking(self.wake, False)
         os.set_blocking(waker, False)
@@ -134,7 +136,8 @@ class Keeper:
             if time.monotonic() - self.ticked_at >= TICK_S:
                 self.ticked_at = time.monotonic()
                 self.tick()
-        if "path" in self.values:
+        # Whoever mounts there while our last files are being closed has taken the path over.
+        if "path" in self.values and identity(self.values["path"]) == self.values["file"] != "":
             try:
                 os.unlink(self.values["path"])
             except OSError:
@@ -222,7 +225,7 @@ class Keeper:
 
     def facts(self) -> str:
         shown = {
-            **{key: value for key, value in self.values.items() if key in ("mode", "path", "hold", *LIMITS)},
+            **{key: value for key, value in self.values.items() if key in ("mode", "path", "file", "hold", *LIMITS)},
             "connection": self.connection,
             "established": "1" if self.established else "0",
             "keeper": str(os.getpid()),
@@ -510,6 +513,15 @@ def reap(pid: int) -> int:
         if time.monotonic() > give_up_at:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
+
+
+def identity(path: str) -> str:
+    """Empty if there is no such file."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return ""
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def peer_of(client: socket.socket) -> tuple[int, int]:

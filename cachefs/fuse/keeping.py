@@ -29,6 +29,7 @@ VERSION = "1"
 _MESSAGE = 1 << 16
 _ANSWER_S = 180.0
 """Of a keeper that is asked for an upgrade: its own limits are shorter."""
+_WHO_S = 5.0
 _PAUSE_S = 1.0
 
 
@@ -273,16 +274,19 @@ def parse_facts(text: str) -> tuple[dict[str, str], list[str]]:
 
 
 def socket_of(mountpoint: str, directory: str) -> str:
-    """The path of the keeper's socket, in a directory for sockets. `mountpoint`: absolute, without symbolic links."""
-    return os.path.join(directory, f"mount-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock")
+    """The path of the keeper's socket, in a directory for sockets. `mountpoint`: absolute, without symbolic links.
+
+    Without a hyphen: what follows one is the process id of a worker.
+    """
+    return os.path.join(directory, f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock")
 
 
-def listen(path: str) -> socket.socket | None:
-    """None when a keeper listens there already. What a killed one left is replaced."""
+def listen(path: str, *, replaces: bool = False) -> socket.socket | None:
+    """None when a keeper listens there already, unless it `replaces` that one. What a killed one left is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            if probe.connect_ex(path) == 0:
+            if not replaces and probe.connect_ex(path) == 0:
                 listener.close()
                 return None
         with suppress(FileNotFoundError):
@@ -296,10 +300,29 @@ def listen(path: str) -> socket.socket | None:
     return listener
 
 
-def ask(path: str, message: str) -> str:
+def listen_nowhere() -> socket.socket:
+    """For a keeper that nobody can ask for an upgrade, as there is no directory for its socket."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("")  # a name that the kernel chooses, in no directory
+    listener.listen(8)
+    return listener
+
+
+def has_finished(path: str) -> bool:
+    """Whether the keeper that listens there, whose mountpoint has nothing mounted on it, had something mounted there:
+    it waits for the last who has a file open, or is about to end.
+    """
+    try:
+        values, _ = parse_facts(ask(path, "who", _WHO_S).removeprefix("keeper "))
+    except (TransportError, ConfigError):
+        return True  # it ended, or has not answered for so long
+    return values.get("established") == "1"
+
+
+def ask(path: str, message: str, limit_s: float = _ANSWER_S) -> str:
     """A keeper's answer. Raises TransportError when there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-        link.settimeout(_ANSWER_S)
+        link.settimeout(limit_s)
         try:
             link.connect(path)
             link.send(message.encode())

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cachefs.cli.instances import runtime_root
 from cachefs.cli.mount import keeper_socket_of, server_command
 from cachefs.fuse import find_mount, is_mounted, probe
 from cachefs.fuse.keeping import ask, command_file, keeper_command, listen
@@ -272,6 +273,40 @@ def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
                 kill("mount-keeper", mountpoint, signal.SIGTERM)
                 assert fourth.process.wait(LIMIT_S) == 0
                 assert not is_mounted(mountpoint)
+
+
+def test_mounting_again_while_the_last_files_of_the_earlier_mount_are_open(tmp_path: Path, shared: Shared) -> None:
+    with mountpoint_below(tmp_path) as mountpoint:
+        arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]
+        with running(*arguments) as earlier, open(mountpoint / "held/0", "rb") as held:
+            assert cachefs("umount", "--lazy", mountpoint).returncode == 0
+            with running(*arguments) as later:
+                answers(mountpoint)
+                assert held.read() == (shared.source / "held/0").read_bytes()
+                held.close()
+                # It ends, and takes nothing away from the later one.
+                assert earlier.process.wait(LIMIT_S) == 0
+                facts = ask(keeper_socket_of(str(mountpoint)), "who")
+                assert f"keeper={later.process.pid}" in facts
+                answers(mountpoint)
+                taken = cachefs("mount", mountpoint, "--master", shared.master, "--insecure")
+                assert taken.returncode == 1 and "that no cachefs is mounted on" in taken.stderr
+                assert later.end() == 0
+
+
+def test_without_a_directory_for_sockets(tmp_path: Path, shared: Shared) -> None:
+    """Only that nobody can ask for an upgrade."""
+    hide = f'mount -t tmpfs -o ro none {runtime_root()} && exec "$@"'
+    with mountpoint_below(tmp_path) as mountpoint:
+        arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]
+        log = tmp_path / "log"
+        with (
+            log.open("wb") as stderr,
+            running(*arguments, prefix=["unshare", "-m", "sh", "-c", hide, "sh"], stderr=stderr),
+        ):
+            killed = kill("mount-server", mountpoint)
+            wait_for("mount-server", mountpoint, other_than=killed)
+        assert "nobody can ask this mount for an upgrade" in log.read_text()
 
 
 def test_the_directory_below_is_nobodys(tmp_path: Path, shared: Shared) -> None:

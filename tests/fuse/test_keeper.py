@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import trio
 
+from cachefs.cli.instances import worker_socket
 from cachefs.fuse.keeping import KEEPER, KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
 from cachefs.model import ConfigError, TransportError
 
@@ -406,6 +407,16 @@ def test_who_else_listens_there(tmp_path: Path) -> None:
     again.close()
     with pytest.raises(ConfigError, match="version 1"):
         parse_facts("2\nmode=spawn")
+
+
+def test_a_socket_of_a_keeper_is_not_taken_for_that_of_an_ended_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.cli.instances.runtime_root", lambda: str(tmp_path))
+    paths = (socket_of(f"/mnt/{number}", str(tmp_path)) for number in range(100_000))
+    path = next(each for each in paths if each.removesuffix(".sock")[-16:].isdecimal())
+    with listen(path) or pytest.fail(), worker_socket("name"):
+        assert os.path.exists(path)
 
 
 def test_strangers_get_a_word(tmp_path: Path) -> None:
