@@ -12,15 +12,16 @@ six small modules, none of ours.
 Values: `listen`, `memfd`, `fuse`, `server`: descriptors that it is given. `command`: one of a file with what starts a
 server, each word ended by a zero byte (in a file, because keepers and servers are told apart by their arguments).
 `hold`: one that is passed on to servers unseen. `pid` of the server behind `server`. `mode`: spawn or keep. `path` of
-the listening socket, `file`: its device and inode number. `connection`: number of the FUSE connection.
+the listening socket, `file`: its device and inode number. `connection`: number of the FUSE connection, `below`: what
+else `mounted` tells.
 `established=1`: the mount has answered before. And those of `LIMITS`.
 
 Messages, on sockets of whole messages, words of ASCII with `\\0` before arguments:
 
     keeper to server    state 1[\\nNAME=VALUE]...[\\0SERVER\\0ARGUMENTS], with memfd, listener, and /dev/fuse if mounted
                         go: the earlier one is gone; drain: answer what was read, and end; end: unmount; ping
-    server to keeper    mounted N (with /dev/fuse); remount: that connection is over; standby; ready; pong;
-                        ending: it unmounts; done STATUS: the mount has ended
+    server to keeper    mounted N BELOW (with /dev/fuse; BELOW is for `cachefs umount`); remount: that connection is
+                        over; standby; ready; pong; ending: it unmounts; done STATUS: the mount has ended
     others to keeper    hello 1 PID (a server, mode=keep); who; upgrade\\0SERVER\\0ARGUMENTS
     keeper to others    keeper 1[\\nNAME=VALUE]...[\\0SERVER\\0ARGUMENTS]; ok PID; failed WHY
 """
@@ -86,6 +87,7 @@ class Keeper:
         self.memfd = int(values["memfd"]) if "memfd" in values else os.memfd_create("cachefs-mount")
         self.fuse = int(values.get("fuse", "-1"))
         self.connection = values.get("connection", "")
+        self.below = values.get("below", "")
         self.hold = [int(each) for each in values.get("hold", "").split(",") if each]
         self.listener = socket.socket(fileno=int(values["listen"]))
         self.established = values.get("established") == "1"
@@ -227,6 +229,7 @@ class Keeper:
         shown = {
             **{key: value for key, value in self.values.items() if key in ("mode", "path", "file", "hold", *LIMITS)},
             "connection": self.connection,
+            "below": self.below,
             "established": "1" if self.established else "0",
             "keeper": str(os.getpid()),
             "server": str(self.server.pid) if self.server is not None else "0",
@@ -258,11 +261,11 @@ class Keeper:
         if server is not self.server and word in ("mounted", "remount", "ending", "done"):
             pass  # it is not its mount yet
         elif word == "mounted" and fds:
-            self.fuse, self.connection = fds.pop(), rest
+            self.fuse, (self.connection, _, self.below) = fds.pop(), rest.partition(" ")
         elif word == "remount":
             if self.fuse >= 0:
                 os.close(self.fuse)
-            self.fuse, self.connection = -1, ""
+            self.fuse, self.connection, self.below = -1, "", ""
         elif word == "standby":
             server.become("standby")
             if server is self.server:
@@ -405,6 +408,8 @@ class Keeper:
         if not self.connection:
             return
         command = [sys.executable, "-m", "cachefs", "umount", "--connection", self.connection]
+        if self.below:
+            command += ["--below", *self.below.split(",")]
         if self.fuse >= 0:
             command.append("--force")  # it lives, so that its number is no other's
         pid = -1

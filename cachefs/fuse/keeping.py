@@ -114,11 +114,13 @@ class KeeperLink:
         with suppress(OSError):  # it is gone, which `follow` sees
             socket.send_fds(self._raw, [message.encode()], list(fds))
 
-    def mounted(self, fd: int, connection: int) -> None:
+    def mounted(self, fd: int, connection: int, below: tuple[int, int, int] | None) -> None:
+        """`below`: see `Mount`."""
         self.fuse_fd = fd
         self._is_mounted = True
         self.values["connection"] = str(connection)
-        self._send(f"mounted {connection}", [fd])
+        self.values["below"] = ",".join(map(str, below or ()))
+        self._send(f"mounted {connection} {self.values['below']}", [fd])
 
     def remount(self) -> None:
         """The connection that the keeper holds is given up."""

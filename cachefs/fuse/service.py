@@ -239,7 +239,7 @@ class _Serving:
         self._mounted = mounted
         if self._keeper is not None:
             self._keeper.kept.clear()
-            self._keeper.mounted(fd, mounted.connection)
+            self._keeper.mounted(fd, mounted.connection, mounted.below)
         return fd
 
     async def _serve(
@@ -347,6 +347,7 @@ def _give_up_connection(keeper: KeeperLink, facts: MountFacts) -> None:
     _end(facts.mounted)
     with suppress(MountError):
         unmount(facts.mountpoint, lazy=True)
+    allow_below(facts.mounted)
     os.close(fd)
 
 

@@ -220,6 +220,7 @@ def test_a_mount_that_cannot_be_saved(tmp_path: Path, shared: Shared) -> None:
     able = tmp_path / "able"
     able.touch()
     with mountpoint_below(tmp_path) as mountpoint:
+        mountpoint.chmod(0o750)
         server = server_command(str(mountpoint), ["--master", shared.master, "--insecure"])
         command = command_file(["/bin/sh", "-c", 'test -e "$0" && exec "$@"; exit 1', str(able), *server])
         path = str(tmp_path / "socket")
@@ -241,6 +242,7 @@ def test_a_mount_that_cannot_be_saved(tmp_path: Path, shared: Shared) -> None:
             assert waiting.returncode == 1 and b"00001" in waiting.stderr
             assert keeper.wait(LIMIT_S) == 1
             assert not is_mounted(mountpoint) and not os.path.exists(path)
+            assert mountpoint.stat().st_mode & 0o777 == 0o750
 
 
 def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
