@@ -272,8 +272,10 @@ async def _kept_by(keeper: KeeperLink | None) -> AsyncGenerator[None, None]:
 
 
 def server_command(mountpoint: str, arguments: Sequence[str]) -> list[str]:
-    """What starts a server; its keeper puts a number in the place of {keeper}."""
-    return [sys.executable, "-m", "cachefs", "mount-server", mountpoint, "--keeper", "{keeper}", *arguments]
+    """What starts a server; its keeper puts a number in the place of {keeper}. -P: whatever is in the directory that we
+    were started in, it is not imported.
+    """
+    return [sys.executable, "-P", "-m", "cachefs", "mount-server", mountpoint, "--keeper", "{keeper}", *arguments]
 
 
 def keeper_socket_of(mountpoint: str) -> str:

@@ -102,6 +102,8 @@ class Keeper:
         self.start_at = 0.0
         self.absent_ticks = 0
         self.ending = False
+        self.is_told_to_end = False
+        """By a signal, and not by what became of the mount."""
         self.end_ticks = 0
         self.status: int | None = None
         """To exit with."""
@@ -117,7 +119,8 @@ class Keeper:
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # Of what a script starts in the background SIGINT is ignored as well; who sends it by hand means it.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if "server" in values:
@@ -153,7 +156,7 @@ class Keeper:
         by_fd = {each.link.fileno(): each for each in (self.server, self.next) if each is not None}
         for fd in (*by_fd, *self.clients):
             poll.register(fd, select.POLLIN)
-        if self.fuse >= 0:
+        if self.fuse >= 0 and self.server is None:
             poll.register(self.fuse, 0)  # an error is told always: the connection is over
         limit_s = self.ticked_at + TICK_S - now
         if self.server is None and self.mode == "spawn" and not self.ending:
@@ -178,6 +181,7 @@ class Keeper:
             self.end()
 
     def end(self) -> None:
+        self.is_told_to_end = True
         if self.ending:
             return
         self.ending, self.end_ticks = True, 0
@@ -322,8 +326,8 @@ class Keeper:
         elif not self.established:
             # What was wrong, it has said.
             self.take_away(status if status > 0 or (self.ending and status == 0) else 1)
-            if self.mode == "keep" and not self.ending:
-                self.status, self.connection = None, ""
+            if self.mode == "keep" and not self.is_told_to_end:
+                self.status, self.ending, self.connection, self.below = None, False, "", ""
         elif self.next is not None:
             self.server, self.next = self.next, None
             if self.server.state == "standby":
@@ -360,6 +364,11 @@ class Keeper:
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
+        if self.fuse >= 0:  # not polled while there is a server, whose requests would wake us
+            poll = select.poll()
+            poll.register(self.fuse, 0)
+            if poll.poll(0):
+                self.unmounted()
         for server in (self.server, self.next):
             if server is not None:
                 server.ticks += 1
@@ -407,7 +416,7 @@ class Keeper:
         self.status = status
         if not self.connection:
             return
-        command = [sys.executable, "-m", "cachefs", "umount", "--connection", self.connection]
+        command = [sys.executable, "-P", "-m", "cachefs", "umount", "--connection", self.connection]
         if self.below:
             command += ["--below", *self.below.split(",")]
         if self.fuse >= 0:
@@ -452,7 +461,8 @@ class Keeper:
         except OSError:
             data = b""
         word, *arguments = data.decode(errors="replace").split("\0")
-        if word.startswith("hello ") and self.mode == "keep" and self.next is None and not self.ending:
+        is_free = self.server is None or (self.established and self.next is None)
+        if word.startswith("hello ") and self.mode == "keep" and is_free and not self.ending:
             server = Server(client, peer_of(client)[0], False)
             if self.server is None:
                 self.server = server

@@ -277,6 +277,25 @@ def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
                 assert not is_mounted(mountpoint)
 
 
+def test_requests_do_not_wake_the_keeper(tmp_path: Path, shared: Shared) -> None:
+    with mounted(tmp_path, shared) as (mountpoint, process):
+
+        def wakeups() -> int:
+            status = Path(f"/proc/{process.process.pid}/status").read_text()
+            return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+        before = wakeups()
+        for number in range(2000):
+            assert not os.path.exists(mountpoint / f"missing{number}")
+        assert wakeups() - before < 60  # those of its clock
+
+
+def test_a_server_imports_nothing_of_the_directory_it_is_started_in(tmp_path: Path) -> None:
+    (tmp_path / "cachefs.py").write_text("raise SystemExit(9)")
+    command = [*server_command("/mnt", []), "--help"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=LIMIT_S).returncode == 0
+
+
 def test_mounting_again_while_the_last_files_of_the_earlier_mount_are_open(tmp_path: Path, shared: Shared) -> None:
     with mountpoint_below(tmp_path) as mountpoint:
         arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]

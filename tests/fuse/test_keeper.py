@@ -154,6 +154,18 @@ def test_a_server_that_lets_go_and_does_not_end_is_killed(
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_also_in_the_background_of_a_script(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)  # which a child inherits
+    try:
+        with keeper(tmp_path) as it:
+            it.wait(lambda: it.said("ready"))
+            it.process.send_signal(number)
+            assert it.process.wait(LIMIT_S) == 0
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_first_server_that_fails_is_the_end(tmp_path: Path) -> None:
     with keeper(tmp_path, "log('ready'); sys.exit(3)") as it:
         assert it.process.wait(LIMIT_S) == 3
@@ -392,6 +404,29 @@ def test_servers_that_connect(tmp_path: Path) -> None:
                 for process in running:
                     process.kill()
                     process.wait()
+
+
+def test_a_first_server_that_connects_and_fails_is_not_the_end(tmp_path: Path) -> None:
+    with keeper(tmp_path, mode="keep") as it:
+        for _ in range(2):
+            with connected(it.path) as link:
+                assert socket.recv_fds(link, 65536, 3)[0].startswith(b"state ")
+                # One at a time, until the mount is there.
+                assert ask(it.path, "hello 1 0") == "failed not understood"
+                # It had mounted: what it says, and then ends.
+                link.send(b"ending")
+                assert "state=starting" in ask(it.path, "who")
+            it.wait(lambda: "server=0" in ask(it.path, "who"))
+        it.process.terminate()
+        assert it.process.wait(LIMIT_S) == 0
+
+
+@contextmanager
+def connected(path: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        link.connect(path)
+        link.send(b"hello 1 0")
+        yield link
 
 
 def test_who_else_listens_there(tmp_path: Path) -> None:
