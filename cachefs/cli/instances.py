@@ -33,17 +33,25 @@ def state_root() -> str:
 
 
 def runtime_root() -> str:
-    """Where sockets and the records of running instances are: short paths, gone after a reboot, this user's alone."""
+    """Where sockets and the records of running instances are: short paths, gone after a reboot, this user's alone.
+
+    Raises ConfigError when it cannot be had.
+    """
     if os.geteuid() == 0:
         path = "/run/cachefs"
     elif os.environ.get("XDG_RUNTIME_DIR"):
         path = os.path.join(os.environ["XDG_RUNTIME_DIR"], "cachefs")
     else:
         path = f"/tmp/cachefs-{os.geteuid()}"
-    os.makedirs(path, 0o700, exist_ok=True)
-    status = os.stat(path, follow_symlinks=False)
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        status = os.stat(path, follow_symlinks=False)
+    except OSError as error:
+        raise ConfigError("runtime directory", path, f"a directory that can be made ({error.strerror})") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise ConfigError("runtime directory", path, "a directory that belongs to this user alone")
+    if not os.access(path, os.W_OK):
+        raise ConfigError("runtime directory", path, "a directory that can be written; its file system is read-only")
     return path
 
 

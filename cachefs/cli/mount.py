@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -22,11 +23,23 @@ from cachefs.cli.monitoring import Shown, http_option, monitored, shown_later
 from cachefs.cli.mount_options import as_arguments, by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.security import security_arguments, security_of, security_options
 from cachefs.cli.settings import Configured
-from cachefs.fuse import FS_TYPE, ChosenMode, Driver, Mount, MountConfig, find_mount, run_mount
-from cachefs.fuse.keeping import KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
+from cachefs.fuse import FS_TYPE, ChosenMode, Driver, Mount, MountConfig, MountInfo, find_mount, run_mount
+from cachefs.fuse.keeping import (
+    KeeperLink,
+    ask,
+    command_file,
+    has_finished,
+    keeper_command,
+    listen,
+    listen_nowhere,
+    parse_facts,
+    socket_of,
+)
 from cachefs.model import CachefsError, ConfigError
 from cachefs.net import Address, Role, open_background
 from cachefs.policy import Promote
+
+logger = logging.getLogger(__name__)
 
 
 class _NeededToServe(click.Option):
@@ -259,22 +272,34 @@ async def _kept_by(keeper: KeeperLink | None) -> AsyncGenerator[None, None]:
 
 
 def server_command(mountpoint: str, arguments: Sequence[str]) -> list[str]:
-    """What starts a server; its keeper puts a number in the place of {keeper}."""
-    return [sys.executable, "-m", "cachefs", "mount-server", mountpoint, "--keeper", "{keeper}", *arguments]
+    """What starts a server; its keeper puts a number in the place of {keeper}. -P: whatever is in the directory that we
+    were started in, it is not imported.
+    """
+    return [sys.executable, "-P", "-m", "cachefs", "mount-server", mountpoint, "--keeper", "{keeper}", *arguments]
 
 
 def keeper_socket_of(mountpoint: str) -> str:
-    """Where the keeper of this mountpoint listens. Looks at no mount of ours: its server may hang."""
-    info = find_mount(mountpoint)
-    is_ours = info is not None and info.fs_type == FS_TYPE
-    resolved = info.mountpoint if info is not None and is_ours else os.path.realpath(mountpoint)
+    """Where the keeper of this mountpoint listens. Looks at no mount of ours: its server may hang.
+
+    Raises ConfigError when there is no directory for it.
+    """
+    info = _found(mountpoint)
+    resolved = info.mountpoint if info is not None else os.path.realpath(mountpoint)
     return socket_of(resolved, runtime_root())
 
 
+def _found(mountpoint: str) -> MountInfo | None:
+    """Of ours."""
+    info = find_mount(mountpoint)
+    return info if info is not None and info.fs_type == FS_TYPE else None
+
+
 def listen_for(mountpoint: str, path: str) -> socket.socket:
-    """Raises ConfigError when a keeper listens there."""
+    """From a keeper that has done its work there, take the path over. Raises ConfigError when another listens there."""
     try:
         listener = listen(path)
+        if listener is None and path == keeper_socket_of(mountpoint) and _found(mountpoint) is None:
+            listener = listen(path, replaces=has_finished(path))
     except OSError as error:
         raise ConfigError("--keeper-socket", path, f"a path where a socket can be made ({error})") from error
     if listener is None:
@@ -285,8 +310,15 @@ def listen_for(mountpoint: str, path: str) -> socket.socket:
 def _become_keeper(
     mountpoint: str, values: dict[str, Any], arguments: Sequence[str], hold: int | None, path: str | None
 ) -> NoReturn:
-    path = os.path.abspath(path) if path is not None else keeper_socket_of(mountpoint)
-    listener = listen_for(mountpoint, path)
+    try:
+        path = os.path.abspath(path) if path is not None else keeper_socket_of(mountpoint)
+    except ConfigError as error:
+        if values["mode"] == "keep":
+            raise
+        # As where /run is read-only.
+        logger.warning("nobody can ask this mount for an upgrade: %s", error)
+        path = ""
+    listener = listen_for(mountpoint, path) if path else listen_nowhere()
     for fd in (listener.fileno(), *([hold] if hold is not None else [])):
         os.set_inheritable(fd, True)
     if values["mode"] == "keep":
@@ -322,8 +354,8 @@ def _connect(path: str) -> socket.socket:
 
 def _upgrade(mountpoint: str) -> None:
     """Raises ConfigError, CachefsError with what the keeper says."""
-    info = find_mount(mountpoint)
-    if info is None or info.fs_type != FS_TYPE:
+    info = _found(mountpoint)
+    if info is None:
         raise ConfigError("MOUNTPOINT", mountpoint, "a directory that a cachefs is mounted on")
     path = keeper_socket_of(mountpoint)
     _, command = parse_facts(ask(path, "who").removeprefix("keeper "))

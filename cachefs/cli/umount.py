@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from contextlib import suppress
 
 import click
 
 from cachefs.cli import params
-from cachefs.fuse import FS_TYPE, MountError, MountInfo, abort, all_mounts, find_mount, is_dead, unmount
+from cachefs.fuse import (
+    FS_TYPE,
+    Mount,
+    MountError,
+    MountInfo,
+    abort,
+    all_mounts,
+    allow_below,
+    find_mount,
+    is_dead,
+    unmount,
+)
 from cachefs.model import ConfigError
 
 
@@ -22,6 +34,7 @@ from cachefs.model import ConfigError
 @click.option("--lazy", is_flag=True, help="Also while files on it are open: they stay usable until they are closed.")
 @click.option("--force", is_flag=True, help="Also when its server hangs: open files get errors.")
 @click.option("--connection", type=int, hidden=True, help="Only the mount with this connection, dead or alive.")
+@click.option("--below", type=(int, int, int), hidden=True, help="With --connection: Mount.below.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be unmounted.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all.")
 @params.json_option
@@ -32,6 +45,7 @@ def umount(
     lazy: bool,
     force: bool,
     connection: int | None,
+    below: tuple[int, int, int] | None,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -42,7 +56,7 @@ def umount(
     those of other users and jobs too, and asks first, if there is a terminal to ask at.
     """
     if connection is not None:
-        _end(mountpoints, connection, force)
+        _end(mountpoints, connection, force, below)
         return
     if everything and (mountpoints or dead):
         other = "MOUNTPOINT" if mountpoints else "--dead"
@@ -73,8 +87,9 @@ def umount(
         sys.exit(1)
 
 
-def _end(mountpoints: tuple[str, ...], connection: int, force: bool) -> None:
-    """For whoever kept a mount that cannot be saved. `force`: whoever asks holds the device, and it lives.
+def _end(mountpoints: tuple[str, ...], connection: int, force: bool, below: tuple[int, int, int] | None) -> None:
+    """For whoever kept a mount that cannot be saved. `force`: whoever asks holds the device, and it lives. `below`: see
+    `Mount`.
 
     In this order: the number of a connection is another's once nothing is mounted by it.
     """
@@ -86,6 +101,8 @@ def _end(mountpoints: tuple[str, ...], connection: int, force: bool) -> None:
         if found is not None and found.fs_type == FS_TYPE and found.connection == connection:
             with suppress(MountError):  # somebody was faster
                 unmount(mountpoint, lazy=True)
+        if below is not None:
+            allow_below(Mount(os.path.realpath(mountpoint), "", "", below=below))
 
 
 def _ask(mounts: list[MountInfo]) -> None:

@@ -12,15 +12,16 @@ six small modules, none of ours.
 Values: `listen`, `memfd`, `fuse`, `server`: descriptors that it is given. `command`: one of a file with what starts a
 server, each word ended by a zero byte (in a file, because keepers and servers are told apart by their arguments).
 `hold`: one that is passed on to servers unseen. `pid` of the server behind `server`. `mode`: spawn or keep. `path` of
-the listening socket. `connection`: number of the FUSE connection. `established=1`: the mount has answered before.
-And those of `LIMITS`.
+the listening socket, `file`: its device and inode number. `connection`: number of the FUSE connection, `below`: what
+else `mounted` tells.
+`established=1`: the mount has answered before. And those of `LIMITS`.
 
 Messages, on sockets of whole messages, words of ASCII with `\\0` before arguments:
 
     keeper to server    state 1[\\nNAME=VALUE]...[\\0SERVER\\0ARGUMENTS], with memfd, listener, and /dev/fuse if mounted
                         go: the earlier one is gone; drain: answer what was read, and end; end: unmount; ping
-    server to keeper    mounted N (with /dev/fuse); remount: that connection is over; standby; ready; pong;
-                        ending: it unmounts; done STATUS: the mount has ended
+    server to keeper    mounted N BELOW (with /dev/fuse; BELOW is for `cachefs umount`); remount: that connection is
+                        over; standby; ready; pong; ending: it unmounts; done STATUS: the mount has ended
     others to keeper    hello 1 PID (a server, mode=keep); who; upgrade\\0SERVER\\0ARGUMENTS
     keeper to others    keeper 1[\\nNAME=VALUE]...[\\0SERVER\\0ARGUMENTS]; ok PID; failed WHY
 """
@@ -86,6 +87,7 @@ class Keeper:
         self.memfd = int(values["memfd"]) if "memfd" in values else os.memfd_create("cachefs-mount")
         self.fuse = int(values.get("fuse", "-1"))
         self.connection = values.get("connection", "")
+        self.below = values.get("below", "")
         self.hold = [int(each) for each in values.get("hold", "").split(",") if each]
         self.listener = socket.socket(fileno=int(values["listen"]))
         self.established = values.get("established") == "1"
@@ -100,6 +102,8 @@ class Keeper:
         self.start_at = 0.0
         self.absent_ticks = 0
         self.ending = False
+        self.is_told_to_end = False
+        """By a signal, and not by what became of the mount."""
         self.end_ticks = 0
         self.status: int | None = None
         """To exit with."""
@@ -108,12 +112,15 @@ class Keeper:
             if fd >= 0:
                 os.set_inheritable(fd, False)
         self.listener.setblocking(False)
+        if "path" in values:
+            values.setdefault("file", identity(values["path"]))
         self.wake, waker = os.pipe()
         os.set_blocking(self.wake, False)
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # Of what a script starts in the background SIGINT is ignored as well; who sends it by hand means it.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if "server" in values:
@@ -126,12 +133,16 @@ class Keeper:
         while self.status is None:
             now = time.monotonic()
             if self.server is None and self.mode == "spawn" and not self.ending and now >= self.start_at:
-                self.server = self.spawn(self.command)
+                try:
+                    self.server = self.spawn(self.command)
+                except OSError as error:  # this machine has no memory or no processes left, for now
+                    self.failed(f"no server could be started error={error}")
             self.wait(now)
             if time.monotonic() - self.ticked_at >= TICK_S:
                 self.ticked_at = time.monotonic()
                 self.tick()
-        if "path" in self.values:
+        # Whoever mounts there while our last files are being closed has taken the path over.
+        if "path" in self.values and identity(self.values["path"]) == self.values["file"] != "":
             try:
                 os.unlink(self.values["path"])
             except OSError:
@@ -145,7 +156,7 @@ class Keeper:
         by_fd = {each.link.fileno(): each for each in (self.server, self.next) if each is not None}
         for fd in (*by_fd, *self.clients):
             poll.register(fd, select.POLLIN)
-        if self.fuse >= 0:
+        if self.fuse >= 0 and self.server is None:
             poll.register(self.fuse, 0)  # an error is told always: the connection is over
         limit_s = self.ticked_at + TICK_S - now
         if self.server is None and self.mode == "spawn" and not self.ending:
@@ -170,6 +181,7 @@ class Keeper:
             self.end()
 
     def end(self) -> None:
+        self.is_told_to_end = True
         if self.ending:
             return
         self.ending, self.end_ticks = True, 0
@@ -192,7 +204,12 @@ class Keeper:
 
     def spawn(self, command: list[str]) -> Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             try:
                 os.setsid()  # a Ctrl-C at the terminal is for us
@@ -214,8 +231,9 @@ class Keeper:
 
     def facts(self) -> str:
         shown = {
-            **{key: value for key, value in self.values.items() if key in ("mode", "path", "hold", *LIMITS)},
+            **{key: value for key, value in self.values.items() if key in ("mode", "path", "file", "hold", *LIMITS)},
             "connection": self.connection,
+            "below": self.below,
             "established": "1" if self.established else "0",
             "keeper": str(os.getpid()),
             "server": str(self.server.pid) if self.server is not None else "0",
@@ -230,6 +248,8 @@ class Keeper:
                 data, fds, _, _ = socket.recv_fds(server.link, MESSAGE, 1)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # told once, when it is gone and had not read all; what it said before comes next
             except OSError:
                 data, fds = b"", []
             for fd in fds:
@@ -242,12 +262,14 @@ class Keeper:
     def told(self, server: Server, data: bytes, fds: list[int]) -> None:
         word, _, rest = data.decode(errors="replace").partition(" ")
         server.ticks = 0
-        if word == "mounted" and fds:
-            self.fuse, self.connection = fds.pop(), rest
+        if server is not self.server and word in ("mounted", "remount", "ending", "done"):
+            pass  # it is not its mount yet
+        elif word == "mounted" and fds:
+            self.fuse, (self.connection, _, self.below) = fds.pop(), rest.partition(" ")
         elif word == "remount":
             if self.fuse >= 0:
                 os.close(self.fuse)
-            self.fuse, self.connection = -1, ""
+            self.fuse, self.connection, self.below = -1, "", ""
         elif word == "standby":
             server.become("standby")
             if server is self.server:
@@ -284,8 +306,8 @@ class Keeper:
         if server.pid > 0:
             try:
                 os.kill(server.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            except OSError:
+                pass  # it is gone; or another user's, and given up later
         server.become("killed")
 
     def gone(self, server: Server) -> None:
@@ -304,8 +326,8 @@ class Keeper:
         elif not self.established:
             # What was wrong, it has said.
             self.take_away(status if status > 0 or (self.ending and status == 0) else 1)
-            if self.mode == "keep" and not self.ending:
-                self.status, self.connection = None, ""
+            if self.mode == "keep" and not self.is_told_to_end:
+                self.status, self.ending, self.connection, self.below = None, False, "", ""
         elif self.next is not None:
             self.server, self.next = self.next, None
             if self.server.state == "standby":
@@ -318,22 +340,35 @@ class Keeper:
     def lost(self, server: Server, status: int) -> None:
         now = time.monotonic()
         self.absent_ticks = 0
+        what = f"server gone pid={server.pid} status={status}"
         if server.ready_at == 0.0:
-            self.failures += 1
-            pause_s = min(LONGEST_PAUSE_S, 0.1 * 2**self.failures) if self.failures > 1 else 0.0
+            self.failed(what)
             if self.earlier_command is not None:
                 self.upgrade_failed(f"the new server ended with status {status} before it answered")
-        else:
-            self.deaths = self.deaths + 1 if now - server.ready_at < SETTLED_S else 1
-            pause_s = 1.0 if self.deaths > self.limits["deaths"] / 4 else 0.0
-        log(f"server gone pid={server.pid} status={status} failures={self.failures}")
-        if self.failures >= self.limits["failures"] or self.deaths >= self.limits["deaths"]:
-            self.give_up(f"{self.failures or self.deaths} servers in a row did not stay")
-        self.start_at = now + pause_s
+            return
+        self.deaths = self.deaths + 1 if now - server.ready_at < SETTLED_S else 1
+        log(f"{what} deaths={self.deaths}")
+        if self.deaths >= self.limits["deaths"]:
+            self.give_up(f"{self.deaths} servers in a row did not stay")
+        self.start_at = now + (1.0 if self.deaths > self.limits["deaths"] / 4 else 0.0)
+
+    def failed(self, what: str) -> None:
+        """A server that did not come to answer: the next one is started, more and more slowly."""
+        self.failures += 1
+        log(f"{what} failures={self.failures}")
+        if self.failures >= self.limits["failures"]:
+            self.give_up(f"{self.failures} servers in a row did not stay")
+        pause_s = min(LONGEST_PAUSE_S, 0.1 * 2**self.failures) if self.failures > 1 else 0.0
+        self.start_at = time.monotonic() + pause_s
 
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
+        if self.fuse >= 0:  # not polled while there is a server, whose requests would wake us
+            poll = select.poll()
+            poll.register(self.fuse, 0)
+            if poll.poll(0):
+                self.unmounted()
         for server in (self.server, self.next):
             if server is not None:
                 server.ticks += 1
@@ -381,10 +416,17 @@ class Keeper:
         self.status = status
         if not self.connection:
             return
-        command = [sys.executable, "-m", "cachefs", "umount", "--connection", self.connection]
+        command = [sys.executable, "-P", "-m", "cachefs", "umount", "--connection", self.connection]
+        if self.below:
+            command += ["--below", *self.below.split(",")]
         if self.fuse >= 0:
             command.append("--force")  # it lives, so that its number is no other's
-        pid = os.fork()
+        pid = -1
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # The connection ends when we do, as we hold it last; "Transport endpoint is not connected" stays.
+            log(f"not taken out of the tree mountpoint={self.mountpoint} error={error}")
         if pid == 0:
             try:
                 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
@@ -392,7 +434,7 @@ class Keeper:
             finally:
                 os._exit(127)
         give_up_at = time.monotonic() + 20.0
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while pid > 0 and os.waitpid(pid, os.WNOHANG) == (0, 0):
             if time.monotonic() > give_up_at:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
@@ -419,7 +461,8 @@ class Keeper:
         except OSError:
             data = b""
         word, *arguments = data.decode(errors="replace").split("\0")
-        if word.startswith("hello ") and self.mode == "keep" and self.next is None and not self.ending:
+        is_free = self.server is None or (self.established and self.next is None)
+        if word.startswith("hello ") and self.mode == "keep" and is_free and not self.ending:
             server = Server(client, peer_of(client)[0], False)
             if self.server is None:
                 self.server = server
@@ -454,7 +497,10 @@ class Keeper:
         self.asker = client
         self.earlier_command, self.command = self.command, command
         log(f"upgrade begins command={command[0]}")
-        self.next = self.spawn(command)
+        try:
+            self.next = self.spawn(command)
+        except OSError as error:
+            self.upgrade_failed(f"no server could be started: {error.strerror}")
 
     def upgrade_failed(self, why: str) -> None:
         if self.earlier_command is not None:
@@ -482,6 +528,15 @@ def reap(pid: int) -> int:
         if time.monotonic() > give_up_at:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
+
+
+def identity(path: str) -> str:
+    """Empty if there is no such file."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return ""
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def peer_of(client: socket.socket) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ VERSION = "1"
 _MESSAGE = 1 << 16
 _ANSWER_S = 180.0
 """Of a keeper that is asked for an upgrade: its own limits are shorter."""
+_WHO_S = 5.0
 _PAUSE_S = 1.0
 
 
@@ -113,11 +114,13 @@ class KeeperLink:
         with suppress(OSError):  # it is gone, which `follow` sees
             socket.send_fds(self._raw, [message.encode()], list(fds))
 
-    def mounted(self, fd: int, connection: int) -> None:
+    def mounted(self, fd: int, connection: int, below: tuple[int, int, int] | None) -> None:
+        """`below`: see `Mount`."""
         self.fuse_fd = fd
         self._is_mounted = True
         self.values["connection"] = str(connection)
-        self._send(f"mounted {connection}", [fd])
+        self.values["below"] = ",".join(map(str, below or ()))
+        self._send(f"mounted {connection} {self.values['below']}", [fd])
 
     def remount(self) -> None:
         """The connection that the keeper holds is given up."""
@@ -152,20 +155,30 @@ class KeeperLink:
     # ---- what is heard ---------------------------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Do what the keeper says, and start another when it dies. Runs until cancelled."""
+        """Do what the keeper says, and start another when it dies. Runs until cancelled.
+
+        Raises TransportError when it dies while the earlier server still answers. One that drains starts a keeper as
+        well: it ends as it was told, and that keeper has another take its place.
+        """
         while True:
             try:
                 data = await self._link.recv(_MESSAGE)
+            except ConnectionResetError:
+                continue  # told once, when the keeper had not read all; what it said before comes next
             except OSError:
                 data = b""
             match data.decode(errors="replace").split(" ")[0]:
                 case "" if self._phase == "ending":
                     return
+                case "" if self._phase in (None, "standby") and self._another_answers():
+                    # That one starts a keeper, and is to be the only one that does.
+                    raise TransportError("the keeper ended during the upgrade; the server that was there goes on")
                 case "":
                     await self._start_keeper()
                 case "ping":
                     self._send("pong")
                 case "go":
+                    self.values["server"] = "0"
                     self._go.set()
                 case "drain":
                     self.hands_over = True
@@ -174,14 +187,29 @@ class KeeperLink:
                     self.was_told_to_end = True
                     self.on_end()
 
+    def _another_answers(self) -> bool:
+        """For all we know: whether a process of another namespace lives, we do not."""
+        return self.has_server and (self.connects or os.path.exists(f"/proc/{self.values['server']}"))
+
     async def _start_keeper(self) -> None:
         self._link.close()
         if self._keeper is not None:
             # The second one that dies: not in a hurry.
             await trio.sleep(_PAUSE_S)
             self._keeper.poll()
+        while True:
+            try:
+                self._begin_keeper()
+                break
+            except OSError as error:  # this machine has no memory or no processes left, for now; we go on serving
+                logger.error("the keeper is gone, and no other could be started error=%s", error)
+                await trio.sleep(_PAUSE_S)
+        if self._phase is not None:
+            self._send(self._phase)
+
+    def _begin_keeper(self) -> None:
+        """Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._raw, self._link = ours, _as_trio(ours)
         values = {
             **{key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")},
             "listen": self._listener,
@@ -194,18 +222,21 @@ class KeeperLink:
             values["fuse"] = self.fuse_fd
             passed.append(self.fuse_fd)
         passed += [int(each) for each in self.values.get("hold", "").split(",") if each]
-        command_fd = command_file(self.command)
-        with theirs:
-            self._keeper = subprocess.Popen(  # noqa: ASYNC220  a few milliseconds
+        with ExitStack() as opened:
+            opened.enter_context(theirs)
+            on_failure = opened.enter_context(ExitStack())
+            on_failure.enter_context(ours)
+            command_fd = command_file(self.command)
+            opened.callback(os.close, command_fd)
+            self._keeper = subprocess.Popen(
                 keeper_command(self._mountpoint, values, command_fd),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[*passed, command_fd],
                 start_new_session=True,
             )
-        os.close(command_fd)
+            on_failure.pop_all()
+        self._raw, self._link = ours, _as_trio(ours)
         logger.info("the keeper was gone, another one is started pid=%d", self._keeper.pid)
-        if self._phase is not None:
-            self._send(self._phase)
 
     def close(self) -> None:
         """What the keeper holds stays."""
@@ -245,16 +276,19 @@ def parse_facts(text: str) -> tuple[dict[str, str], list[str]]:
 
 
 def socket_of(mountpoint: str, directory: str) -> str:
-    """The path of the keeper's socket, in a directory for sockets. `mountpoint`: absolute, without symbolic links."""
-    return os.path.join(directory, f"mount-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock")
+    """The path of the keeper's socket, in a directory for sockets. `mountpoint`: absolute, without symbolic links.
+
+    Without a hyphen: what follows one is the process id of a worker.
+    """
+    return os.path.join(directory, f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock")
 
 
-def listen(path: str) -> socket.socket | None:
-    """None when a keeper listens there already. What a killed one left is replaced."""
+def listen(path: str, *, replaces: bool = False) -> socket.socket | None:
+    """None when a keeper listens there already, unless it `replaces` that one. What a killed one left is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            if probe.connect_ex(path) == 0:
+            if not replaces and probe.connect_ex(path) == 0:
                 listener.close()
                 return None
         with suppress(FileNotFoundError):
@@ -268,10 +302,29 @@ def listen(path: str) -> socket.socket | None:
     return listener
 
 
-def ask(path: str, message: str) -> str:
+def listen_nowhere() -> socket.socket:
+    """For a keeper that nobody can ask for an upgrade, as there is no directory for its socket."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("")  # a name that the kernel chooses, in no directory
+    listener.listen(8)
+    return listener
+
+
+def has_finished(path: str) -> bool:
+    """Whether the keeper that listens there, whose mountpoint has nothing mounted on it, had something mounted there:
+    it waits for the last who has a file open, or is about to end.
+    """
+    try:
+        values, _ = parse_facts(ask(path, "who", _WHO_S).removeprefix("keeper "))
+    except (TransportError, ConfigError):
+        return True  # it ended, or has not answered for so long
+    return values.get("established") == "1"
+
+
+def ask(path: str, message: str, limit_s: float = _ANSWER_S) -> str:
     """A keeper's answer. Raises TransportError when there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-        link.settimeout(_ANSWER_S)
+        link.settimeout(limit_s)
         try:
             link.connect(path)
             link.send(message.encode())

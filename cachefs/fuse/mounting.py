@@ -296,8 +296,9 @@ class _Below:
 
 
 def allow_below(mounted: Mount) -> None:
-    """Give the directory back the permissions that it had, now that nothing is mounted there."""
-    if mounted.below is None or find_mount(mounted.mountpoint) is not None:
+    """Give the directory back the permissions that it had, now that nothing of ours is mounted there."""
+    found = find_mount(mounted.mountpoint)
+    if mounted.below is None or (found is not None and found.fs_type == FS_TYPE):
         return
     mode, *identity = mounted.below
     with suppress(OSError):

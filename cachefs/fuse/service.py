@@ -23,6 +23,7 @@ from cachefs.fuse.kept import Found, Kept
 from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.metrics import MountParts, watch_mount
 from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenMode, choose_mode
+from cachefs.fuse.mountinfo import find_mount
 from cachefs.fuse.mounting import (
     Mount,
     MountError,
@@ -238,7 +239,7 @@ class _Serving:
         self._mounted = mounted
         if self._keeper is not None:
             self._keeper.kept.clear()
-            self._keeper.mounted(fd, mounted.connection)
+            self._keeper.mounted(fd, mounted.connection, mounted.below)
         return fd
 
     async def _serve(
@@ -346,6 +347,7 @@ def _give_up_connection(keeper: KeeperLink, facts: MountFacts) -> None:
     _end(facts.mounted)
     with suppress(MountError):
         unmount(facts.mountpoint, lazy=True)
+    allow_below(facts.mounted)
     os.close(fd)
 
 
@@ -435,6 +437,9 @@ def _unmount_now(mounted: Mount) -> None:
 
 
 def _try_to_unmount(mounted: Mount) -> MountError | None:
+    found = find_mount(mounted.mountpoint)
+    if found is None or found.device != mounted.device:
+        return None  # somebody was faster, and another may have been mounted there since
     try:
         unmount(mounted.mountpoint)
     except MountError as error:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cachefs.cli.instances import runtime_root
 from cachefs.cli.mount import keeper_socket_of, server_command
 from cachefs.fuse import find_mount, is_mounted, probe
 from cachefs.fuse.keeping import ask, command_file, keeper_command, listen
@@ -219,6 +220,7 @@ def test_a_mount_that_cannot_be_saved(tmp_path: Path, shared: Shared) -> None:
     able = tmp_path / "able"
     able.touch()
     with mountpoint_below(tmp_path) as mountpoint:
+        mountpoint.chmod(0o750)
         server = server_command(str(mountpoint), ["--master", shared.master, "--insecure"])
         command = command_file(["/bin/sh", "-c", 'test -e "$0" && exec "$@"; exit 1', str(able), *server])
         path = str(tmp_path / "socket")
@@ -240,6 +242,7 @@ def test_a_mount_that_cannot_be_saved(tmp_path: Path, shared: Shared) -> None:
             assert waiting.returncode == 1 and b"00001" in waiting.stderr
             assert keeper.wait(LIMIT_S) == 1
             assert not is_mounted(mountpoint) and not os.path.exists(path)
+            assert mountpoint.stat().st_mode & 0o777 == 0o750
 
 
 def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
@@ -272,6 +275,59 @@ def test_a_keeper_by_itself(tmp_path: Path, shared: Shared) -> None:
                 kill("mount-keeper", mountpoint, signal.SIGTERM)
                 assert fourth.process.wait(LIMIT_S) == 0
                 assert not is_mounted(mountpoint)
+
+
+def test_requests_do_not_wake_the_keeper(tmp_path: Path, shared: Shared) -> None:
+    with mounted(tmp_path, shared) as (mountpoint, process):
+
+        def wakeups() -> int:
+            status = Path(f"/proc/{process.process.pid}/status").read_text()
+            return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+        before = wakeups()
+        for number in range(2000):
+            assert not os.path.exists(mountpoint / f"missing{number}")
+        assert wakeups() - before < 60  # those of its clock
+
+
+def test_a_server_imports_nothing_of_the_directory_it_is_started_in(tmp_path: Path) -> None:
+    (tmp_path / "cachefs.py").write_text("raise SystemExit(9)")
+    command = [*server_command("/mnt", []), "--help"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=LIMIT_S).returncode == 0
+
+
+def test_mounting_again_while_the_last_files_of_the_earlier_mount_are_open(tmp_path: Path, shared: Shared) -> None:
+    with mountpoint_below(tmp_path) as mountpoint:
+        arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]
+        with running(*arguments) as earlier, open(mountpoint / "held/0", "rb") as held:
+            assert cachefs("umount", "--lazy", mountpoint).returncode == 0
+            with running(*arguments) as later:
+                answers(mountpoint)
+                assert held.read() == (shared.source / "held/0").read_bytes()
+                held.close()
+                # It ends, and takes nothing away from the later one.
+                assert earlier.process.wait(LIMIT_S) == 0
+                facts = ask(keeper_socket_of(str(mountpoint)), "who")
+                assert f"keeper={later.process.pid}" in facts
+                answers(mountpoint)
+                taken = cachefs("mount", mountpoint, "--master", shared.master, "--insecure")
+                assert taken.returncode == 1 and "that no cachefs is mounted on" in taken.stderr
+                assert later.end() == 0
+
+
+def test_without_a_directory_for_sockets(tmp_path: Path, shared: Shared) -> None:
+    """Only that nobody can ask for an upgrade."""
+    hide = f'mount -t tmpfs -o ro none {runtime_root()} && exec "$@"'
+    with mountpoint_below(tmp_path) as mountpoint:
+        arguments = ["mount", mountpoint, "--master", shared.master, "--insecure"]
+        log = tmp_path / "log"
+        with (
+            log.open("wb") as stderr,
+            running(*arguments, prefix=["unshare", "-m", "sh", "-c", hide, "sh"], stderr=stderr),
+        ):
+            killed = kill("mount-server", mountpoint)
+            wait_for("mount-server", mountpoint, other_than=killed)
+        assert "nobody can ask this mount for an upgrade" in log.read_text()
 
 
 def test_the_directory_below_is_nobodys(tmp_path: Path, shared: Shared) -> None:

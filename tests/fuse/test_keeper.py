@@ -11,12 +11,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
-from cachefs.fuse.keeping import KEEPER, ask, command_file, keeper_command, listen, parse_facts, socket_of
+from cachefs.cli.instances import worker_socket
+from cachefs.fuse.keeping import KEEPER, KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
 from cachefs.model import ConfigError, TransportError
 
 LIMIT_S = 30.0
@@ -151,6 +154,18 @@ def test_a_server_that_lets_go_and_does_not_end_is_killed(
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_also_in_the_background_of_a_script(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)  # which a child inherits
+    try:
+        with keeper(tmp_path) as it:
+            it.wait(lambda: it.said("ready"))
+            it.process.send_signal(number)
+            assert it.process.wait(LIMIT_S) == 0
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_first_server_that_fails_is_the_end(tmp_path: Path) -> None:
     with keeper(tmp_path, "log('ready'); sys.exit(3)") as it:
         assert it.process.wait(LIMIT_S) == 3
@@ -234,6 +249,137 @@ def test_while_the_old_one_drains_for_too_long_it_is_killed(tmp_path: Path) -> N
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
 
 
+def test_a_new_server_that_is_told_to_end_leaves_the_mount_to_the_old(tmp_path: Path) -> None:
+    with keeper(tmp_path, end="0") as it:
+        it.wait(lambda: it.said("ready"))
+        assert it.upgrade(*server(tmp_path, "new", "say('ending'); sys.exit(0)")).startswith("failed ")
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 2)
+
+
+@contextmanager
+def link_to(**values: str) -> Iterator[tuple[socket.socket, KeeperLink]]:
+    """(what the keeper holds, the server's side)"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memfd = os.memfd_create("test")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said = "\n".join(["1", *(f"{key}={value}" for key, value in values.items())])
+    with ours, listener:
+        socket.send_fds(ours, [f"state {said}\0/bin/false".encode()], [memfd, listener.fileno()])
+        os.close(memfd)
+        with closing(KeeperLink(theirs, "/nowhere")) as link:
+            yield ours, link
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The keepers that are started, which are killed at the end."""
+    found: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        found.append(real(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr("cachefs.fuse.keeping.subprocess.Popen", popen)
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+def ended_process() -> int:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", ["spawn", "keep"])
+async def test_only_the_old_server_starts_a_keeper_that_dies_during_an_upgrade(
+    mode: str, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """Two keepers would each have a server answer."""
+    with link_to(mode=mode, server=str(os.getppid()), established="1") as (keepers, new):
+        keepers.close()
+        with pytest.raises(TransportError, match="the server that was there goes on"):
+            await new.follow()
+    assert started == []
+    for words in (), ("drain",), ("go",):
+        is_new = words == ("go",)
+        with link_to(mode=mode, server=str(os.getppid() if is_new else 0), established="1") as (keepers, link):
+            async with trio.open_nursery() as nursery:
+                for word in words:
+                    keepers.send(word.encode())
+                keepers.close()
+                nursery.start_soon(link.follow)
+                await until(lambda: started)
+                nursery.cancel_scope.cancel()
+        process = started.pop()
+        process.kill()
+        process.wait()
+
+
+async def test_a_new_server_whose_predecessor_is_gone_starts_a_keeper(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    with link_to(server=str(ended_process()), established="1") as (keepers, new):
+        keepers.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(new.follow)
+            await until(lambda: started)
+            nursery.cancel_scope.cancel()
+
+
+def test_a_keeper_that_can_start_no_server_tries_again(tmp_path: Path) -> None:
+    """Nobody answers meanwhile: if it died of it, the mount would be lost."""
+    fails = """
+calls, fork = [], os.fork
+def failing():
+    calls.append(1)
+    if len(calls) in (2, 3, 5):
+        raise BlockingIOError(11, "no processes left")
+    return fork()
+os.fork = failing
+if __name__ == "__main__":"""
+    with hasty(tmp_path, "serve()", '\nif __name__ == "__main__":', fails) as it:
+        it.wait(lambda: it.said("ready"))
+        os.kill(it.said("ready")[0], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 2)
+        assert it.upgrade(*server(tmp_path, "new", "serve()")) == "failed no server could be started: no processes left"
+        os.kill(it.said("ready")[1], signal.SIGKILL)
+        it.wait(lambda: len(it.said("ready")) == 3)
+
+
+@pytest.mark.expect_warnings("it says so")
+async def test_a_server_that_can_start_no_keeper_tries_again(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [BlockingIOError(11, "no processes left")]
+    works = subprocess.Popen
+
+    def popen(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if left:
+            raise left.pop()
+        return works(*args, **options)
+
+    monkeypatch.setattr("cachefs.fuse.keeping.subprocess.Popen", popen)
+    monkeypatch.setattr("cachefs.fuse.keeping._PAUSE_S", 0.0)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with link_to(established="1") as (keepers, link):
+        keepers.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.follow)
+            await until(lambda: started)
+            nursery.cancel_scope.cancel()
+    assert not left and len(os.listdir("/proc/self/fd")) == descriptors
+
+
 def test_servers_that_connect(tmp_path: Path) -> None:
     with keeper(tmp_path, mode="keep") as it:
         connect = "link.close(); link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); link.connect(%r)\n"
@@ -260,6 +406,29 @@ def test_servers_that_connect(tmp_path: Path) -> None:
                     process.wait()
 
 
+def test_a_first_server_that_connects_and_fails_is_not_the_end(tmp_path: Path) -> None:
+    with keeper(tmp_path, mode="keep") as it:
+        for _ in range(2):
+            with connected(it.path) as link:
+                assert socket.recv_fds(link, 65536, 3)[0].startswith(b"state ")
+                # One at a time, until the mount is there.
+                assert ask(it.path, "hello 1 0") == "failed not understood"
+                # It had mounted: what it says, and then ends.
+                link.send(b"ending")
+                assert "state=starting" in ask(it.path, "who")
+            it.wait(lambda: "server=0" in ask(it.path, "who"))
+        it.process.terminate()
+        assert it.process.wait(LIMIT_S) == 0
+
+
+@contextmanager
+def connected(path: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        link.connect(path)
+        link.send(b"hello 1 0")
+        yield link
+
+
 def test_who_else_listens_there(tmp_path: Path) -> None:
     path = socket_of("/mnt/a b", str(tmp_path))
     first = listen(path)
@@ -273,6 +442,16 @@ def test_who_else_listens_there(tmp_path: Path) -> None:
     again.close()
     with pytest.raises(ConfigError, match="version 1"):
         parse_facts("2\nmode=spawn")
+
+
+def test_a_socket_of_a_keeper_is_not_taken_for_that_of_an_ended_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.cli.instances.runtime_root", lambda: str(tmp_path))
+    paths = (socket_of(f"/mnt/{number}", str(tmp_path)) for number in range(100_000))
+    path = next(each for each in paths if each.removesuffix(".sock")[-16:].isdecimal())
+    with listen(path) or pytest.fail(), worker_socket("name"):
+        assert os.path.exists(path)
 
 
 def test_strangers_get_a_word(tmp_path: Path) -> None:

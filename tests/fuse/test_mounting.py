@@ -4,6 +4,7 @@ that this process would have to answer."""
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from cachefs.fuse import (
     probe,
     unmount,
 )
-from cachefs.fuse.mounting import is_dead
+from cachefs.fuse.mounting import allow_below, is_dead
 from cachefs.model import ConfigError, MiB
 
 needs_mount = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -126,3 +127,21 @@ def test_wrong_source_and_options(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="read_ahead_kb"):
         MountOptions(read_ahead_kb=-1)
     assert MountOptions().max_read == MiB
+
+
+@needs_mount
+def test_a_directory_that_is_a_mount_itself_gets_its_mode_back(mountpoint: Path) -> None:
+    """Like the volumes of a pod."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0750", "none", mountpoint], check=True)
+    try:
+        fd = open_device()
+        try:
+            mounted = mount(fd, mountpoint, "mounted", MountOptions(forbid_below=True))
+            unmount(mountpoint)
+        finally:
+            os.close(fd)
+        assert mountpoint.stat().st_mode & 0o777 == 0
+        allow_below(mounted)
+        assert mountpoint.stat().st_mode & 0o777 == 0o750
+    finally:
+        subprocess.run(["umount", mountpoint], check=True)
