@@ -102,7 +102,7 @@ def test_a_partial_is_gone_on_with_when_there_are_descriptors_again(tmp_path: Pa
             except CapacityError:
                 assert left < 2
         resumed = some(store.open_partial(block(9), len(data)))
-        assert resumed.present() == [(3, 4)]
+        assert resumed.recall(3) and resumed.present() == [(3, 4)]
         store.close(resumed)
         assert is_whole(store)
 
