@@ -64,7 +64,7 @@ class KeeperLink:
         """Waits for what the keeper hands over. Raises TransportError when it is gone, KeptError."""
         data, fds, _, _ = socket.recv_fds(link, _MESSAGE, 3)
         if not data.startswith(b"state ") or len(fds) < 2:
-            raise TransportError("the keeper of this mount is gone")
+            raise TransportError("the keeper of this mount is gone, or waits for another server to come up")
         for fd in fds:
             os.set_inheritable(fd, False)
         self.values, self.command = parse_facts(data.decode().removeprefix("state "))
