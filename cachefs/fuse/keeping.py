@@ -68,6 +68,9 @@ class KeeperLink:
         for fd in fds:
             os.set_inheritable(fd, False)
         self.values, self.command = parse_facts(data.decode().removeprefix("state "))
+        if self.connects:
+            # A descriptor of the keeper's, which only servers that it started have under this number.
+            self.values.pop("hold", None)
         self._mountpoint = mountpoint
         self._memfd, self._listener, *rest = fds
         self.fuse_fd = rest[0] if rest else -1

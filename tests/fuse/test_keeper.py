@@ -336,6 +336,20 @@ async def test_a_new_server_whose_predecessor_is_gone_starts_a_keeper(
             nursery.cancel_scope.cancel()
 
 
+async def test_a_keeper_is_started_without_the_descriptors_that_only_the_one_before_had(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    """A server that connected has something else, or nothing, under these numbers."""
+    with link_to(mode="keep", hold="999", established="1") as (keepers, link):
+        keepers.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.follow)
+            await until(lambda: started)
+            nursery.cancel_scope.cancel()
+    with open(f"/proc/{started[0].pid}/cmdline", "rb") as command:
+        assert b"hold=999" not in command.read()
+
+
 def test_a_keeper_that_can_start_no_server_tries_again(tmp_path: Path) -> None:
     """Nobody answers meanwhile: if it died of it, the mount would be lost."""
     fails = """
