@@ -46,6 +46,12 @@ _NAMES = (
 _KERNEL = "answered by the kernel alone, on both sides: the difference is that of a single round"
 
 REASONS = (
+    Reason(workload="fio", labels={"state": "cold"}, why=_COLD_BYTES),
+    Reason(workload="small_files", labels={"state": "cold"}, why=_COLD_FILES),
+    Reason(workload="resnet", labels={"state": "cold", "format": "files"}, why=_COLD_FILES),
+    Reason(workload="resnet", labels={"state": "cold"}, why=_COLD_BYTES),
+    Reason(workload="unet3d", labels={"state": "cold"}, why=_COLD_BYTES),
+    Reason(workload="cosmoflow", labels={"state": "cold"}, why=_COLD_BYTES),
     Reason(workload="fio", labels={"state": "warm"}, why=_WARM_BYTES),
     Reason(workload="fio", labels={"state": "cached"}, why=_TAILS),
     Reason(workload="small_files", labels={"work": "find"}, why=_NAMES),
@@ -54,12 +60,6 @@ REASONS = (
     Reason(workload="resnet", labels={"input": "synthetic"}, why="nothing is read: noise of a single round"),
     Reason(workload="unet3d", labels={"input": "synthetic"}, why="nothing is read: noise of a single round"),
     Reason(workload="cosmoflow", labels={"input": "synthetic"}, why="nothing is read: noise of a single round"),
-    Reason(workload="fio", labels={"state": "cold"}, why=_COLD_BYTES),
-    Reason(workload="small_files", labels={"state": "cold"}, why=_COLD_FILES),
-    Reason(workload="resnet", labels={"state": "cold", "format": "files"}, why=_COLD_FILES),
-    Reason(workload="resnet", labels={"state": "cold"}, why=_COLD_BYTES),
-    Reason(workload="unet3d", labels={"state": "cold"}, why=_COLD_BYTES),
-    Reason(workload="cosmoflow", labels={"state": "cold"}, why=_COLD_BYTES),
 )
 """The first that fits counts: the special ones before the general."""
 
