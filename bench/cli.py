@@ -205,9 +205,8 @@ def _show_plan(plan: Plan) -> None:
         if isinstance(each, Alone):
             table.add_row(each.name, "", "", space.human(each.needs_bytes()), each.what)
             continue
-        names = each.systems(list(plan.systems))
         size = space.human(each.data().size_bytes)
-        table.add_row(each.name, ", ".join(names), str(plan.rounds or each.rounds()), size, each.what)
+        table.add_row(each.name, ", ".join(plan.systems), str(plan.rounds or each.rounds()), size, each.what)
     console.print(table)
     order = [each for each, _ in plan.turns()]
     wanted = space.needs(order, list(plan.systems)).disk

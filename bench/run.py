@@ -259,7 +259,7 @@ class Runner:
 
     def _to_measure(self, workload: Workload) -> list[str]:
         """The systems that are there, once the data is."""
-        names = [name for name in workload.systems(list(self._plan.systems)) if name in self._plan.systems]
+        names = list(self._plan.systems)
         for name in names:
             if name in self._missing:
                 self.collected.gap(

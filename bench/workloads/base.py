@@ -35,13 +35,8 @@ class Data(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.files.values())
 
 
-class Workload(ABC):
-    """Work on files, the same on every system: for each round, each system in alternating order is mounted afresh, with
-    an empty cache, and measured.
-
-    The runner makes the data, mounts, and calls `measure` in a process of its own that is ended, with its readers, when
-    it takes too long; what was yielded before counts.
-    """
+class Work(ABC):
+    """What both kinds have."""
 
     name: str
     what: str
@@ -55,6 +50,15 @@ class Workload(ABC):
         self.scale = scale
         self.chosen = dict(options or {})
 
+
+class Workload(Work):
+    """Work on files, the same on every system: for each round, each system in alternating order is mounted afresh, with
+    an empty cache, and measured.
+
+    The runner makes the data, mounts, and calls `measure` in a process of its own that is ended, with its readers, when
+    it takes too long; what was yielded before counts.
+    """
+
     @abstractmethod
     def data(self) -> Data:
         """What has to be there."""
@@ -62,10 +66,6 @@ class Workload(ABC):
     def content(self, path: str, size: int) -> bytes | None:
         """Of a file where random bytes would not do."""
         return None
-
-    def systems(self, names: Sequence[str]) -> Sequence[str]:
-        """Of those that were asked for, the ones this can be done on."""
-        return names
 
     def rounds(self) -> int:
         return {Scale.SMOKE: 1, Scale.STANDARD: 3, Scale.FULL: 5}[self.scale]
@@ -86,17 +86,8 @@ class Workload(ABC):
         """
 
 
-class Alone(ABC):
+class Alone(Work):
     """Work that brings its own processes, and knows no other systems."""
-
-    name: str
-    what: str
-    axes: Sequence[str] = ()
-    options: Mapping[str, str] = {}
-
-    def __init__(self, scale: Scale, options: Mapping[str, str] | None = None) -> None:
-        self.scale = scale
-        self.chosen = dict(options or {})
 
     @abstractmethod
     def needs_bytes(self) -> int:
