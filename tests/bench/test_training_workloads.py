@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from bench.workloads.training import Training
 from bench.workloads.unet3d import Unet3d
 from cachefs.fuse import probe
 from cachefs.testing.fixtures import Bucket
+from tests.bench.measured import Measured
 
 WORKLOADS: list[type[Training]] = [Resnet, Unet3d, Cosmoflow]
 OWN = {"loader": "own"}
@@ -31,16 +31,6 @@ OWN = {"loader": "own"}
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Local files are settled when all is on disk, and other tests write much."""
     monkeypatch.setattr(os, "sync", lambda: None)
-
-
-@dataclass
-class Measured:
-    figures: list[Figure]
-    gaps: list[Gap]
-
-    def of(self, metric: str) -> dict[str, float]:
-        """Case -> value."""
-        return {each.case: each.value for each in self.figures if each.metric == metric}
 
 
 def make_source(workload: Training, native: Path, bucket: Bucket, *, objects: bool = False) -> Source:

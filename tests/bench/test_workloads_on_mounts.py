@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -24,6 +23,7 @@ from bench.workloads.fio import Fio, FioFailed, run_fio
 from bench.workloads.small_files import SmallFiles
 from cachefs.fuse import probe
 from cachefs.testing.s3server import S3Server
+from tests.bench.measured import Measured
 
 BUCKET, PREFIX = "workloads", "all"
 needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
@@ -50,16 +50,6 @@ def cold_mounts(directory: Path, s3: S3Server) -> Iterator[dict[str, Mounted]]:
 def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without writing out all that other tests have not: the page cache of what is synced is dropped."""
     monkeypatch.setattr(os, "sync", lambda: None)
-
-
-@dataclass
-class Measured:
-    figures: list[Figure]
-    gaps: list[Gap]
-
-    def of(self, metric: str) -> dict[str, float]:
-        """Case -> value."""
-        return {each.case: each.value for each in self.figures if each.metric == metric}
 
 
 def made(workload: Workload, native: Path, s3: S3Server | None = None) -> Source:
