@@ -6,6 +6,7 @@ from cachefs.client.dirs import DirReader
 from cachefs.client.files import ContentReader, read_exactly, read_exactly_nowait
 from cachefs.client.metadata import ChangedName, Metadata
 from cachefs.client.view import View
+from cachefs.client.volumes import Volumes, open_volumes
 from cachefs.client.workers import Candidate, Workers, ranked
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Metadata",
     "Timeouts",
     "View",
+    "Volumes",
     "Workers",
     "open_client",
+    "open_volumes",
     "ranked",
     "read_exactly",
     "read_exactly_nowait",

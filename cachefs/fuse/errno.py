@@ -18,6 +18,7 @@ ERRNO: dict[type[model.CachefsError], int] = {
     model.DeadlineError: errno.ETIMEDOUT,
     model.NamespaceError: errno.EINVAL,
     model.NotFoundError: errno.ENOENT,
+    model.ExistsError: errno.EEXIST,
     model.NotADirectory: errno.ENOTDIR,
     model.IsADirectory: errno.EISDIR,
     model.ReadOnlyError: errno.EROFS,

@@ -7,6 +7,7 @@ from cachefs.wire import cluster as c
 from cachefs.wire import control
 from cachefs.wire import messages as m
 from cachefs.wire import quotas as q
+from cachefs.wire import volumes as v
 
 ACCESS: Allowed = {
     # Reading, and what it brings about.
@@ -21,6 +22,8 @@ ACCESS: Allowed = {
     m.ListWorkers: EVERYONE,
     m.ListPins: EVERYONE,
     q.ListQuotas: EVERYONE,
+    v.GetVolume: EVERYONE,
+    v.ListVolumes: EVERYONE,
     c.Locate: EVERYONE,
     control.GetJob: EVERYONE,
     control.ListJobs: EVERYONE,
@@ -49,6 +52,9 @@ ACCESS: Allowed = {
     m.Unpin: ADMINS,
     q.SetQuota: ADMINS,
     q.RemoveQuota: ADMINS,
+    v.CreateVolume: ADMINS,
+    v.DeleteVolume: ADMINS,
+    v.SetVolumeQuota: ADMINS,
     control.StartJob: ADMINS,
     control.CancelJob: ADMINS,
     control.UndrainWorker: ADMINS,

@@ -53,6 +53,10 @@ class NotFoundError(NamespaceError):
     """No such name, inode or object."""
 
 
+class ExistsError(NamespaceError):
+    """There is another one of that name already. What differs is named, never what is secret of it."""
+
+
 class NotADirectory(NamespaceError):
     pass
 

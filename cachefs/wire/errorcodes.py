@@ -18,6 +18,7 @@ CODES: dict[str, type[errors.CachefsError]] = {
     "deadline": errors.DeadlineError,
     "namespace": errors.NamespaceError,
     "not-found": errors.NotFoundError,
+    "exists": errors.ExistsError,
     "not-a-directory": errors.NotADirectory,
     "is-a-directory": errors.IsADirectory,
     "read-only": errors.ReadOnlyError,
