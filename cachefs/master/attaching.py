@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from typing import NamedTuple
 
+import msgspec
 import trio
 
 from cachefs.master.mounted import Holder, MountedStore, UnopenedStore
-from cachefs.master.namespace import Namespace
+from cachefs.master.namespace import Along, Namespace
 from cachefs.meta import MetaStore, is_below, normalise_mount_path
-from cachefs.model import CachefsError, ConfigError, NotFoundError, UnavailableError, UnderStoreError
+from cachefs.model import (
+    VOLUMES_PATH,
+    CachefsError,
+    CapacityError,
+    ConfigError,
+    MiB,
+    NotFoundError,
+    UnavailableError,
+    UnderStoreError,
+    format_size,
+)
 from cachefs.ufs import UnderStore, at_most
+from cachefs.wire.messages import StoreInfo
 
 logger = logging.getLogger(__name__)
 
 FIRST_CONTACT_S = 8.0
 """How long an under-store may take to answer at first; later requests have their store's deadline."""
+
+MOST_TOLD_BYTES = 3 * MiB // 4
+"""Of URLs and options of all under-stores: workers are told all of them in one answer, which takes 1 MiB at most."""
 
 
 async def open_mounts(
@@ -89,6 +106,19 @@ async def _first_contact(ufs: UnderStore, *, is_known: bool) -> bool:
         raise type(error)(f"cannot mount {ufs.origin}: {error}") from error
 
 
+class Tried(NamedTuple):
+    """An under-store that answers as it should, open, and where it is to be attached."""
+
+    path: str
+    """Normalised."""
+    url: str
+    options: dict[str, str]
+    """May hold credentials."""
+    ufs: UnderStore
+    keep: Callable[[], Callable[[], None]]
+    """It stays open from now on; returns what closes it."""
+
+
 class Attaching:
     """One change at a time, or two that do not fit together could both be checked before either is made."""
 
@@ -100,37 +130,67 @@ class Attaching:
     async def add(self, path: str, url: str, options: dict[str, str]) -> MountedStore:
         """Attach one more store, for good, once it is seen to open and to list.
 
-        Raises ConfigError for a path or URL that will not do; NotFoundError, UnderStoreError and its kinds when the
-        store does not answer as it should: nothing is changed then.
+        Raises as `tried` and `attach`: nothing is changed then.
         """
+        async with self.tried(path, url, options) as tried:
+            return await self.attach(tried)
+
+    @asynccontextmanager
+    async def tried(self, path: str, url: str, options: dict[str, str]) -> AsyncGenerator[Tried, None]:
+        """A store to be attached within the block. Others are not kept waiting while it does not answer.
+
+        Raises ConfigError for a path or URL that will not do; NotFoundError, UnderStoreError and its kinds when the
+        store does not answer as it should.
+        """
+        path = await self._namespace.check_free(path)
+        ufs, close = await self._holder.open(url, options)
+        with ExitStack() as stack:
+            stack.callback(close)
+            await _try_out(ufs)
+            yield Tried(path, url, options, ufs, lambda: stack.pop_all().close)
+
+    async def attach(self, tried: Tried, along: Along | None = None) -> MountedStore:
+        """Raises ConfigError, UnderStoreError when the path is not free any more; CapacityError for too many stores."""
         async with self._lock:
-            path = await self._namespace.check_free(path)
-            ufs, close = await self._holder.open(url, options)
-            try:
-                await _try_out(ufs)
-            except BaseException:
-                close()
-                raise
-            mounted = await self._namespace.attach(path, url, options, ufs, close)
-        logger.info("under-store attached path=%s origin=%s", path, ufs.origin)
+            path = await self._namespace.check_free(tried.path)
+            self._check_fits(tried)
+            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep(), along=along)
+        logger.info("under-store attached path=%s origin=%s", path, tried.ufs.origin)
         return mounted
 
-    async def remove(self, path: str, *, dry_run: bool) -> MountedStore:
+    def _check_fits(self, tried: Tried) -> None:
+        known = [StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
+        told = [*known, StoreInfo(0, tried.url, tried.options)]
+        if sum(len(msgspec.msgpack.encode(each)) for each in told) > MOST_TOLD_BYTES:
+            raise CapacityError(
+                f"{tried.path}: {len(known)} under-stores are attached; with this one, their URLs and options take more"
+                f" than the {format_size(MOST_TOLD_BYTES)} that can be told to workers. Nothing was changed"
+            )
+
+    async def remove(
+        self, path: str, *, dry_run: bool, even_last: bool = False, along: Along | None = None
+    ) -> MountedStore:
         """Detach a store, for good. Nothing in it is touched, and what is cached of it stays.
 
-        Raises ConfigError for a path that has none, for the last one, and for one that others are attached in.
+        Raises ConfigError for a path that has none, for the last one (but `even_last`), and for one that others are
+        attached in.
         """
         async with self._lock:
             mounted = self._namespace.mounted_at(path)
             others = [each.mount.path for each in self._namespace.mounted() if each is not mounted]
             path = mounted.mount.path
-            inside = [other for other in others if is_below(other, path)]
+            # What is attached in /volumes does not need what is attached around that.
+            inside = [
+                other
+                for other in others
+                if is_below(other, path) and (is_below(path, VOLUMES_PATH) or not is_below(other, VOLUMES_PATH))
+            ]
             if inside:
                 raise ConfigError("PATH", path, f"one that nothing else is attached in: remove {inside[0]} first")
-            if not others:
+            if not others and not even_last:
                 raise ConfigError("PATH", path, "one of several: without the last one there is nothing left to serve")
             if not dry_run:
-                await self._namespace.detach(mounted)
+                await self._namespace.detach(mounted, along)
                 logger.info("under-store removed path=%s origin=%s", path, mounted.mount.origin)
         return mounted
 

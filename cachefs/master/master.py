@@ -19,6 +19,7 @@ from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
 from cachefs.master.quotas import QuotaControl, QuotaShares
+from cachefs.master.volumes import Volumes
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.metrics import Monitor
@@ -42,6 +43,7 @@ class Master:
         pinning: Pinning,
         shares: QuotaShares,
         quotas: QuotaControl,
+        volumes: Volumes,
         info: m.ClusterInfo,
         cluster: Cluster,
     ) -> None:
@@ -52,6 +54,7 @@ class Master:
         self._pinning = pinning
         self._shares = shares
         self._quotas = quotas
+        self._volumes = volumes
         self._info = info
         self._cluster = cluster
         self._started = trio.current_time()
@@ -85,6 +88,7 @@ class Master:
         service.on_at_once(m.Resolve, self.resolve)
         service.on_at_once(m.ResolveNext, self.resolve_next)
         service.on(m.ReportChanged, self.report_changed)
+        self._volumes.add_to(service)
         self._cluster.add_to(service)
         return service
 
@@ -161,6 +165,7 @@ class Master:
         return (await self._mount_infos([mounted]))[0][0]
 
     async def remove_store(self, request: m.RemoveStore, session: Session) -> m.MountInfo:
+        self._volumes.check_no_volume(normalise_mount_path(request.path, "PATH"))
         mounted = await self._attaching.remove(request.path, dry_run=True)
         # Told as it was before.
         (info,), _ = await self._mount_infos([mounted])
@@ -271,7 +276,8 @@ async def run_master(
                 quotas = QuotaControl(
                     store, writer, namespace.quotas, shares, namespace.pins, pinning, cluster.workers, geometry
                 )
-                master = Master(store, writer, namespace, attaching, pinning, shares, quotas, info, cluster)
+                volumes = Volumes(store, writer, namespace, attaching, quotas)
+                master = Master(store, writer, namespace, attaching, pinning, shares, quotas, volumes, info, cluster)
                 hello = Hello(role="master", name=config.cluster_id, namespace_id=store.namespace_id)
                 service = master.service()
                 jobs = Jobs(store, writer, namespace, cluster, geometry, nursery)

@@ -83,6 +83,7 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
         "Of those, the ones at which the last look failed.",
         lambda parts: sum(each.failing for each in parts.namespace.mounted()),
     ),
+    gauge("cachefs_volumes", "Volumes that exist.", lambda parts: parts.store.count_volumes()),
     counter(
         "cachefs_served_stale_total",
         "Looks at an under-store that failed, so that what was known before was served.",

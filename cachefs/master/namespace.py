@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -26,7 +27,7 @@ from cachefs.master.pins import Pins
 from cachefs.master.quotas import Quotas
 from cachefs.master.watchers import Watchers
 from cachefs.master.writer import Writer
-from cachefs.meta import Found, Inode, Merged, MetaStore, Mount, check_mounts, normalise_mount_path, parent_path
+from cachefs.meta import Found, Inode, Merged, MetaStore, Mount, check_mounts, is_below, normalise_mount_path
 from cachefs.model import (
     NO_INO,
     ROOT_INO,
@@ -54,6 +55,15 @@ _MOST_DENIED = 100_000
 _REFRESHED_AT_ONCE = 8
 _PROGRESS_EVERY_S = 0.5
 NS_PER_S = 1_000_000_000
+
+
+class Along(NamedTuple):
+    """What else is written when an under-store is attached or detached: both, or neither."""
+
+    write: Callable[[], None]
+    """In the same transaction, as of `Writer.run`."""
+    then: Callable[[], None]
+    """When that is committed, as of `Writer.run`."""
 
 
 class _Listing:
@@ -363,19 +373,38 @@ class Namespace:
             if each.mount.path == path:
                 raise ConfigError("PATH", path, f"a path that nothing is attached at; it has {each.mount.origin}")
         check_mounts([path, *(each.mount.path for each in self._mounted.values())], "PATH")
-        name = path.rpartition("/")[2]
-        for each in self._mounted.values():
-            if name and each.mount.path == parent_path(path):
-                outer = self._directory(each.mount.root_ino)
-                await self._look(outer, name)
-                if self._store.child(outer.attr.ino, name) is not None:
-                    raise ConfigError(
-                        "PATH", path, f"a name that {each.mount.origin} does not have; it would be hidden"
-                    )
+        outer = max(
+            (each for each in self._mounted.values() if is_below(path, each.mount.path)),
+            key=lambda each: len(each.mount.path),
+            default=None,
+        )
+        if outer is not None:
+            await self._check_hides_nothing(path, outer)
         return path
 
+    async def _check_hides_nothing(self, path: str, outer: MountedStore) -> None:
+        """Raises ConfigError when the under-store around a path has something where the path leaves it."""
+        root = self._directory(outer.mount.root_ino)
+        name = path.removeprefix(outer.mount.path.rstrip("/")).split("/")[1]
+        leaves_at = f"{outer.mount.path.rstrip('/')}/{name}"
+        known = self._store.child(root.attr.ino, name)
+        if known is None or known.mount_id == root.mount_id:
+            await self._look(root, name)
+            known = self._store.child(root.attr.ino, name)
+        if known is not None and (known.mount_id == root.mount_id or leaves_at == path):
+            accepted = f"one that hides nothing: {outer.mount.origin} has the name {leaves_at}, which would be hidden"
+            if leaves_at != path:
+                accepted += f"; attached at {leaves_at} by --mount when the master starts, it stays"
+            raise ConfigError("PATH", path, accepted)
+
     async def attach(
-        self, path: str, url: str, options: dict[str, str], ufs: UnderStore, close: Callable[[], None]
+        self,
+        path: str,
+        url: str,
+        options: dict[str, str],
+        ufs: UnderStore,
+        close: Callable[[], None],
+        along: Along | None = None,
     ) -> MountedStore:
         """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it."""
 
@@ -388,10 +417,17 @@ class Namespace:
                 self._denied.pop(new, None)
                 self.watchers.tell(new[0], [new[1]])
             self._note_change(None)
+            if along is not None:
+                along.then()
+
+        def write() -> Mount:
+            if along is not None:
+                along.write()
+            return self._store.add_mount(path, ufs.origin, url, options)
 
         async with self._attaching:
             new = self._first_missing(path)
-            mount = await self._writer.run(lambda: self._store.add_mount(path, ufs.origin, url, options), then=attached)
+            mount = await self._writer.run(write, then=attached)
         return self._mounted[mount.mount_id]
 
     def _first_missing(self, path: str) -> tuple[Ino, str] | None:
@@ -404,7 +440,7 @@ class Namespace:
             ino = known.attr.ino
         return None
 
-    async def detach(self, mounted: MountedStore) -> None:
+    async def detach(self, mounted: MountedStore, along: Along | None = None) -> None:
         """Take an under-store out of the namespace, for good. Watchers are told to believe nothing they know, since all
         names below it are gone. What is open there is known by number as before, and superseded.
         """
@@ -412,11 +448,18 @@ class Namespace:
         def detached(_: None) -> None:
             self.watchers.tell_everything()
             self._note_change(None)
+            if along is not None:
+                along.then()
+
+        def write() -> None:
+            if along is not None:
+                along.write()
+            self._store.remove_mount(mounted.mount.mount_id)
 
         async with self._attaching:
             del self._mounted[mounted.mount.mount_id]
             mounted.remove()
-            await self._writer.run(lambda: self._store.remove_mount(mounted.mount.mount_id), then=detached)
+            await self._writer.run(write, then=detached)
 
     async def _settled(self, ino: Ino) -> tuple[Inode, MountedStore | None]:
         """A directory, and the store it is in; None above the mounts. One that is just being attached or removed is

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -309,17 +309,29 @@ class QuotaControl:
         """`path` is normalised, and a directory that exists. Raises ConfigError, CapacityError."""
         async with self._lock:
             known = self._quotas.by_path.get(path)
-            if known is None and len(self._quotas.by_path) >= MOST_QUOTAS:
-                raise ConfigError("PATH", path, f"at most {MOST_QUOTAS} quotas in a cluster, which are set already")
             if known is None or known.limit_bytes != limit_bytes:
-                pinned = await self._pinned_bytes(path, list(self._pins.paths))
-                if pinned > limit_bytes:
-                    raise CapacityError(
-                        f"{path}: {format_size(pinned)} on disk are pinned there, more than a quota of"
-                        f" {format_size(limit_bytes)}; cachefs unpin comes first. Nothing was changed"
-                    )
-                await self._writer.run(lambda: self._store.set_quota(path, limit_bytes), lambda _: self._changed())
+                await self.check(path, limit_bytes)
+                await self._writer.run(lambda: self._store.set_quota(path, limit_bytes), lambda _: self.changed())
             return self._info(self._quotas.by_path[path], await self._confirmed())
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncGenerator[Mapping[str, Quota], None]:
+        """Nobody else changes quotas or what is pinned within the block, which is given what is set. Whoever does so
+        has asked `check`, and calls `changed` when it is committed.
+        """
+        async with self._lock:
+            yield self._quotas.by_path
+
+    async def check(self, path: str, limit_bytes: int) -> None:
+        """Within `alone`: raises ConfigError, CapacityError when a path may not get a quota of that."""
+        if path not in self._quotas.by_path and len(self._quotas.by_path) >= MOST_QUOTAS:
+            raise ConfigError("PATH", path, f"at most {MOST_QUOTAS} quotas in a cluster, which are set already")
+        pinned = await self._pinned_bytes(path, list(self._pins.paths))
+        if pinned > limit_bytes:
+            raise CapacityError(
+                f"{path}: {format_size(pinned)} on disk are pinned there, more than a quota of"
+                f" {format_size(limit_bytes)}; cachefs unpin comes first. Nothing was changed"
+            )
 
     async def remove(self, path: str, *, dry_run: bool) -> QuotaInfo:
         """Raises NotFoundError for a path that has none itself."""
@@ -334,13 +346,19 @@ class QuotaControl:
             info = self._info(quota, [])
             if dry_run:
                 return info
-            await self._writer.run(lambda: self._store.remove_quota(path), lambda _: self._changed())
+            await self._writer.run(lambda: self._store.remove_quota(path), lambda _: self.changed())
             return msgspec.structs.replace(info, unconfirmed=await self._confirmed())
+
+    def used_bytes(self, path: str) -> int:
+        """Of the quota of a path; 0: it has none."""
+        quota = self._quotas.by_path.get(path)
+        return self._shares.used_bytes(quota.quota_id) if quota is not None else 0
 
     def list_all(self) -> QuotaList:
         return QuotaList([self._info(quota, []) for quota in self._quotas.by_path.values()])
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Others are set now, as the database has it."""
         self._quotas.changed()
         self._shares.changed()
 

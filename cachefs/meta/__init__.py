@@ -8,6 +8,7 @@ from cachefs.meta.pins import Content
 from cachefs.meta.quotas import Quota
 from cachefs.meta.replicas import Standing
 from cachefs.meta.store import MetaStore, open_meta_store
+from cachefs.meta.volumes import Volume
 from cachefs.meta.workers import KnownWorker
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Quota",
     "Standing",
     "StoredJob",
+    "Volume",
     "check_mounts",
     "is_below",
     "normalise_mount_path",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cachefs.model import CachefsError, ConfigError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
 SCHEMA = """
@@ -35,6 +35,18 @@ CREATE TABLE quotas (
     limit_bytes BIGINT NOT NULL,
     set_ns BIGINT NOT NULL
 );
+CREATE TABLE volumes (
+    volume_id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    path TEXT NOT NULL,
+    url TEXT NOT NULL,
+    options TEXT NOT NULL,
+    quota_bytes BIGINT NOT NULL,
+    sets_quota SMALLINT NOT NULL,
+    context TEXT NOT NULL,
+    created_ns BIGINT NOT NULL
+);
+CREATE INDEX volumes_of_path ON volumes (path);
 CREATE TABLE inodes (
     ino INTEGER PRIMARY KEY,
     parent BIGINT NOT NULL,
@@ -124,6 +136,20 @@ CREATE TABLE quotas (
     set_ns BIGINT NOT NULL
 );
 INSERT INTO counters VALUES ('quota', 0);
+""",
+    4: """
+CREATE TABLE volumes (
+    volume_id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    path TEXT NOT NULL,
+    url TEXT NOT NULL,
+    options TEXT NOT NULL,
+    quota_bytes BIGINT NOT NULL,
+    sets_quota SMALLINT NOT NULL,
+    context TEXT NOT NULL,
+    created_ns BIGINT NOT NULL
+);
+CREATE INDEX volumes_of_path ON volumes (path);
 """,
 }
 """From an older schema to the next: a namespace outlives the versions that made it."""

@@ -1,7 +1,8 @@
 """Where under-stores are attached: rows of the mounts table, and what becomes of names when they come and go.
 
 A mount lies outside of all others, or right below the root of another one, where it hides what that one has under its
-name. Not deeper: a directory of an under-store may go, and what is attached in it would go with it.
+name. Not deeper: a directory of an under-store may go, and what is attached in it would go with it. But for `/volumes`:
+where no under-store is attached at it, it is a directory above mounts, also below one that is attached at the root.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from cachefs.meta import inodes
-from cachefs.model import NO_INO, ROOT_INO, ConfigError, Ino
+from cachefs.model import NO_INO, ROOT_INO, VOLUMES_PATH, ConfigError, Ino
 
 
 class Mount(NamedTuple):
@@ -54,7 +55,7 @@ def check_mounts(paths: list[str], key: str = "--mount") -> None:
             raise ConfigError(key, path, "each path once")
         outer = [other for other in paths if other != path and is_below(path, other)]
         nearest = max(outer, key=len, default=None)
-        if nearest is not None and parent_path(path) != nearest:
+        if nearest is not None and parent_path(path) not in (nearest, VOLUMES_PATH):
             raise ConfigError(
                 key, path, f"a path outside of {nearest}, which is a mount, or right below it: {_right_below(nearest)}"
             )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cachefs.meta import inodes, jobs, mounts, pins, quotas, replicas, workers
+from cachefs.meta import inodes, jobs, mounts, pins, quotas, replicas, volumes, workers
 from cachefs.meta.database import Database, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.jobs import StoredJob
@@ -20,6 +20,7 @@ from cachefs.meta.mounts import Added, Mount, check_mounts, normalise_mount_path
 from cachefs.meta.pins import Content
 from cachefs.meta.quotas import Quota
 from cachefs.meta.replicas import Standing
+from cachefs.meta.volumes import Volume
 from cachefs.meta.workers import KnownWorker
 from cachefs.model import NO_INO, BlockId, ContentKey, Entry, Ino
 
@@ -80,6 +81,20 @@ class MetaStore:
     def quotas(self) -> list[Quota]:
         """By path."""
         return quotas.all_quotas(self._reader)
+
+    def volume(self, volume_id: str) -> Volume | None:
+        return volumes.get(self._reader, volume_id)
+
+    def volumes(self, after: str, limit: int) -> list[Volume]:
+        """The next ones by id."""
+        return volumes.after(self._reader, after, limit)
+
+    def volumes_at(self, path: str) -> list[Volume]:
+        """All whose path is this one."""
+        return volumes.at(self._reader, path)
+
+    def count_volumes(self) -> int:
+        return volumes.count(self._reader)
 
     def contents(self, directory: Ino, after: Ino, limit: int, *, with_cached: bool) -> list[Content]:
         """As `children`, what is of interest for pinning."""
@@ -192,6 +207,16 @@ class MetaStore:
     def remove_quota(self, path: str) -> None:
         with self._transaction() as db:
             quotas.remove(db, path)
+
+    def put_volume(self, volume: Volume) -> None:
+        """A new one, or the same in other words. With its options, credentials included, as `add_mount`."""
+        with self._transaction() as db:
+            volumes.put(db, volume)
+
+    def remove_volume(self, volume_id: str) -> None:
+        """The record alone. One that is not there is no error."""
+        with self._transaction() as db:
+            volumes.remove(db, volume_id)
 
     def begin_listing(self) -> int:
         """A number that marks what one listing sees; larger than all before."""

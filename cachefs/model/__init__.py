@@ -35,12 +35,14 @@ from cachefs.model.log_limit import LogLimiter
 from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, check_page_size, div_up
 from cachefs.model.units import GiB, KiB, MiB, TiB, format_duration, format_size, parse_duration, parse_size, write_size
 from cachefs.model.urls import without_credentials
+from cachefs.model.volumes import VOLUMES_PATH, volume_id
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
     "DEFAULT_PAGE_SIZE",
     "NO_INO",
     "ROOT_INO",
+    "VOLUMES_PATH",
     "Attr",
     "AuthenticationError",
     "BlockCorruptError",
@@ -89,6 +91,7 @@ __all__ = [
     "format_size",
     "parse_duration",
     "parse_size",
+    "volume_id",
     "without_credentials",
     "write_size",
 ]

@@ -25,6 +25,7 @@ from cachefs.model import (
     NotFoundError,
     ObjectInfo,
     UnavailableError,
+    without_credentials,
 )
 from cachefs.ufs import options as opts
 from cachefs.ufs import settle
@@ -169,7 +170,7 @@ def directory_of(url: str) -> str:
     parts = urlsplit(url)
     root = unquote(parts.path)
     if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
-        raise ConfigError("URL", url, "file:// and an absolute path, such as file:///srv/data")
+        raise ConfigError("URL", without_credentials(url), "file:// and an absolute path, such as file:///srv/data")
     return root
 
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from cachefs.model import ConfigError
+from cachefs.model import ConfigError, without_credentials
 from cachefs.ufs.base import UnderStore
 
 _OWN = {
@@ -29,7 +29,9 @@ async def open_under_store(url: str, options: Mapping[str, str]) -> AsyncGenerat
     if scheme not in _OWN:
         known: list[str] = importlib.import_module(module).schemes()
         if not separator or scheme not in known:
-            raise ConfigError("URL", url, f"SCHEME://…, with a scheme of {', '.join(sorted([*_OWN, *known]))}")
+            raise ConfigError(
+                "URL", without_credentials(url), f"SCHEME://…, with a scheme of {', '.join(sorted([*_OWN, *known]))}"
+            )
     opener: Callable[[str, Mapping[str, str]], AbstractAsyncContextManager[UnderStore]]
     opener = getattr(importlib.import_module(module), name)
     async with opener(url, options) as store:

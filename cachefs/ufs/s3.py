@@ -34,6 +34,7 @@ from cachefs.model import (
     ThrottledError,
     UnavailableError,
     UnderStoreError,
+    without_credentials,
 )
 from cachefs.ufs import options as opts
 from cachefs.ufs.base import is_file_name
@@ -91,7 +92,9 @@ def parse_s3(url: str, options: Mapping[str, str]) -> S3Config:
     """Raises ConfigError."""
     parts = urlsplit(url)
     if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ConfigError("URL", url, "s3://BUCKET or s3://BUCKET/PREFIX; credentials and endpoint are options")
+        raise ConfigError(
+            "URL", without_credentials(url), "s3://BUCKET or s3://BUCKET/PREFIX; credentials and endpoint are options"
+        )
     opts.check_names("s3", options, OPTIONS)
     if ("key" in options) != ("secret" in options):
         raise ConfigError(opts.KEY, "key or secret", "both of them, or neither")

@@ -14,8 +14,6 @@ from cachefs.wire.messages import Done
 from cachefs.wire.quotas import Limit
 from cachefs.wire.requests import Request
 
-VOLUMES_PATH = "/volumes"
-"""Under-stores of volumes are attached in it, at their ids."""
 MOST_NAME_BYTES = 1024
 """Of a volume's name, in UTF-8."""
 MOST_LISTED = 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachefs.meta import Found, Inode, MetaStore, open_meta_store
+from cachefs.meta import Found, Inode, MetaStore, Volume, open_meta_store
 from cachefs.model import (
     NO_INO,
     ROOT_INO,
@@ -268,6 +269,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         for statement in (
             "DROP TABLE pins",
             "DROP TABLE quotas",
+            "DROP TABLE volumes",
             "DROP TABLE removed_mounts",
             *(f"ALTER TABLE mounts DROP COLUMN {column}" for column in ("by_hand", "url", "options")),
             "DROP TABLE workers",
@@ -287,7 +289,84 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
         assert store.register_worker("w", "", {}, 1).epoch == 1
         assert store.add_job("{}", "running").job_id == 1
         assert store.set_quota("/data", 5).quota_id == 1
+        assert store.volumes("", 10) == [] and store.count_volumes() == 0
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+VOLUME = Volume("vol-2", "two", "/a", "", {}, 10, True, {"key": "value"}, 7)
+
+
+def test_a_database_without_volumes_gets_them_and_keeps_all_else(tmp_path: Path) -> None:
+    with open_meta_store(str(tmp_path)) as store:
+        (mount,) = store.attach([("/data", ORIGIN)])
+        quota = store.set_quota("/data", 5)
+    with closing(sqlite3.connect(tmp_path / "namespace.db")) as db:
+        db.execute("DROP TABLE volumes")
+        db.execute("PRAGMA user_version = 4")
+        db.commit()
+        old = db.execute("SELECT type, name FROM sqlite_master ORDER BY name").fetchall()
+    with open_meta_store(str(tmp_path)) as store:
+        assert store.attach([("/data", ORIGIN)]) == [mount] and store.quotas() == [quota]
+        store.put_volume(VOLUME)
+    with closing(sqlite3.connect(tmp_path / "namespace.db")) as db:
+        now = db.execute("SELECT type, name FROM sqlite_master ORDER BY name").fetchall()
+        assert [each for each in now if each not in old and "autoindex" not in each[1]] == [
+            ("table", "volumes"),
+            ("index", "volumes_of_path"),
+        ]
+    with open_meta_store(str(tmp_path)) as store:
+        assert store.volume("vol-2") == VOLUME
+
+
+def test_volumes_are_found_by_id_and_path_and_in_portions(store: MetaStore) -> None:
+    other = replace(VOLUME, volume_id="vol-1", url="s3://b", options={"secret": "hush"}, sets_quota=False)
+    third = replace(VOLUME, volume_id="vol-3", path="/b")
+    for each in (VOLUME, other, third):
+        store.put_volume(each)
+    assert store.volumes("", 2) == [other, VOLUME] and store.volumes("vol-2", 2) == [third]
+    assert store.volumes("vol-1x", 1) == [VOLUME]
+    assert store.volumes_at("/a") == [other, VOLUME] and store.volume("vol-1") == other
+    assert "hush" not in repr(other) and "s3://b" not in repr(other)
+    changed = replace(VOLUME, quota_bytes=0, sets_quota=False)
+    store.put_volume(changed)
+    assert store.volume("vol-2") == changed and store.count_volumes() == 3
+    store.remove_volume("vol-1")
+    store.remove_volume("vol-1")
+    assert store.volume("vol-1") is None and store.volumes_at("/a") == [changed]
+
+
+def test_volumes_are_attached_in_a_directory_of_the_namespace_whatever_is_around(tmp_path: Path) -> None:
+    told = [("/", ORIGIN)]
+    with open_meta_store(str(tmp_path)) as store:
+        (first,) = store.attach(told)
+        store.add_mount("/volumes/vol-1", "s3://e/1", "s3://1", {})
+        store.add_mount("/volumes/vol-2", "s3://e/2", "s3://2", {})
+    with open_meta_store(str(tmp_path)) as store:
+        mounts = store.attach(told)
+        assert [each.path for each in mounts] == ["/", "/volumes/vol-1", "/volumes/vol-2"] and mounts[0] == first
+        around = store.child(ROOT_INO, "volumes")
+        assert around is not None and around.mount_id == 0
+        # What the store at the root has of that name is hidden, and no listing takes it away.
+        listing = store.begin_listing()
+        store.add_listed(root(store), ORIGIN, [directory("volumes")], listing)
+        store.drop_unseen(ROOT_INO, listing)
+        assert store.child(ROOT_INO, "volumes") == around
+        # Others come and go around them.
+        assert [each.path for each in store.attach([])] == ["/volumes/vol-1", "/volumes/vol-2"]
+        assert [each.path for each in store.attach([("/volumes", ORIGIN)])] == [
+            "/volumes",
+            "/volumes/vol-1",
+            "/volumes/vol-2",
+        ]
+        mounts = store.attach(told)
+        assert len(mounts) == 3
+        around = store.child(ROOT_INO, "volumes")
+        assert around is not None and around.mount_id == 0
+        for each in mounts[1:]:
+            store.remove_mount(each.mount_id)
+        assert store.child(ROOT_INO, "volumes") is None
+        with pytest.raises(ConfigError, match="right below it: /NAME"):
+            store.attach([*told, ("/other/x", "s3://e/3")])
 
 
 def test_quotas_keep_their_number_and_time_and_give_it_to_no_other(tmp_path: Path) -> None:
