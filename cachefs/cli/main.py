@@ -28,6 +28,7 @@ COMMANDS = {
     "unpin": "cachefs.cli.pin",
     "quota": "cachefs.cli.quota",
     "ufs": "cachefs.cli.ufs",
+    "volume": "cachefs.cli.volume",
     "token": "cachefs.cli.token",
     "verify": "cachefs.cli.verify",
     "doctor": "cachefs.cli.doctor",

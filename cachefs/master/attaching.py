@@ -12,7 +12,7 @@ import trio
 
 from cachefs.master.mounted import Holder, MountedStore, UnopenedStore
 from cachefs.master.namespace import Along, Namespace
-from cachefs.meta import MetaStore, is_below, normalise_mount_path
+from cachefs.meta import Added, MetaStore, is_below, normalise_mount_path
 from cachefs.model import (
     VOLUMES_PATH,
     CachefsError,
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_CONTACT_S = 8.0
 """How long an under-store may take to answer at first; later requests have their store's deadline."""
+
+_OPENED_AT_ONCE = 32
+"""At the start: there is a store for each volume, and each that is away takes as long."""
 
 MOST_TOLD_BYTES = 3 * MiB // 4
 """Of URLs and options of all under-stores: workers are told all of them in one answer, which takes 1 MiB at most."""
@@ -60,10 +63,17 @@ async def open_mounts(
         else:
             answers = await _first_contact(ufs, is_known=store.is_attached(path, ufs.origin))
             opened[path] = (url, options, ufs, close, answers)
-    for added in store.added_mounts():
-        if added.path not in opened:
+
+    async def open_added(added: Added) -> None:
+        async with limiter:
             ufs, close, answers = await _open_added(added.url, added.options, added.origin, holder)
-            opened[added.path] = (added.url, added.options, ufs, close, answers)
+        opened[added.path] = (added.url, added.options, ufs, close, answers)
+
+    limiter = trio.CapacityLimiter(_OPENED_AT_ONCE)
+    async with trio.open_nursery() as nursery:
+        for added in store.added_mounts():
+            if added.path not in opened:
+                nursery.start_soon(open_added, added)
     by_hand = {added.path for added in store.added_mounts()}.difference(path for path, _ in pairs)
     return [
         MountedStore(mount, url, its_options, ufs, mount.path in by_hand, close, failing=not answers)

@@ -1,5 +1,5 @@
-"""A proxy in front of a real S3 server that counts the bytes of objects that go out to us: what was read from the
-under-store, whatever our own counters say.
+"""A proxy in front of a real S3 server that counts requests, and the bytes of objects that go out to us: what was
+asked of and read from the under-store, whatever our own counters say.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class CountingS3:
         self._lock = threading.Lock()
         self._bytes: Counter[str] = Counter()
         self._reads: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
         self._under_way = 0
 
     @property
@@ -42,6 +43,11 @@ class CountingS3:
         with self._lock:
             return self._reads.total()
 
+    def requests(self) -> Counter[str]:
+        """Method -> all requests that came, of whatever kind."""
+        with self._lock:
+            return Counter(self._requests)
+
     @property
     def under_way(self) -> int:
         """Requests that are not answered yet."""
@@ -53,9 +59,10 @@ class CountingS3:
         with self._lock:
             return Counter(self._bytes)
 
-    def begin(self) -> None:
+    def begin(self, method: str) -> None:
         with self._lock:
             self._under_way += 1
+            self._requests[method] += 1
 
     def end(self) -> None:
         with self._lock:
@@ -77,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     _upstream: http.client.HTTPConnection | None = None
 
     def _serve(self) -> None:
-        self.counting.begin()
+        self.counting.begin(self.command)
         try:
             self._pass_on()
         finally:
