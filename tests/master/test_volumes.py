@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from cachefs.client import Client, Volumes, open_volumes
+from cachefs.meta import open_meta_store
 from cachefs.model import (
     ROOT_INO,
     AuthenticationError,
@@ -500,25 +501,20 @@ async def test_more_stores_than_workers_can_be_told_of_are_refused(
 
 
 @pytest.mark.expect_warnings("that stores are away is told")
-async def test_volumes_whose_stores_are_away_do_not_hold_up_a_start_one_after_the_other(
-    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachefs.master.attaching.FIRST_CONTACT_S", 2.0)
-    async with scene(tmp_path, "/") as (cluster, _, volumes):
-        for number in range(10):
-            await volumes.create(f"{number}", url=own.as_uri(), options=AT_ONCE)
-        await cluster.stop("master")
-        stat = "cachefs.ufs.local.LocalStore.stat"
-
-        async def silent(self: object, path: str) -> None:
-            if "own" in self.origin:  # type: ignore[attr-defined]
-                await trio.sleep_forever()
-
-        monkeypatch.setattr(stat, silent)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {"endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}", "key": "k", "secret": "s"}
+        with open_meta_store(str(tmp_path / "master")) as meta:
+            meta.attach([])
+            for number in range(10):
+                meta.add_mount(f"/volumes/{number}", f"s3://{number}", f"s3://{number}", options)
         began = trio.current_time()
-        await cluster.start_master()
-        assert 1.9 < trio.current_time() - began < 10
-        assert len((await volumes.list()).volumes) == 10
+        async with scene(tmp_path, "/") as (_, client, _):
+            assert 1.9 < trio.current_time() - began < 15
+            assert len(await attached(client)) == 11
 
 
 async def test_a_master_that_restarts_is_waited_for_and_one_that_is_gone_is_not_for_ever(tmp_path: Path) -> None:
