@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from click.testing import CliRunner, Result
 
 from cachefs.cli.main import main
 from cachefs.client import Client, Volumes, open_volumes
+from cachefs.fuse import probe
 from cachefs.model import MiB, volume_id
+from cachefs.net import parse_address
 from cachefs.testing.cluster import TestCluster, running_cluster
+from cachefs.testing.processes import mountpoint_below, running
 from cachefs.wire import volumes as messages
 
 AT_ONCE = {"settle": "0"}
@@ -102,3 +107,38 @@ async def test_more_than_one_answer_holds_are_all_listed(tmp_path: Path) -> None
         assert len((await volumes.list()).volumes) < 45 < messages.MOST_LISTED
         listed = await facts(cluster, "volume", "list")
         assert len({each["id"] for each in listed}) == len(listed) == 45
+
+
+@pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
+def test_a_mount_shows_a_volume_at_once_and_no_more_when_it_is_removed(tmp_path: Path) -> None:
+    for name in ("data/dir/file", "own/deep/file"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"content")
+    path = f"volumes/{volume_id('pvc-1')}"
+    with mountpoint_below(tmp_path) as mountpoint, (tmp_path / "log").open("ab") as log:
+        arguments = [(tmp_path / "data").as_uri(), mountpoint, "--state-dir", tmp_path / "state"]
+        arguments += ["--tier", f"ssd:{tmp_path / 'tier'}:1G", "--ufs-option", "settle=0"]
+        with running("up", *arguments, stderr=log) as process:
+
+            async def ask(make: bool) -> None:
+                async with open_volumes(parse_address(process.facts["master"])) as volumes:
+                    if make:
+                        await volumes.create("pvc-1", url=(tmp_path / "own").as_uri(), options=AT_ONCE)
+                    else:
+                        await volumes.delete(volume_id("pvc-1"))
+
+            def out(*command: str | Path) -> str:
+                """By another process: ours must not wait for itself."""
+                return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+            for _ in range(2):
+                # The kernel believes for a minute that there is no such name, and what there is.
+                assert out("ls", mountpoint) == "dir\n" and out("cat", mountpoint / path / "deep/file") == ""
+                trio.run(ask, True)
+                assert out("cat", mountpoint / path / "deep/file") == "content"
+                assert out("ls", mountpoint, mountpoint / "volumes").split() == [
+                    *(f"{mountpoint}:", "dir", "volumes"),
+                    *(f"{mountpoint}/volumes:", volume_id("pvc-1")),
+                ]
+                trio.run(ask, False)
+            assert out("ls", mountpoint) == "dir\n" and (tmp_path / "own/deep/file").read_bytes() == b"content"
