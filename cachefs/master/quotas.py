@@ -320,6 +320,8 @@ class QuotaControl:
         has asked `check`, and calls `changed` when it is committed.
         """
         async with self._lock:
+            # An asker that left may have left a write behind.
+            await self._writer.run(lambda: None)
             yield self._quotas.by_path
 
     async def check(self, path: str, limit_bytes: int) -> None:

@@ -71,11 +71,14 @@ class Volumes:
             known = self._store.volume(wanted.volume_id)
             if known is not None:
                 _check_same(known, wanted)
-                return self._info(known)
+                if not known.url or self._is_attached(known.path):
+                    return self._info(known)
+                # The master was told of another store at its path, and is not told any more.
+                wanted = known
             if wanted.url:
                 async with (
                     self._attaching.tried(wanted.path, wanted.url, wanted.options) as tried,
-                    self._changing(None, wanted) as (made, along),
+                    self._changing(known, wanted) as (made, along),
                 ):
                     await self._attaching.attach(tried, along)
             else:

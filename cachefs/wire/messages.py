@@ -177,7 +177,7 @@ class AddStore(Request[MountInfo], frozen=True):
     """Attach one more under-store, for good. Holds credentials: never logged, never shown.
 
     Raises ConfigError for a path, URL or option that will not do; NotFoundError, UnderStoreError and its kinds when the
-    store cannot be listed. Nothing is changed then.
+    store cannot be listed; CapacityError for more stores than workers can be told of. Nothing is changed then.
     """
 
     path: str
@@ -188,7 +188,8 @@ class AddStore(Request[MountInfo], frozen=True):
 class RemoveStore(Request[MountInfo], frozen=True):
     """Detach an under-store, for good, and tell how it was. Nothing in it is touched, and what is cached stays.
 
-    Raises ConfigError for a path without one, for the last one, and for one that others are attached in.
+    Raises ConfigError for a path without one, for the last one, for one that others are attached in, and for that of a
+    volume.
     """
 
     path: str

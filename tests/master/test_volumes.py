@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,7 +248,7 @@ async def test_names_of_the_store_around_are_never_hidden(tmp_path: Path, own: P
         root = tmp_path / "store0"
         await cluster.stop("master")
         told = (("/", root.as_uri()), ("/volumes", f"{root.as_uri()}/volumes"))
-        object.__setattr__(cluster.master_config, "mounts", told)
+        cluster.master_config = replace(cluster.master_config, mounts=told)
         await cluster.start_master()
         made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
         assert await read(client, f"{made.path}/deep/file") == OWN
@@ -486,6 +488,36 @@ async def test_an_asker_that_leaves_finds_it_done_or_not_when_it_asks_again(tmp_
                 await volumes.delete(volume_id("a"))
             await volumes.delete(volume_id("a"))
             assert await attached(client) == ["/"] and await quotas(client) == {}
+
+
+async def test_what_an_asker_that_left_has_set_counts_for_who_comes_next(tmp_path: Path) -> None:
+    async with scene(tmp_path, "/") as (_, client, volumes):
+        for number in range(40):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(volumes.create, "large", path="/dir", quota_bytes=3 * MiB))
+                await trio.sleep(number * 0.0002)
+                nursery.cancel_scope.cancel()
+            await volumes.create("small", path="/dir", quota_bytes=MiB)
+            largest = max(each.quota_bytes for each in (await volumes.list()).volumes)
+            assert await quotas(client) == {"/dir": largest}
+            for name in ("large", "small"):
+                await volumes.delete(volume_id(name))
+            assert await quotas(client) == {}
+
+
+async def test_a_volume_whose_store_was_displaced_is_repaired_by_the_same_call(tmp_path: Path, own: Path) -> None:
+    async with scene(tmp_path, "/") as (cluster, client, volumes):
+        made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE, quota_bytes=MiB)
+        told = cluster.master_config.mounts
+        for mounts in ((*told, (made.path, (tmp_path / "store0").as_uri())), told):
+            await cluster.stop("master")
+            cluster.master_config = replace(cluster.master_config, mounts=mounts)
+            await cluster.start_master()
+        assert await attached(client) == ["/"]
+        assert await volumes.create("a", url=own.as_uri(), options=AT_ONCE, quota_bytes=MiB) == made
+        assert await read(client, f"{made.path}/deep/file") == OWN
+        await volumes.delete(made.id)
+        assert await attached(client) == ["/"] and await quotas(client) == {}
 
 
 async def test_more_stores_than_workers_can_be_told_of_are_refused(
