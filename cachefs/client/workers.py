@@ -17,6 +17,7 @@ import trio
 
 from cachefs.client.config import ClientConfig
 from cachefs.client.patience import patiently
+from cachefs.client.reach import MasterReach
 from cachefs.model import CachefsError, ConfigError, TransportError, UnavailableError
 from cachefs.net import Address, Hello, Pool, TcpAddress, UnixAddress, open_peer, parse_address
 from cachefs.policy import FARTHEST, LEVELS, Place, distance, nearest
@@ -123,12 +124,13 @@ def ranked(
 class Workers:
     """Called from one trio thread."""
 
-    def __init__(self, config: ClientConfig, master: Pool, sealed: SealedReader) -> None:
+    def __init__(self, config: ClientConfig, master: Pool, reach: MasterReach, sealed: SealedReader) -> None:
         self.chosen: ChosenWorker | None = None
         self.on_chosen: Callable[[], None] = lambda: None
         """Called when another one was chosen than before."""
         self._config = config
         self._master = master
+        self._reach = reach
         self._sealed = sealed
         self._boot_id = running_boot_id()
         self._choosing = trio.Lock()
@@ -233,7 +235,7 @@ class Workers:
         return chosen.is_local if named is None else chosen.candidate.address == named.address
 
     async def _is_alive(self, chosen: ChosenWorker) -> bool:
-        workers = (await self._master.call(ListWorkers())).message.workers
+        workers = await self._list()
         return any(each.connected and each.name == chosen.candidate.name for each in workers)
 
     async def _leave(self, chosen: ChosenWorker) -> None:
@@ -291,8 +293,12 @@ class Workers:
             raise failed
         return None
 
+    async def _list(self) -> list[WorkerInfo]:
+        """Raises TransportError, as soon as the master is known to be away."""
+        return (await self._reach.ask(lambda: self._master.call(ListWorkers()), 0.0)).message.workers
+
     async def _candidates(self) -> list[Candidate]:
-        workers = (await self._master.call(ListWorkers())).message.workers
+        workers = await self._list()
         config, named = self._config, self._named()
         found = ranked(workers, config.labels, self._boot_id, anywhere=config.anywhere)
         if named is None:
