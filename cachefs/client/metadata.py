@@ -322,8 +322,7 @@ class Metadata:
                 raise
 
     def told_whole(self, directory: Ino, following: Following, since: float, names: int) -> None:
-        """Somebody was told all names of a directory, so many, from `since` (trio's clock) on, and what they stood for.
-        """
+        """Somebody was told all `names` of a directory, from `since` (trio's clock) on, and what they stood for."""
         if not following.is_changed:
             expires = since + min(self.ttl_s, self.entry_ttl_s)
             self._whole[directory] = _Whole(expires, self._generation, names)

@@ -251,11 +251,7 @@ class Remembered:
 
     def names(self) -> list[tuple[Ino, str]]:
         """(directory, name) of all."""
-        return [
-            _split(key)
-            for keys in (self._names, self._missing)
-            for key in keys
-        ]
+        return [_split(key) for keys in (self._names, self._missing) for key in keys]
 
 
 def _key(parent: Ino, name: str) -> bytes:

@@ -136,6 +136,22 @@ class Workers:
         self._choosing = trio.Lock()
         self._avoided_until: dict[Address, float] = {}
         self._look_again_at = 0.0
+        self._none_since: float | None = None
+        self.outages = 0
+        """How often the worker in use was found to be away."""
+
+    @property
+    def away_s(self) -> float:
+        """For how many seconds nobody has answered who could be read through; 0: somebody does, or nobody asked."""
+        since = self.chosen.failing_since if self.chosen is not None else self._none_since
+        return trio.current_time() - since if since is not None else 0.0
+
+    @property
+    def place(self) -> str:
+        """Where the worker in use is: on the "own" host, on an "other" one; "none"."""
+        if self.chosen is None:
+            return "none"
+        return "own" if self.chosen.candidate.distance == 0 else "other"
 
     def why_no_tiers(self) -> str:
         """Why no file can be opened here."""
@@ -183,6 +199,8 @@ class Workers:
                 raise UnavailableError("no worker on this node: start one, or name its socket")
             await self._look()
             if self.chosen is None:
+                if self._none_since is None:
+                    self._none_since = trio.current_time()
                 raise TransportError("no worker is alive")
         return self.chosen
 
@@ -190,13 +208,12 @@ class Workers:
         """It does not answer. Returns whether there is another one now."""
         if self.chosen is not chosen:
             return True
+        now = trio.current_time()
+        failing_since = self._note_failure(chosen)
         if not self._config.anywhere:
             return False
-        now = trio.current_time()
-        if chosen.failing_since is None:
-            chosen.failing_since = now
         grace_s = min(_RESTART_S, self._config.patience_s / 3) if chosen.is_local else 0.0
-        if now < chosen.failing_since + grace_s:
+        if now < failing_since + grace_s:
             return False
         self._avoid(chosen.candidate.address)
         await self._look(instead_of=chosen)
@@ -204,6 +221,13 @@ class Workers:
             return False
         logger.warning("worker lost, reading through another name=%s error=%s", chosen.candidate.name, error)
         return True
+
+    def _note_failure(self, chosen: ChosenWorker) -> float:
+        """Since when it fails."""
+        if chosen.failing_since is None:
+            chosen.failing_since = trio.current_time()
+            self.outages += 1
+        return chosen.failing_since
 
     async def follow(self) -> None:
         """See whether one that says nothing is alive, and look for a better one now and then if it may be anywhere.
@@ -235,10 +259,19 @@ class Workers:
         return chosen.is_local if named is None else chosen.candidate.address == named.address
 
     async def _is_alive(self, chosen: ChosenWorker) -> bool:
-        workers = await self._list()
+        try:
+            workers = await self._list()
+        except TransportError:
+            # Nobody is left to ask but itself.
+            try:
+                await self._meet(chosen.candidate)
+            except TransportError:
+                return False
+            return True
         return any(each.connected and each.name == chosen.candidate.name for each in workers)
 
     async def _leave(self, chosen: ChosenWorker) -> None:
+        self._note_failure(chosen)
         if self._config.anywhere:
             self._avoid(chosen.candidate.address)
             await self._look(instead_of=chosen)
@@ -322,6 +355,7 @@ class Workers:
 
     def _take(self, found: ChosenWorker) -> None:
         self.chosen = found
+        self._none_since = None
         if found.is_local:
             # Those of one that was lost stay: what is sealed there can be read without it.
             self._sealed.look_into(found.tiers)

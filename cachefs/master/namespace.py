@@ -437,7 +437,7 @@ class Namespace:
         ino = directory.attr.ino
         asked_ns = time.time_ns()
         try:
-            with mounted.in_use():
+            with mounted.looking():
                 info = await mounted.ufs.stat(path)
         except NotFoundError:
             mounted.check_attached()
@@ -446,9 +446,8 @@ class Namespace:
                 self.watchers.tell(ino, [name])
                 self._note_change(directory)
             self._deny(ino, name, asked_ns)
-            mounted.failing = False
+            mounted.well()
             return None
-        mounted.failing = False
         mounted.check_attached()
         merged = await self._writer.run(
             lambda: self._store.put_child(directory, mounted.mount.origin, Found(name, info))
@@ -485,9 +484,8 @@ class Namespace:
     async def _run_listing(self, directory: Inode, mounted: MountedStore, listing: _Listing) -> None:
         ino = directory.attr.ino
         try:
-            with mounted.in_use():
+            with mounted.looking():
                 await self._list(directory, mounted, listing)
-            mounted.failing = False
         except NotFoundError as error:
             # The directory itself is gone; the root of a store stays, whatever becomes of the store.
             listing.error = error
@@ -574,6 +572,9 @@ class Namespace:
 
     def _note_failure(self, mounted: MountedStore, error: Exception) -> None:
         mounted.serving_stale += 1
-        if not mounted.failing:
-            mounted.failing = True
+        if isinstance(error, NotFoundError):
+            # A root that is gone is no answer of a store that is well.
+            mounted.health.failed(error)
+        if not mounted.is_told:
+            mounted.is_told = True
             logger.warning("under-store fails, serving what is known mount=%s error=%s", mounted.mount.path, error)

@@ -171,6 +171,12 @@ class MountInfo(msgspec.Struct, frozen=True):
     """Listings that failed, so that an older one was served."""
     by_hand: bool = False
     """Attached while the master ran, by `AddStore`."""
+    failing_since_ns: int = 0
+    """Unix time of the first of the looks that failed; 0: it answered the last time."""
+    failures: int = 0
+    """Looks that failed since the master started, each after its retries."""
+    last_error: str = ""
+    """Of the last of them."""
 
 
 class AddStore(Request[MountInfo], frozen=True):
@@ -219,6 +225,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     """Of its last registration."""
     heard_s: float = -1.0
     """Seconds since it was last heard of; below 0: not since this master started."""
+    silent: bool = False
+    """It has a connection and says nothing: it hangs, or the network swallows what it says."""
 
 
 class MasterStatus(msgspec.Struct, frozen=True):
@@ -442,6 +450,18 @@ class OpenCounts(msgspec.Struct, frozen=True):
     cached: int
 
 
+class StoreState(msgspec.Struct, frozen=True):
+    """How reads from one under-store go, of one worker."""
+
+    origin: str
+    """Endpoint and URL, without credentials."""
+    failing_since_ns: int
+    """Unix time of the first of the reads that failed; 0: it answered the last time, or was not asked."""
+    failures: int
+    """Reads that failed since the worker started, each after its retries."""
+    last_error: str
+
+
 class WorkerStatus(msgspec.Struct, frozen=True):
     name: str
     namespace_id: str
@@ -450,6 +470,10 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     counters: FetchCounters
     opens: OpenCounts
     """By the mounts of this node, as far as they have told."""
+    stores: list[StoreState] = []
+    """Those it was told to read from."""
+    master_away_since_ns: int = 0
+    """Unix time; 0: it is registered with its master."""
 
 
 class GetWorkerStatus(Request[WorkerStatus], frozen=True):
