@@ -68,7 +68,7 @@ class MasterReach:
 
     def why(self) -> str:
         """Of an outage, for people."""
-        return f"the master has not answered for {format_duration(round(self.away_s))}: {self._reason}"
+        return f"the master does not answer, for {format_duration(round(self.away_s))} now: {self._reason}"
 
     def count_stale(self) -> None:
         self.served_stale += 1

@@ -178,13 +178,18 @@ class Namespace:
                 return known.attr
         elif self._is_fresh(self._denied.get((parent, name), 0)):
             return None
+        elif (parent, name) in self._denied and mounted.health.is_failing:
+            # Nobody waits for a store that is away only to hear what he was told before.
+            mounted.serving_stale += 1
+            self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
+            return None
         try:
             return await self._checks.join((parent, name), lambda: self._check(directory, name, mounted))
         except UnderStoreError as error:
-            if known is None:
+            if known is None and (parent, name) not in self._denied:
                 raise
             self._note_failure(mounted, error)
-            return known.attr
+            return known.attr if known is not None else None
 
     async def list_dir(self, ino: Ino, after: Ino = NO_INO) -> AsyncGenerator[list[Entry], None]:
         """The entries after inode `after`, in chunks of at most 1000, by ascending inode number.
