@@ -147,7 +147,7 @@ class View:
             chosen = await self._workers.get()
             peer = None
             try:
-                with chosen.calling():
+                with chosen.calling(self._patience_s):
                     peer = await self._pool(chosen).peer()
                     return await peer.call(request)
             except TransportError as error:

@@ -8,6 +8,7 @@ and then while it is not the one that comes first.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,17 +75,29 @@ class ChosenWorker:
         return self.candidate.is_local
 
     @contextmanager
-    def calling(self) -> Iterator[None]:
-        """A request to it. Raises TransportError when it is given up in between."""
+    def calling(self, limit_s: float = math.inf) -> Iterator[None]:
+        """A request to it, which is given up after `limit_s` if it is known to be away all the while: TransportError
+        then, and when it is found to be away in between.
+        """
+        now = trio.current_time()
         with trio.CancelScope() as scope:
-            self._calls[scope] = trio.current_time()
+            if self.failing_since is not None:
+                scope.deadline = now + limit_s
+            self._calls[scope] = now
             try:
                 yield
-                self.failing_since = None
+                self.answered()
             finally:
                 del self._calls[scope]
         if scope.cancelled_caught:
-            raise TransportError(f"{self.candidate} does not answer, and the master says that it is away")
+            raise TransportError(f"{self.candidate} does not answer")
+
+    def answered(self) -> None:
+        """It is there."""
+        if self.failing_since is not None:
+            self.failing_since = None
+            for scope in self._calls:
+                scope.deadline = math.inf
 
     def is_stuck(self) -> bool:
         """It may only be busy; the master knows whether it is alive."""
@@ -242,6 +255,8 @@ class Workers:
             may_improve = self._config.anywhere and (chosen is None or not self._is_first(chosen))
             is_due = may_improve and now >= asked + again_s
             is_stuck = chosen is not None and chosen.is_stuck() and now >= asked + _LONGEST_PAUSE_S
+            if chosen is not None and chosen.failing_since is not None and not is_stuck:
+                await self._see_whether_it_is_back(chosen)
             if not is_due and not is_stuck:
                 continue
             asked = now
@@ -252,6 +267,15 @@ class Workers:
                     await self._improve(chosen)
             except CachefsError as error:
                 logger.debug("no other worker error=%s", error)
+
+    async def _see_whether_it_is_back(self, chosen: ChosenWorker) -> None:
+        """Nobody may ask it anything for hours, and those who watch us want to know."""
+        try:
+            await self._meet(chosen.candidate)
+        except TransportError as error:
+            logger.debug("%s is still away error=%s", chosen.candidate, error)
+        else:
+            chosen.answered()
 
     def _is_first(self, chosen: ChosenWorker) -> bool:
         """Nothing could come before it."""

@@ -267,6 +267,28 @@ async def test_through_another_worker(tmp_path: Path, data: Path) -> None:
         assert troubles((await it.report())[1]) == {("worker", "away")}
 
 
+async def test_without_master_and_worker(tmp_path: Path, data: Path) -> None:
+    async with scene(tmp_path, data.as_uri()) as it:
+        cluster = it.cluster
+        cluster.stop("a")
+        await cluster.kill("master")
+        await expired()
+        await it.check_known()
+        # It hangs, and nobody is left who could say so.
+        assert await it.read("cold/1", PATIENCE_S + 20) == errno.ETIMEDOUT
+        # Known to be away, it is waited for no longer than was asked for.
+        began = time.monotonic()
+        assert await it.read("cold/2", PATIENCE_S + SLACK_S) == errno.ETIMEDOUT
+        assert time.monotonic() - began < PATIENCE_S + NOTICED_S
+        await it.check_known()
+        status, told, _ = await it.report("--worker-socket", cluster.socket("a"))
+        assert (status, troubles(told)) == (1, {("master", "does not answer"), ("worker", "does not answer")})
+        await cluster.start_master()
+        cluster.go_on("a")
+        await it.until(lambda: it.readiness() == (200, "ready\n"))
+        assert await it.read("cold/1", PATIENCE_S + SLACK_S) == DATA["cold/1"]
+
+
 async def test_without_the_under_store(tmp_path: Path, s3_bucket: Bucket) -> None:
     s3_bucket.put(DATA)
     with running_faulty_s3(s3_bucket.server.endpoint) as store:
