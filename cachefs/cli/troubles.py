@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,9 +32,9 @@ class Trouble:
 def troubles_of(status: MasterStatus, workers: Sequence[tuple[WorkerInfo, WorkerStatus | None]]) -> list[Trouble]:
     """`workers`: with what each said when it was asked, None if it did not answer."""
     found = [
-        Trouble("under-store", mount.path, "fails", _age_s(mount.failing_since_ns), mount.last_error)
+        Trouble("under-store", mount.path, "fails", mount.failing_s, mount.last_error)
         for mount in status.mounts
-        if mount.failing_since_ns
+        if mount.failing_s
     ]
     for info, details in workers:
         heard_s = max(0.0, info.heard_s)
@@ -55,15 +54,15 @@ def worker_troubles(name: str, details: WorkerStatus | None) -> list[Trouble]:
     if details is None:
         return [Trouble("worker", name, "does not answer")]
     found = []
-    if details.master_away_since_ns:
-        found.append(Trouble("worker", name, "without a master", _age_s(details.master_away_since_ns)))
+    if details.master_away_s:
+        found.append(Trouble("worker", name, "without a master", details.master_away_s))
     found += [
         Trouble(
             *("under-store", f"{store.origin} (worker {name})", "fails"),
-            *(_age_s(store.failing_since_ns), store.last_error),
+            *(store.failing_s, store.last_error),
         )
         for store in details.stores
-        if store.failing_since_ns
+        if store.failing_s
     ]
     found += [
         Trouble("tier", f"{tier.kind}:{tier.path} (worker {name})", tier.state)
@@ -71,8 +70,3 @@ def worker_troubles(name: str, details: WorkerStatus | None) -> list[Trouble]:
         if tier.state != "healthy"
     ]
     return found
-
-
-def _age_s(since_ns: int) -> float:
-    """At least a little, as the clock may have been set back since."""
-    return max(0.001, time.time() - since_ns / 1e9)

@@ -8,7 +8,6 @@ something that it has at hand. While it is away that goes on, until it answers.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -39,8 +38,6 @@ class MasterReach:
 
     def __init__(self, probe: Callable[[], Awaitable[object]], patience_s: float) -> None:
         """`probe` asks the master something that it answers at once. `patience_s` is for the log."""
-        self.away_since: float | None = None
-        """Time of day; None: it answered the last time."""
         self.outages = 0
         """How often it was found to be away."""
         self.served_stale = 0
@@ -49,7 +46,8 @@ class MasterReach:
         """Called when it answers again after answers past their time were given."""
         self._probe = probe
         self._patience_s = patience_s
-        self._since = 0.0
+        self._since: float | None = None
+        """None: it answered the last time."""
         self._stale_before = 0
         self._is_told = False
         self._reason = ""
@@ -59,12 +57,12 @@ class MasterReach:
 
     @property
     def is_away(self) -> bool:
-        return self.away_since is not None
+        return self._since is not None
 
     @property
     def away_s(self) -> float:
         """Seconds; 0: it is there."""
-        return trio.current_time() - self._since if self.is_away else 0.0
+        return trio.current_time() - self._since if self._since is not None else 0.0
 
     def why(self) -> str:
         """Of an outage, for people."""
@@ -118,7 +116,8 @@ class MasterReach:
             self._doubts = trio.Event()
             now = trio.current_time()
             began = next(iter(self._waiting.values()), (now, 0.0))[0]
-            if not (is_doubted or self.is_away or began <= now - _SLOW_S or asked <= now - _IDLE_S):
+            is_due = max(began, asked) <= now - _SLOW_S or asked <= now - _IDLE_S
+            if not (is_doubted or self.is_away or is_due):
                 continue
             await self._look()
             asked = trio.current_time()
@@ -146,8 +145,8 @@ class MasterReach:
     def _missed(self, reason: str) -> None:
         now = trio.current_time()
         self._reason = reason
-        if self.away_since is None:
-            self.away_since, self._since = time.time(), now
+        if self._since is None:
+            self._since = now
             self.outages += 1
             self._stale_before = self.served_stale
             for scope, (_, patience_s) in self._waiting.items():
@@ -160,12 +159,12 @@ class MasterReach:
             )
 
     def _answered(self) -> None:
-        if self.away_since is None:
+        if self._since is None:
             return
         stale = self.served_stale - self._stale_before
         if self._is_told:
             logger.info("the master is back away_s=%.1f served_stale=%d", self.away_s, stale)
-        self.away_since, self._is_told = None, False
+        self._since, self._is_told = None, False
         for scope in self._waiting:
             scope.deadline = float("inf")
         if stale:

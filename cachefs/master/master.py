@@ -151,7 +151,7 @@ class Master:
                 hidden_keys=each.ufs.hidden_keys,
                 serving_stale=each.serving_stale,
                 by_hand=each.by_hand,
-                failing_since_ns=each.health.failing_since_ns,
+                failing_s=each.health.failing_s,
                 failures=each.health.failures,
                 last_error=each.health.last_error,
             )

@@ -16,31 +16,30 @@ class StoreHealth:
     """Of one under-store. What is refused counts as what fails; an object that is gone or changed is an answer."""
 
     def __init__(self) -> None:
-        self.failing_since_ns = 0
-        """Unix time; 0: it did what was asked the last time."""
         self.failures = 0
         """Requests that failed, each after its retries."""
         self.last_error = ""
         """Kept when it answers again."""
-        self._since = 0.0
+        self._since: float | None = None
+        """None: it did what was asked the last time, or was not asked."""
 
     @property
     def is_failing(self) -> bool:
-        return self.failing_since_ns != 0
+        return self._since is not None
 
     @property
     def failing_s(self) -> float:
         """Seconds; 0: it is well."""
-        return time.monotonic() - self._since if self.is_failing else 0.0
+        return time.monotonic() - self._since if self._since is not None else 0.0
 
     def answered(self) -> None:
-        self.failing_since_ns = 0
+        self._since = None
 
     def failed(self, error: Exception) -> None:
         self.failures += 1
         self.last_error = " ".join(str(error).split())[:_LONGEST_ERROR]
-        if not self.is_failing:
-            self.failing_since_ns, self._since = time.time_ns(), time.monotonic()
+        if self._since is None:
+            self._since = time.monotonic()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -171,8 +171,8 @@ class MountInfo(msgspec.Struct, frozen=True):
     """Listings that failed, so that an older one was served."""
     by_hand: bool = False
     """Attached while the master ran, by `AddStore`."""
-    failing_since_ns: int = 0
-    """Unix time of the first of the looks that failed; 0: it answered the last time."""
+    failing_s: float = 0.0
+    """For how many seconds every look has failed; 0: it answered the last time."""
     failures: int = 0
     """Looks that failed since the master started, each after its retries."""
     last_error: str = ""
@@ -455,8 +455,8 @@ class StoreState(msgspec.Struct, frozen=True):
 
     origin: str
     """Endpoint and URL, without credentials."""
-    failing_since_ns: int
-    """Unix time of the first of the reads that failed; 0: it answered the last time, or was not asked."""
+    failing_s: float
+    """For how many seconds every read has failed; 0: it answered the last time."""
     failures: int
     """Reads that failed since the worker started, each after its retries."""
     last_error: str
@@ -472,8 +472,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     """By the mounts of this node, as far as they have told."""
     stores: list[StoreState] = []
     """Those it was told to read from."""
-    master_away_since_ns: int = 0
-    """Unix time; 0: it is registered with its master."""
+    master_away_s: float = 0.0
+    """For how many seconds it has had no master; 0: it is registered."""
 
 
 class GetWorkerStatus(Request[WorkerStatus], frozen=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -84,9 +83,7 @@ class MasterLink:
         self.reporting: Reporting | None = None
         """Set once there is something to report; until then the worker is only known to be alive."""
         self._began = trio.Event()
-        self.away_since_ns = time.time_ns()
-        """Unix time; 0 while it is registered."""
-        self._away_since = trio.current_time()
+        self._away_since: float | None = trio.current_time()
 
     def begin(self, reporting: Reporting) -> None:
         """From now on report."""
@@ -107,7 +104,7 @@ class MasterLink:
     @property
     def away_s(self) -> float:
         """Seconds without a master; 0 with one."""
-        return trio.current_time() - self._away_since if self.away_since_ns else 0.0
+        return trio.current_time() - self._away_since if self._away_since is not None else 0.0
 
     async def call(self, request: Request[R]) -> Answer[R]:
         """Raises what the master raises; TransportError when it stays away.
@@ -166,7 +163,7 @@ class MasterLink:
                     await on_registered(registered)
                     self._peer = peer
                     self._up.set()
-                    self.away_since_ns = 0
+                    self._away_since = None
                     logger.info("registered master=%s epoch=%d", self._address, registered.epoch)
                     pause_s = 0.05
                     async with open_background() as following:
@@ -188,8 +185,8 @@ class MasterLink:
                 logger.warning("registering again error=%s", error)
             finally:
                 self._peer = None
-                if not self.away_since_ns:
-                    self.away_since_ns, self._away_since = time.time_ns(), trio.current_time()
+                if self._away_since is None:
+                    self._away_since = trio.current_time()
                 if self._up.is_set():
                     # Not otherwise: whoever waits has this one.
                     self._up = trio.Event()

@@ -101,9 +101,9 @@ class Sources:
             await trio.sleep_forever()
 
     @property
-    def master_away_since_ns(self) -> int:
-        """Unix time; 0: we are registered."""
-        return self._master.away_since_ns
+    def master_away_s(self) -> float:
+        """For how many seconds; 0: we are registered."""
+        return self._master.away_s
 
     async def resolve(self, ino: Ino) -> Source:
         """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that

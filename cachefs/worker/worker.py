@@ -144,11 +144,11 @@ class Worker:
         )
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
         stores = [
-            m.StoreState(origin, each.failing_since_ns, each.failures, each.last_error)
+            m.StoreState(origin, each.failing_s, each.failures, each.last_error)
             for origin, each in sorted(self._sources.health.items())
         ]
-        name, away_since_ns = self._config.name, self._sources.master_away_since_ns
-        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_since_ns)
+        name, away_s = self._config.name, self._sources.master_away_s
+        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_s)
 
 
 def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:

@@ -110,7 +110,7 @@ MESSAGES: list[tuple[Any, bytes]] = [
     (
         m.MountInfo("/", "s3://b", 1, 2, 3, 4),
         b"\x8a\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving"
-        b"_stale\x04\xa7by_hand\xc2\xb0failing_since_ns\x00\xa8failures\x00\xaalast_error\xa0",
+        b"_stale\x04\xa7by_hand\xc2\xa9failing_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00\xa8failures\x00\xaalast_error\xa0",
     ),
     (
         m.AddStore("/a", "s3://b", {"key": "value"}),
@@ -322,8 +322,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xabpassthrough\x01\xa6cached\x02",
     ),
     (
-        m.StoreState("s3://b", 0, 2, "e"),
-        b"\x84\xa6origin\xa6s3://b\xb0failing_since_ns\x00\xa8failures\x02\xaalast_error\xa1e",
+        m.StoreState("s3://b", 0.0, 2, "e"),
+        b"\x84\xa6origin\xa6s3://b\xa9failing_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00\xa8failures\x02\xaalast_error\xa1e",
     ),
     (
         m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
@@ -331,8 +331,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"nder_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xadblocks_s"
         b"ealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xaapeer_byt"
         b"es\x00\xaapeer_reads\x00\xadpeer_failures\x00\xacserved_bytes\x00\xacserved_reads\x00\xa6l"
-        b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00\xa6stores\x90\xb4master_awa"
-        b"y_since_ns\x00",
+        b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00\xa6stores\x90\xadmaster_awa"
+        b"y_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00",
     ),
     (
         m.GetWorkerStatus(),
