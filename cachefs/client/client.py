@@ -416,9 +416,9 @@ async def open_client(config: ClientConfig, earlier: Earlier | None = None) -> A
         sealed = SealedReader([])
         reach = _reach(config, master)
         workers = Workers(config, master, reach, sealed)
+        nursery.start_soon(reach.follow)
         await workers.begin()
         client = Client(config, cluster, master, reach, workers, sealed, nursery)
-        nursery.start_soon(reach.follow)
         nursery.start_soon(client.report_opens)
         if config.with_worker:
             nursery.start_soon(workers.follow)

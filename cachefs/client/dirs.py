@@ -109,11 +109,12 @@ class DirReader:
         give_up = trio.current_time() + patience_s
         with scope, send:
             while True:
-                known = metadata.stale_listing(self.ino)
+                known = metadata.stale_listing(self.ino, after)
                 if known is not None:
                     if self._scope is scope:
                         self._is_news = False
-                    await send.send([entry for entry in known if entry.attr.ino > after])
+                    for entries in known:
+                        await send.send(entries)
                     return
                 try:
                     with metadata.reach.waiting(0.0 if metadata.was_told_whole(self.ino) else patience_s):

@@ -255,7 +255,9 @@ class Workers:
             may_improve = self._config.anywhere and (chosen is None or not self._is_first(chosen))
             is_due = may_improve and now >= asked + again_s
             is_stuck = chosen is not None and chosen.is_stuck() and now >= asked + _LONGEST_PAUSE_S
-            if chosen is not None and chosen.failing_since is not None and not is_stuck:
+            failing_since = chosen.failing_since if chosen is not None else None
+            if chosen is not None and failing_since is not None and failing_since < now - _RESTART_S and not is_stuck:
+                # Not before: one that answers this and nothing else is to be left for another.
                 await self._see_whether_it_is_back(chosen)
             if not is_due and not is_stuck:
                 continue
