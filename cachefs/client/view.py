@@ -17,7 +17,7 @@ from cachefs.client.files import ContentReader
 from cachefs.client.metadata import Metadata
 from cachefs.client.patience import patiently
 from cachefs.client.workers import ChosenWorker, Workers
-from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, TransportError, UnavailableError
+from cachefs.model import Attr, BlockId, DeadlineError, Ino, NamespaceChangedError, TransportError, UnavailableError
 from cachefs.net import Address, Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
@@ -167,5 +167,9 @@ class View:
             except NamespaceChangedError:
                 # The worker may be the one that has not heard of the new namespace yet.
                 if not await self._is_current(self) or trio.current_time() >= give_up:
+                    raise
+            except DeadlineError:
+                # The worker is there, and waits for the master as we would.
+                if trio.current_time() >= give_up:
                     raise
             await trio.sleep(_PAUSE_S)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.model import BlockId, CachefsError, ConfigError, HandshakeError, TransportError
+from cachefs.model import BlockId, CachefsError, ConfigError, DeadlineError, HandshakeError, TransportError
 from cachefs.net import Address, Answer, Hello, Peer, Security, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.cluster import (
@@ -106,11 +106,16 @@ class MasterLink:
         """Seconds without a master; 0 with one."""
         return trio.current_time() - self._away_since if self._away_since is not None else 0.0
 
-    async def call(self, request: Request[R]) -> Answer[R]:
-        """Raises what the master raises; TransportError when it stays away.
+    async def call(self, request: Request[R], patience_s: float | None = None) -> Answer[R]:
+        """Raises what the master raises; TransportError when it stays away; DeadlineError when it has not answered
+        within `patience_s`.
 
         Asked again when the master was lost before it answered: no request of a worker does harm by coming twice.
         """
+        if patience_s is not None:
+            with trio.move_on_after(patience_s):
+                return await self.call(request)
+            raise DeadlineError(f"{self._address}: the master has not answered the worker within {patience_s:g} s")
         give_up = trio.current_time() + self._patience_s
         while True:
             peer = self._peer

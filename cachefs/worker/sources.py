@@ -105,14 +105,15 @@ class Sources:
         """For how many seconds; 0: we are registered."""
         return self._master.away_s
 
-    async def resolve(self, ino: Ino) -> Source:
+    async def resolve(self, ino: Ino, patience_s: float | None = None) -> Source:
         """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that
-        had to be waited for, came back with another namespace.
+        had to be waited for, came back with another namespace; DeadlineError when it has not answered within
+        `patience_s`.
         """
         namespace_id = self.namespace_id
         known = self._known.get(ino)
         if known is None and self._neighbours.count > 1:
-            known = await self._resolve_with_neighbours(ino)
+            known = await self._resolve_with_neighbours(ino, patience_s)
         if known is not None:
             self._known.move_to_end(ino)
             if ino in self._unused:
@@ -120,16 +121,16 @@ class Sources:
                 self._neighbours.used()
             return known
         self._neighbours.asked()
-        location = await self._ask(Resolve(ino), namespace_id)
+        location = await self._ask(Resolve(ino), namespace_id, patience_s)
         return self._remember(location, await self._store(location, namespace_id))
 
-    async def _resolve_with_neighbours(self, ino: Ino) -> Source | None:
+    async def _resolve_with_neighbours(self, ino: Ino, patience_s: float | None) -> Source | None:
         """And what comes after it in its directory: an epoch over a million files must not be a million requests.
 
         None: it is not in its directory any more.
         """
         namespace_id = self.namespace_id
-        found = await self._ask(ResolveNext(ino, Ino(ino - 1), self._neighbours.count), namespace_id)
+        found = await self._ask(ResolveNext(ino, Ino(ino - 1), self._neighbours.count), namespace_id, patience_s)
         for each in found.files:
             store = await self._store(each, namespace_id)
             if each.attr.ino not in self._known:
@@ -138,12 +139,12 @@ class Sources:
         self._unused.discard(ino)
         return self._known.get(ino)
 
-    async def _ask(self, request: Request[R], namespace_id: str) -> R:
+    async def _ask(self, request: Request[R], namespace_id: str, patience_s: float | None = None) -> R:
         """Of what has numbers of that namespace, in the request or in the answer. Raises as the master does, and
         NamespaceChangedError whatever another one's master answered: that it has no such inode, too.
         """
         try:
-            answer = await self._master.call(request)
+            answer = await self._master.call(request, patience_s)
         except (NamespaceError, StaleError):
             self._check_namespace(namespace_id)
             raise

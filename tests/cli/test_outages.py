@@ -165,8 +165,8 @@ async def test_without_the_master(tmp_path: Path, data: Path, how: str) -> None:
         assert it.value("cachefs_master_outages_total") == 1
         status, reason = it.readiness()
         assert status == 503 and reason.startswith("the master does not answer")
-        # What was looked at and never read: the worker knows where it is, or waits itself.
-        for name in ("dir/unknown", "unknown/file"):
+        # Names that nobody knows, and a file that was looked at and never read: the worker does not know where it is.
+        for name in ("dir/unknown", "unknown/file", "cold/0"):
             began = time.monotonic()
             found = await it.try_((it.root / name).read_bytes, PATIENCE_S + NOTICED_S + SLACK_S)
             assert found == errno.ETIMEDOUT
