@@ -93,14 +93,14 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
     gauge(
         "cachefs_under_store_failing_seconds",
         "For how long an under-store has done nothing that it was asked; 0: it answered the last time.",
-        lambda parts: by_label({each.ufs.origin: each.health.failing_s for each in parts.namespace.mounted()}),
-        "store",
+        lambda parts: by_label({each.mount.path: each.health.failing_s for each in parts.namespace.mounted()}),
+        "path",
     ),
     counter(
         "cachefs_under_store_failures_total",
         "Looks at an under-store that failed, after their retries.",
-        lambda parts: by_label({each.ufs.origin: each.health.failures for each in parts.namespace.mounted()}),
-        "store",
+        lambda parts: by_label({each.mount.path: each.health.failures for each in parts.namespace.mounted()}),
+        "path",
     ),
     counter(
         "cachefs_served_stale_total",

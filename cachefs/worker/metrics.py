@@ -222,15 +222,16 @@ def watch_worker(monitor: Monitor, parts: WorkerParts) -> None:
         return None
 
     def degraded() -> list[str]:
+        # Without the errors, which name files: `cachefs report` has them.
         stores = [
-            f"the under-store {origin} has failed for {each.failing_s:.0f} s: {each.last_error}"
+            f"the under-store {origin} has failed for {each.failing_s:.0f} s"
             for origin, each in parts.sources.health.items()
             if each.is_failing
         ]
-        states = [(tier.config, parts.store.state(tier)) for tier in parts.store.tiers]
+        states = [(tier.config.kind, parts.store.state(tier)) for tier in parts.store.tiers]
         return stores + [
-            f"the disk of the tier {config.kind}:{config.path} is {state.value}"
-            for config, state in states
+            f"the disk of tier {number} ({kind}) is {state.value}"
+            for number, (kind, state) in enumerate(states)
             if state is not TierState.HEALTHY
         ]
 

@@ -228,7 +228,9 @@ class Sources:
         if not health.is_failing:
             # What is refused may be one object, and the next one not.
             level = logging.INFO if isinstance(error, DeniedError) else logging.WARNING
-            _limited.log(level, ufs.origin, "under-store fails, what is cached goes on origin=%s", ufs.origin)
+            _limited.log(
+                *(level, ufs.origin, "under-store fails, what is cached goes on origin=%s error=%s", ufs.origin, error)
+            )
         health.failed(error)
 
     def _note_answer(self, ufs: UnderStore) -> None:

@@ -118,7 +118,10 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     with mountpoint_below(directory) as mountpoint:
         async with real_cluster(
-            directory, url, ufs_options=ufs_options or {"settle": "0"}, master_flags=["--sync-interval", "1s"]
+            directory,
+            url,
+            ufs_options=ufs_options or {"settle": "0"},
+            master_flags=["--sync-interval", "1s", "--http", "127.0.0.1:0"],
         ) as cluster:
             for name in workers:
                 await cluster.start_worker(name, "--http", "127.0.0.1:0")
@@ -237,6 +240,8 @@ async def test_without_the_worker(tmp_path: Path, data: Path, how: str) -> None:
         assert it.readiness()[0] == 200
         assert "degraded: no worker has answered for" in it.readiness()[1]
         status, told, _ = await it.report()
+        state = "away" if how == "killed" else "silent"
+        await it.until(lambda: metrics(cluster.processes["master"])[f"cachefs_workers state={state}"] == 1)
         assert (status, troubles(told)) == (
             0,
             {("worker", "away" if how == "killed" else "connected, and silent")},
@@ -308,8 +313,13 @@ async def test_without_the_under_store(tmp_path: Path, s3_bucket: Bucket) -> Non
             shown = metrics(it.cluster.processes["a"])
             failing = [value for name, value in shown.items() if name.startswith("cachefs_under_store_failing")]
             assert len(failing) == 1 and failing[0] > 0
+            of_master = metrics(it.cluster.processes["master"])
+            assert of_master["cachefs_under_store_failing_seconds path=/"] > 0
+            assert of_master["cachefs_under_store_failures_total path=/"] > 0
             status, text = it.readiness("a")
             assert status == 200 and text.startswith("ready\ndegraded: the under-store")
+            # Whoever may look at that is not to learn names of files.
+            assert "cold" not in text and "dir" not in text
             assert it.cluster.log("master").count("under-store fails, serving what is known") == 1
             assert it.cluster.log("a").count("under-store fails, what is cached goes on") == 1
 
