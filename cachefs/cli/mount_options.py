@@ -26,6 +26,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 """Other defaults, by the parameters of `mount_options`. What is asked for by name goes before them."""
 
+MAX_PATIENCE_S = 3600.0
+
 _OPTIONS = (
     click.option("--path", default="/", show_default=True, help="Directory of the namespace to mount."),
     click.option(
@@ -133,6 +135,14 @@ _OPTIONS = (
         show_default=True,
         help="A server of the mount that gives no sign of life for so long is killed, and another goes on; 2s to 10m.",
     ),
+    click.option(
+        "--patience",
+        type=params.DURATION,
+        default="30s",
+        show_default=True,
+        help="How long what is not remembered or cached waits for a master or worker that is away, before its reader "
+        "gets an error (ETIMEDOUT); 0 to 1h.",
+    ),
     click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
     click.option(
         "--ignore-kernel-feature",
@@ -176,6 +186,8 @@ def mount_config(
         raise ConfigError("--read-ahead", write_size(read_ahead), accepted)
     if not 2 <= flags["hung_after"] <= 600:
         raise ConfigError("--hung-after", format_duration(flags["hung_after"]), "2s to 10m")
+    if not 0 <= flags["patience"] <= MAX_PATIENCE_S:
+        raise ConfigError("--patience", format_duration(flags["patience"]), "0 to 1h")
     ignored = 0
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
@@ -187,6 +199,7 @@ def mount_config(
                 worker_socket,
                 metadata_cache_entries=flags["metadata_cache_entries"],
                 timeouts=Timeouts(flags["attr_timeout"], flags["entry_timeout"], flags["negative_timeout"]),
+                patience_s=flags["patience"],
                 promote=promote,  # type: ignore[arg-type]
             ),
             source=f"cachefs:{flags['path']}",
@@ -254,7 +267,7 @@ def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         elif name == "umask":
             arguments += [option, f"{value:o}"]
-        elif name in ("hung_after", "attr_timeout", "entry_timeout", "negative_timeout"):
+        elif name in ("hung_after", "patience", "attr_timeout", "entry_timeout", "negative_timeout"):
             arguments += [option, format_duration(value)]
         elif isinstance(value, tuple):
             for each in value:

@@ -38,6 +38,11 @@ logger = logging.getLogger(__name__)
 READY_TIMEOUT_S = 120.0
 """The master may need the under-store's deadline, and the worker a while to look through a large tier."""
 END_TIMEOUT_S = 20.0
+MOST_IN_A_ROW = 10
+"""Times that a master or worker is started again, one after the other."""
+LIVED_S = 60.0
+"""One that ran for so long begins a new row."""
+LONGEST_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,10 @@ class Child:
 
 
 async def run_up(config: UpConfig, report: Report) -> None:
-    """Start the three, wait until the mount is there, and end them, the mount first, when one ends or on cancellation.
+    """Start the three, wait until the mount is there, and end them, the mount first, when that ends or on cancellation.
+    A master or worker that dies is started again: whoever reads notices a pause at most.
 
-    Raises CachefsError when one of them fails.
+    Raises CachefsError when the mount fails, or one of the others again and again.
     """
     with worker_socket(os.path.basename(config.state_dir)) as socket_path:
         await _run_three(config, socket_path, report)
@@ -123,17 +129,14 @@ async def run_up(config: UpConfig, report: Report) -> None:
 async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None:
     secrets = {UFS_OPTIONS_VARIABLE: json.dumps(dict(config.ufs_options))}
     common = ["--insecure", "--log-level", config.log_level]
-    any_port = ["--listen", "127.0.0.1:0"]
     data_dir = os.path.join(config.state_dir, "master")
-    master_flags = [*any_port, "--data-dir", data_dir, "--mount", f"/={config.url}", *config.master_flags, *common]
-    async with _child("master", master_flags, secrets) as master:
-        await master.wait_ready()
+    master_flags = ["--data-dir", data_dir, "--mount", f"/={config.url}", *config.master_flags, *common]
+    async with _restarted("master", master_flags, secrets) as master:
         reach_master = ["--master", master.facts["listen"]]
-        worker_flags = [*any_port, "--socket", socket_path, *config.worker_flags, *common]
+        worker_flags = ["--socket", socket_path, *config.worker_flags, *common]
         for tier in config.tiers:
             worker_flags += ["--tier", f"{tier.kind}:{tier.path}:{tier.capacity_bytes}"]
-        async with _child("worker", [*reach_master, *worker_flags]) as worker:
-            await worker.wait_ready()
+        async with _restarted("worker", [*reach_master, *worker_flags]):
             mount_flags = ["--worker-socket", socket_path, *config.mount_flags, *common]
             async with _mount_child(config, [*reach_master, *mount_flags]) as mount:
                 try:
@@ -155,26 +158,69 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
                                 "master": instance.master,
                             }
                         )
-                        await _wait_for_first([mount, worker, master])
+                        status = await mount.wait_end()
+                        if status != 0:
+                            raise CachefsError(f"the mount ended unexpectedly with status {status}")
+                        logger.info("unmounted, ending")
                 finally:
                     with trio.CancelScope(shield=True):
                         await mount.end()
                         await trio.to_thread.run_sync(_remove_mount, config.mountpoint, mount)
 
 
-async def _wait_for_first(children: Sequence[Child]) -> None:
-    """Return when the mount ended well (somebody unmounted it). Raises CachefsError when any ended otherwise."""
+@asynccontextmanager
+async def _restarted(
+    role: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> AsyncGenerator[Child, None]:
+    """The first process of that role, ready; when it dies another one takes its place and its addresses, until the end
+    of the block.
+
+    Raises CachefsError when the first does not come up, or one after the other ends: the block is cancelled then.
+    """
+    # What is ended last must not end because everything is cancelled at once.
+    scope = trio.CancelScope()
     async with trio.open_nursery() as nursery:
+        first: Child = await nursery.start(_keep_running, scope, role, arguments, environment)
+        try:
+            yield first
+        finally:
+            scope.cancel()
 
-        async def watch(child: Child) -> None:
-            status = await child.wait_end()
-            if child.role != "mount" or status != 0:
-                raise CachefsError(f"the {child.role} ended unexpectedly with status {status}")
-            logger.info("unmounted, ending")
-            nursery.cancel_scope.cancel()
 
-        for child in children:
-            nursery.start_soon(watch, child)
+async def _keep_running(
+    scope: trio.CancelScope,
+    role: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None,
+    task_status: trio.TaskStatus[Child],
+) -> None:
+    addresses = ["--listen", "127.0.0.1:0"]
+    in_a_row = 0
+    with scope:
+        while True:
+            began = trio.current_time()
+            said = "before it was ready"
+            try:
+                async with _child(role, [*arguments, *addresses], environment) as child:
+                    await child.wait_ready()
+                    if not scope.shield:
+                        scope.shield = True
+                        for name in ("listen", "http"):
+                            if name in child.facts:
+                                addresses += [f"--{name}", child.facts[name]]
+                        task_status.started(child)
+                    said = f"with status {await child.wait_end()}"
+            except CachefsError as error:
+                if not scope.shield:
+                    raise
+                logger.error("not started again role=%s error=%s", role, error)
+            in_a_row = in_a_row + 1 if trio.current_time() < began + LIVED_S else 1
+            if in_a_row > MOST_IN_A_ROW:
+                raise CachefsError(
+                    f"the {role} ended unexpectedly {said}, and was started again {MOST_IN_A_ROW} times in a row"
+                )
+            logger.error("the %s ended unexpectedly %s, starting it again count=%d", role, said, in_a_row)
+            await trio.sleep(0 if in_a_row == 1 else min(LONGEST_PAUSE_S, 0.1 * 2**in_a_row))
 
 
 def _remove_mount(mountpoint: str, mount: Child) -> None:

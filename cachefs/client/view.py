@@ -17,7 +17,7 @@ from cachefs.client.files import ContentReader
 from cachefs.client.metadata import Metadata
 from cachefs.client.patience import patiently
 from cachefs.client.workers import ChosenWorker, Workers
-from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, TransportError, UnavailableError
+from cachefs.model import Attr, BlockId, DeadlineError, Ino, NamespaceChangedError, TransportError, UnavailableError
 from cachefs.net import Address, Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
@@ -147,7 +147,7 @@ class View:
             chosen = await self._workers.get()
             peer = None
             try:
-                with chosen.calling():
+                with chosen.calling(self._patience_s):
                     peer = await self._pool(chosen).peer()
                     return await peer.call(request)
             except TransportError as error:
@@ -167,5 +167,9 @@ class View:
             except NamespaceChangedError:
                 # The worker may be the one that has not heard of the new namespace yet.
                 if not await self._is_current(self) or trio.current_time() >= give_up:
+                    raise
+            except DeadlineError:
+                # The worker is there, and waits for the master as we would.
+                if trio.current_time() >= give_up:
                     raise
             await trio.sleep(_PAUSE_S)

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _SEALED_SERIALS = itertools.count(-1, -1)
 """For descriptors of sealed files; those of partials are positive."""
+READER_PATIENCE_S = 3.0
+"""For the master to say what a reader asks for: he asks again, for as long as he was told to wait."""
 _ATTEMPTS = 3
 
 
@@ -91,7 +93,7 @@ class Blocks:
 
         Raises as `Filler.fetch`.
         """
-        source = await self._sources.resolve(request.ino)
+        source = await self._sources.resolve(request.ino, None if request.background else READER_PATIENCE_S)
         mode = self._mode(request, source)
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
@@ -195,7 +197,7 @@ class Blocks:
     async def fetch(self, request: Fetch, session: Session) -> Answer[FetchReply]:
         """Make a range readable. Raises as `Filler.fetch`."""
         reader = session.id
-        source = await self._sources.resolve(request.ino)
+        source = await self._sources.resolve(request.ino, READER_PATIENCE_S)
         key, size = source.attr.key, source.attr.size_bytes
         length = self._geometry.block_length(size, request.block_index)
         if request.offset < 0 or request.length <= 0 or request.offset + request.length > length:

@@ -143,7 +143,12 @@ class Worker:
             **{name: getattr(self._counters, name) for name in m.FetchCounters.__struct_fields__}
         )
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
-        return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
+        stores = [
+            m.StoreState(origin, each.failing_s, each.failures, each.last_error)
+            for origin, each in sorted(self._sources.health.items())
+        ]
+        name, away_s = self._config.name, self._sources.master_away_s
+        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_s)
 
 
 def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
@@ -319,6 +324,7 @@ async def run_worker(
                             store,
                             filler,
                             link,
+                            sources,
                             worker.times,
                             lambda: len(places.fetching()),
                             lambda: len(members.others),
