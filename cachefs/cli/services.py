@@ -14,6 +14,7 @@ import trio
 from cachefs.cli import params
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option, tcp_address
 from cachefs.cli.lifecycle import LEAST_OPEN_FILES, Report, run_service, set_up_logging
+from cachefs.cli.memory_limit import check_memory_tiers, memory_limit
 from cachefs.cli.monitoring import http_option, monitored
 from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
@@ -161,6 +162,7 @@ def worker(
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
+    check_memory_tiers(config.tiers, memory_limit())
     run = partial(_run_and_report, "worker", run_worker, config, http)
     run_service("worker", run, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
 

@@ -1,4 +1,4 @@
-"""Groups of processes with a limit on their memory, as containers have one: version 1 or 2 of the kernel's interface."""
+"""Groups of processes with a limit on their memory, as containers have one: cgroups, of version 1 or 2."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from cachefs.model import MiB
 from cachefs.testing.cgroups import memory_group, why_no_groups
 from cachefs.testing.pressure import make_files, pressing
 from cachefs.testing.processes import Running, child_of, mountpoint_below, running
+from cachefs.testing.survivors import wait_for
 
 pytestmark = [
     pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse"),
@@ -41,8 +42,15 @@ def scene(
 ) -> Iterator[Scene]:
     data = tmp_path / "data"
     make_files(data, large, LARGE_BYTES, small)
-    namespace = ["--data-dir", tmp_path / "master", "--mount", f"/={data.as_uri()}", "--ufs-option", "settle=0"]
-    tier = ["--tier", f"ssd:{tmp_path / 'tier'}:2G", "--socket", tmp_path / "socket"]
+    namespace: list[str | Path] = [
+        "--data-dir",
+        tmp_path / "master",
+        "--mount",
+        f"/={data.as_uri()}",
+        "--ufs-option",
+        "settle=0",
+    ]
+    tier: list[str | Path] = ["--tier", f"ssd:{tmp_path / 'tier'}:2G", "--socket", tmp_path / "socket"]
     with running("master", *namespace, *LOOPBACK) as master, mountpoint_below(tmp_path) as mountpoint:
         where = ["--master", master.facts["listen"]]
         with (
@@ -54,20 +62,28 @@ def scene(
 
 READ = """
 import sys
-for name in sys.argv[1:]:
+wanted = int(sys.argv[1])
+for name in sys.argv[2:]:
     with open(name, "rb", buffering=0) as file:
         number = 0
         while data := file.read(1 << 20):
-            assert data.count(number % 251) == 1 << 20, name
+            assert data.count(bytes([number % 251])) == 1 << 20, name
             number += 1
-        assert number == %d, name
-""" % (LARGE_BYTES // MiB)
+        assert number == wanted, name
+"""
 
 
 def read(*paths: Path, prefix: list[str]) -> None:
     """Whole large files, every byte compared."""
-    done = subprocess.run([*prefix, sys.executable, "-S", "-c", READ, *map(str, paths)], timeout=120)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-S", "-c", READ, str(LARGE_BYTES // MiB), *map(str, paths)], timeout=120
+    )
     assert done.returncode == 0
+
+
+def sealed(tmp_path: Path) -> list[Path]:
+    """The cached files of large ones."""
+    return [path for path in (tmp_path / "tier" / "sealed").rglob("*") if path.stat().st_size == LARGE_BYTES]
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -95,14 +111,13 @@ def test_page_cache_is_counted_for_whoever_touched_it_first(tmp_path: Path) -> N
                 pytest.skip("no passthrough here")
             file = mountpoint / "large" / "0"
             read(file, prefix=[])
-            until(lambda: any((tmp_path / "tier" / "sealed").glob("*[!s]")))
+            until(lambda: len(sealed(tmp_path)) == 1)
             before = of_worker.cache_bytes
             assert before > LARGE_BYTES * 0.9  # what it fetched
             read(file, prefix=of_reader.prefix)
             # Found in the page cache: the pod pays for no more than what its program is.
             assert of_reader.cache_bytes < 24 * MiB
-            (sealed,) = (path for path in (tmp_path / "tier" / "sealed").iterdir() if not path.name.endswith(".sums"))
-            with sealed.open("rb") as cached:
+            with sealed(tmp_path)[0].open("rb") as cached:
                 os.fsync(cached.fileno())
                 os.posix_fadvise(cached.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             assert of_worker.cache_bytes < before - LARGE_BYTES // 2
@@ -125,7 +140,7 @@ def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_pat
         with pressing(mountpoint, 1, 20, 32) as readers:
             group.add(server)  # what it has is counted elsewhere, what it takes now is too much
             until(lambda: group.kills > 0)
-            until(lambda: child_of(mount, "mount") != server)
+            wait_for("mount-server", mountpoint, other_than=server)
             assert child_of(mount, "mount-keeper") == keeper
             found = readers.stop()
         assert found.errors == []
