@@ -46,5 +46,5 @@ def test_tiers_in_memory_that_do_not_fit_are_refused_and_others_are_not() -> Non
     check_memory_tiers([in_memory, on_disk], None)
     check_memory_tiers([in_memory, on_disk], GiB + 512 * MiB)
     check_memory_tiers([on_disk], 64 * MiB)
-    with pytest.raises(ConfigError, match=r"--tier.*mem:/dev/shm/x:1G.*up to 512M together.*is 1G"):
+    with pytest.raises(ConfigError, match=r"--tier.*mem:/dev/shm/x:1.0 GiB.*up to 512.0 MiB together.*is 1.0 GiB"):
         check_memory_tiers([in_memory, on_disk], GiB)
