@@ -45,8 +45,8 @@ def _limits(root: Path, path: str, name: str) -> list[int]:
 
 
 def check_memory_tiers(tiers: Sequence[TierConfig], limit: int | None) -> None:
-    """What lies on tmpfs counts for the worker that wrote it, and cannot be reclaimed: with a lower limit the OOM killer
-    would come when the tier fills up.
+    """What lies on tmpfs counts for the worker that wrote it, and cannot be reclaimed: with a lower limit the OOM
+    killer would come when the tier fills up.
 
     Raises ConfigError.
     """

@@ -62,7 +62,7 @@ def measure(
     """`url` has what `make_files` made, of `large` files and NAMES small ones; `tier`: the size of each node's."""
     loopback = ["--listen", "127.0.0.1:0", "--insecure"]
     known = [each for name, value in options.items() for each in ("--ufs-option", f"{name}={value}")]
-    namespace = ["--data-dir", str(directory / "master"), "--mount", f"/={url}", "--ufs-option", "settle=0", *known]
+    namespace = ["--data-dir", str(directory / "master"), "--mount", f"/={url}", *known]
     with ExitStack() as stack:
         master = stack.enter_context(running("master", *namespace, *loopback, stderr=stderr))
         where = ["--master", master.facts["listen"]]
