@@ -39,9 +39,8 @@ class Payloads:
             self._waiting[turn] = session, count
             try:
                 await turn.wait()
-            except trio.Cancelled:
-                if self._waiting.pop(turn, None) is None:
-                    self._remove(session, count)
+            except trio.Cancelled:  # so it did not come
+                del self._waiting[turn]
                 raise
         return partial(self._remove, session, count)
 

@@ -64,11 +64,8 @@ class Slots:
         self._waiting.append(turn)
         try:
             await turn[0].wait()
-        except trio.Cancelled:
-            if turn[0].is_set():  # handed over, and not wanted any more
-                self._held_bytes -= length
-            else:
-                self._waiting.remove(turn)
+        except trio.Cancelled:  # so it did not come
+            self._waiting.remove(turn)
             self._hand_out()
             raise
 
