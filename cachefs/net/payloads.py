@@ -39,8 +39,10 @@ class Payloads:
             self._waiting[turn] = session, count
             try:
                 await turn.wait()
-            except trio.Cancelled:  # so it did not come
-                del self._waiting[turn]
+            except trio.Cancelled:
+                # It may have come after the cancellation, and before this task heard of that.
+                if self._waiting.pop(turn, None) is None:
+                    self._remove(session, count)
                 raise
         return partial(self._remove, session, count)
 

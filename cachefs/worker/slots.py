@@ -64,8 +64,12 @@ class Slots:
         self._waiting.append(turn)
         try:
             await turn[0].wait()
-        except trio.Cancelled:  # so it did not come
-            self._waiting.remove(turn)
+        except trio.Cancelled:
+            # Its turn may have come after the cancellation, and before this task heard of that.
+            if turn[0].is_set():
+                self._held_bytes -= length
+            else:
+                self._waiting.remove(turn)
             self._hand_out()
             raise
 

@@ -55,4 +55,11 @@ async def test_whoever_is_cancelled_has_none_and_is_not_waited_for() -> None:
         nursery.cancel_scope.cancel()
     held()
     assert payloads.total_bytes == 0
+    held = await payloads.take(FIRST, 100)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(payloads.take, FIRST, 100)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        held()  # handed over before the other one hears that it is cancelled
+    assert payloads.total_bytes == 0
     (await payloads.take(FIRST, 100))()
