@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.cli.lifecycle import LEAST_OPEN_FILES
-from cachefs.fuse import probe
-from cachefs.fusewire import InitOptions
+from cachefs.fuse import SessionOptions, probe
 from cachefs.model import CachefsError, MiB
 from cachefs.testing.pressure import SMALL_BYTES, make_files, memory_of
 from cachefs.testing.processes import child_of, mountpoint_below, running
@@ -19,7 +18,7 @@ from cachefs.testing.processes import child_of, mountpoint_below, running
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
 LOOPBACK = ["--listen", "127.0.0.1:0", "--insecure"]
-LEAST_MOUNT = LEAST_OPEN_FILES + 8 * InitOptions.max_background
+LEAST_MOUNT = LEAST_OPEN_FILES + 2 * SessionOptions.max_tasks
 LEAST_WORKER = 496
 FILES = 2500
 """Held open at once: three times what the mount may open."""
@@ -45,10 +44,10 @@ def test_too_few_are_refused_at_the_start(tmp_path: Path) -> None:
             running("worker", *where, *tier, prefix=limited(LEAST_WORKER - 1)),
         ):
             pass
-        mount = [mountpoint, *where, "--insecure", "--worker-socket", tmp_path / "socket", "--max-background", "100"]
+        mount = [mountpoint, *where, "--insecure", "--worker-socket", tmp_path / "socket"]
         with (
-            pytest.raises(CachefsError, match="at least 1056 for a mount"),
-            running("mount", *mount, prefix=limited(1055)),
+            pytest.raises(CachefsError, match=f"at least {LEAST_MOUNT} for a mount"),
+            running("mount", *mount, prefix=limited(LEAST_MOUNT - 1)),
         ):
             pass
 
