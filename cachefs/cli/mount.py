@@ -260,8 +260,8 @@ def _run(config: MountConfig, values: Mapping[str, Any], keeper: KeeperLink | No
             raise by_flag(error) from group
 
     keep_tables_apart()
-    # Each request that is carried out may have a descriptor on its way, in the half that is not for those that stay, see
-    # `PassedFiles`.
+    # Each request that is carried out may have a descriptor on its way, in the half that is not for those that stay:
+    # see `PassedFiles`.
     least = LEAST_OPEN_FILES + 2 * config.session.max_tasks
     run_service("mount", service, values["supervised_fd"], as_json=values["as_json"], least_open_files=least)
 
