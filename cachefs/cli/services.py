@@ -162,9 +162,12 @@ def worker(
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
-    check_memory_tiers(config.tiers, memory_limit())
-    run = partial(_run_and_report, "worker", run_worker, config, http)
-    run_service("worker", run, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
+
+    async def service(report: Report) -> None:
+        check_memory_tiers(config.tiers, memory_limit())
+        await _run_and_report("worker", run_worker, config, http, report)
+
+    run_service("worker", service, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
 
 
 def _least_open_files(config: WorkerConfig) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from cachefs.fuse import probe
-from cachefs.model import MiB
+from cachefs.model import CachefsError, MiB
 from cachefs.testing.cgroups import memory_group, why_no_groups
 from cachefs.testing.pressure import make_files, pressing
 from cachefs.testing.processes import Running, child_of, mountpoint_below, running
@@ -126,6 +126,16 @@ def test_page_cache_is_counted_for_whoever_touched_it_first(tmp_path: Path) -> N
             assert of_worker.cache_bytes < before - LARGE_BYTES // 2
             assert 8 * MiB < of_reader.cache_bytes <= 48 * MiB
         assert of_worker.kills == of_reader.kills == 0
+
+
+def test_tiers_in_memory_that_the_limit_does_not_allow_are_refused(tmp_path: Path) -> None:
+    where = ["--master", "127.0.0.1:1", "--socket", tmp_path / "socket", *LOOPBACK]
+    with (
+        memory_group(768 * MiB) as group,
+        pytest.raises(CachefsError, match=r"mem tiers of up to 256.0 MiB together: the memory limit .* is 768.0 MiB"),
+        running("worker", *where, "--tier", f"mem:{tmp_path / 'tier'}:1G", prefix=group.prefix),
+    ):
+        pass
 
 
 def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_path: Path) -> None:
