@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pytest
 
@@ -38,7 +38,12 @@ class Scene(NamedTuple):
 
 @contextmanager
 def scene(
-    tmp_path: Path, worker_prefix: list[str], *flags: str, large: int = LARGE, small: int = 20
+    tmp_path: Path,
+    worker_prefix: list[str],
+    *flags: str,
+    large: int = LARGE,
+    small: int = 20,
+    log: IO[str] | None = None,
 ) -> Iterator[Scene]:
     data = tmp_path / "data"
     make_files(data, large, LARGE_BYTES, small)
@@ -55,7 +60,9 @@ def scene(
         where = ["--master", master.facts["listen"]]
         with (
             running("worker", *where, *tier, *LOOPBACK, prefix=worker_prefix) as worker,
-            running("mount", mountpoint, *where, "--insecure", "--worker-socket", tmp_path / "socket", *flags) as mount,
+            running(
+                *("mount", mountpoint, *where, "--insecure", "--worker-socket", tmp_path / "socket", *flags), stderr=log
+            ) as mount,
         ):
             yield Scene(mountpoint, worker, mount)
 
@@ -141,7 +148,8 @@ def test_tiers_in_memory_that_the_limit_does_not_allow_are_refused(tmp_path: Pat
 def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_path: Path) -> None:
     with (
         memory_group(8 * MiB) as group,
-        scene(tmp_path, [], "--open-mode", "cached", large=1) as (mountpoint, _, mount),
+        (tmp_path / "log").open("w") as log,
+        scene(tmp_path, [], "--open-mode", "cached", large=1, log=log) as (mountpoint, _, mount),
     ):
         keeper, server = child_of(mount, "mount-keeper"), child_of(mount, "mount")
         adjusted = Path("/proc/self/oom_score_adj").read_text()
@@ -155,3 +163,4 @@ def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_pat
             found = readers.stop()
         assert found.errors == []
         assert found.done["large"] > 0
+    assert " ERROR " not in (tmp_path / "log").read_text()
