@@ -147,7 +147,7 @@ def test_tiers_in_memory_that_the_limit_does_not_allow_are_refused(tmp_path: Pat
 
 def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_path: Path) -> None:
     with (
-        memory_group(8 * MiB) as group,
+        memory_group(2 * MiB) as group,
         (tmp_path / "log").open("w") as log,
         scene(tmp_path, [], "--open-mode", "cached", large=1, log=log) as (mountpoint, _, mount),
     ):
@@ -155,8 +155,8 @@ def test_the_oom_killer_takes_a_mounts_server_and_readers_notice_nothing(tmp_pat
         adjusted = Path("/proc/self/oom_score_adj").read_text()
         for pid in (keeper, server):
             assert Path(f"/proc/{pid}/oom_score_adj").read_text() == adjusted
+        group.add(server)  # what it has is counted elsewhere, what it takes from now on is too much
         with pressing(mountpoint, 1, 20, 32) as readers:
-            group.add(server)  # what it has is counted elsewhere, what it takes now is too much
             until(lambda: group.kills > 0)
             wait_for("mount-server", mountpoint, other_than=server)
             assert child_of(mount, "mount-keeper") == keeper
