@@ -26,7 +26,14 @@ MONITORING = {each: {"enabled": True} for each in ("serviceMonitor", "prometheus
 LOADS = {
     "loads": [
         {"name": "once", "paths": ["/data/train", "/-odd name"]},
-        {"name": "nightly", "paths": ["/data"], "schedule": "0 4 * * *", "replicas": 2, "limit": "500M", "promote": "if-space"},
+        {
+            "name": "nightly",
+            "paths": ["/data"],
+            "schedule": "0 4 * * *",
+            "replicas": 2,
+            "limit": "500M",
+            "promote": "if-space",
+        },
     ]
 }
 MOUNT_OPTIONS = {
@@ -203,7 +210,9 @@ def workloads(cell: str) -> Iterator[tuple[Manifest, Manifest]]:
 
 def pod_of(cell: str, component: str) -> Manifest:
     """The template of its pods."""
-    (found,) = [pod for _, pod in workloads(cell) if pod["metadata"]["labels"]["app.kubernetes.io/component"] == component]
+    (found,) = [
+        pod for _, pod in workloads(cell) if pod["metadata"]["labels"]["app.kubernetes.io/component"] == component
+    ]
     return found
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 import pytest
+from cachefs_csi.main import main as csi_main
 
 from cachefs.cli.main import main as cachefs_main
 from cachefs.model import CachefsError
 from cachefs.net import TcpAddress
-from cachefs_csi.main import main as csi_main
 from tests.charts.rendered import CELLS, Container, container, containers, pod_of
 
 PROGRAMS = {"cachefs": cachefs_main, "cachefs-csi": csi_main}
@@ -31,7 +31,8 @@ FIELDS = {
 def environment(each: Container) -> dict[str, str]:
     """As kubelet makes it."""
     return {
-        variable["name"]: FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]] for variable in each.spec.get("env", [])
+        variable["name"]: FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        for variable in each.spec.get("env", [])
     }
 
 

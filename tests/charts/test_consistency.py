@@ -20,7 +20,9 @@ def component(pod: Manifest) -> str:
 def selected(cell: str, selector: dict[str, Any]) -> list[Manifest]:
     labels = selector.get("matchLabels", selector)
     found = [pod for _, pod in workloads(cell) if labels.items() <= pod["metadata"]["labels"].items()]
-    for wanted in selector.get("matchExpressions", []) if "matchLabels" in selector or "matchExpressions" in selector else []:
+    for wanted in (
+        selector.get("matchExpressions", []) if "matchLabels" in selector or "matchExpressions" in selector else []
+    ):
         found = [pod for pod in found if pod["metadata"]["labels"].get(wanted["key"]) in wanted["values"]]
     return found
 
@@ -118,10 +120,18 @@ def test_what_pods_mount_is_there(cell: str) -> None:
 def test_secrets_are_those_of_the_chart_or_given(cell: str) -> None:
     made = {each["metadata"]["name"] for each in of_kind(cell, "Secret")}
     made |= {each["spec"]["secretName"] for each in of_kind(cell, "Certificate")}
-    given = {"m-tls", "w-tls", "c-tls", "bucket", *(f"my-{each}-tokens" for each in ("master", "worker", "client", "admin"))}
+    given = {
+        "m-tls",
+        "w-tls",
+        "c-tls",
+        "bucket",
+        *(f"my-{each}-tokens" for each in ("master", "worker", "client", "admin")),
+    }
     for _, pod in workloads(cell):
         asked = {each["secret"]["secretName"] for each in pod["spec"]["volumes"] if "secret" in each}
-        asked |= {source["secretRef"]["name"] for each in pod["spec"]["containers"] for source in each.get("envFrom", [])}
+        asked |= {
+            source["secretRef"]["name"] for each in pod["spec"]["containers"] for source in each.get("envFrom", [])
+        }
         assert asked <= made | given
         if cell != "given secrets":
             assert not any(name.startswith("my-") for name in asked)
@@ -148,7 +158,9 @@ def test_each_role_has_its_own_tokens_and_no_others() -> None:
             named = f"my-{role}-tokens" if cell == "given secrets" else f"fast-cachefs-tokens-{role}"
             assert mine == ([named] if role else []), component(pod)
     # Who may attach has to be an admin, and nobody is by default.
-    secrets = [each["secret"]["secretName"] for each in pod_of("everything", "csi-node")["spec"]["volumes"] if "secret" in each]
+    secrets = [
+        each["secret"]["secretName"] for each in pod_of("everything", "csi-node")["spec"]["volumes"] if "secret" in each
+    ]
     assert secrets == ["fast-cachefs-tokens-admin", "fast-cachefs-tls-client"]
 
 
@@ -196,7 +208,12 @@ def test_workers_and_mounts_see_tiers_at_the_same_paths(cell: str) -> None:
 
 def test_roles_give_what_the_sidecars_need_and_nothing_of_all_namespaces_secrets() -> None:
     (role,) = of_kind("defaults", "ClusterRole")
-    granted = {(group, what): rule["verbs"] for rule in role["rules"] for group in rule["apiGroups"] for what in rule["resources"]}
+    granted = {
+        (group, what): rule["verbs"]
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for what in rule["resources"]
+    }
     assert not any("*" in (*key, *verbs) for key, verbs in granted.items())
     assert ("", "secrets") not in granted and ("", "pods") not in granted
     assert granted["", "persistentvolumes"] == ["get", "list", "watch", "create", "patch", "delete"]
@@ -266,7 +283,11 @@ def test_another_load_is_another_job() -> None:
 
 @pytest.mark.parametrize(
     ("cell", "request_mi", "limit_mi"),
-    [("defaults", 512, 640), ("memory only", 512 + 32 * 1024, 640 + 32 * 1024), ("tmpfs of its own", 512 + 2**20, 640 + 2**20)],
+    [
+        ("defaults", 512, 640),
+        ("memory only", 512 + 32 * 1024, 640 + 32 * 1024),
+        ("tmpfs of its own", 512 + 2**20, 640 + 2**20),
+    ],
 )
 def test_a_worker_may_use_the_memory_of_its_tier(cell: str, request_mi: int, limit_mi: int) -> None:
     (worker,) = [each for each in containers(cell) if each.spec["name"] == "worker"]
