@@ -96,7 +96,7 @@ class NodeKeeper:
                 return self.keep(arguments[0], dict(each.split("=", 1) for each in arguments[1:]))
             if word == "adopt" and len(arguments) > 1 and len(fds) >= 3:
                 values = dict(each.split("=", 1) for each in arguments[1:])
-                values.update((name, str(fd)) for name, fd in zip(PASSED, fds))
+                values.update((name, str(fd)) for name, fd in zip(PASSED, fds, strict=False))
                 return f"ok {self.start(arguments[0], values, fds)}"
             if word == "drop" and arguments:
                 for pid, mountpoint in self.keepers.items():

@@ -41,7 +41,7 @@ class EnsureMount(Request[MountState], frozen=True):
     same again, also at the same time, changes nothing; what is dead is mounted anew.
 
     Raises ConfigError for a path, mountpoint or option that will not do; ExistsError when something else is mounted
-    there; MountError, TransportError, and what a server that does not come up says: nothing is left of it then.
+    there; UnavailableError with what a server says that does not come up: nothing is left of it then.
     """
 
     id: str
@@ -57,7 +57,7 @@ class EnsureMount(Request[MountState], frozen=True):
 class RemoveMount(Request[Done], frozen=True):
     """Unmount it, and forget it. One that is not there is no error.
 
-    Raises MountError when it is in use, or mounted at other places as well: nothing is changed then.
+    Raises NamespaceError when it is in use, or mounted at other places as well: nothing is changed then.
     """
 
     mountpoint: _Text
