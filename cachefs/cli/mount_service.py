@@ -102,7 +102,6 @@ class MountService:
         self._is_replaced = is_replaced
         self._nursery = nursery
         self._mounts: dict[str, _Mount] = {}
-        self.unreadable = 0
 
     @property
     def mounts(self) -> list[m.MountState]:
@@ -125,9 +124,34 @@ class MountService:
                 continue
             self._start(mount)
 
+    async def why_not_ready(self) -> str | None:
+        waiting = [each.mountpoint for each in self.mounts if each.state == "starting"]
+        return f"{len(waiting)} of {len(self._mounts)} mounts are not served yet" if waiting else None
+
+    def degraded(self) -> list[str]:
+        return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
+
+    async def have(self, request: m.EnsureMount) -> None:
+        """Ask ourselves, until it is there. One that was mounted there with something else is not changed."""
+        pause_s = 1.0
+        while not self._is_replaced():
+            try:
+                await self._ensure(request)
+                return
+            except (ConfigError, ExistsError) as error:
+                logger.error("not mounted mountpoint=%s error=%s", request.mountpoint, error)
+                return
+            except CachefsError as error:
+                logger.warning("not mounted yet mountpoint=%s error=%s", request.mountpoint, error)
+            await trio.sleep(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
     # ---- requests --------------------------------------------------------------------------------------------------
 
     async def ensure(self, request: m.EnsureMount, session: Session) -> m.MountState:
+        return await self._ensure(request)
+
+    async def _ensure(self, request: m.EnsureMount) -> m.MountState:
         record = MountRecord(request.id, _checked("mountpoint", request.mountpoint), request.path, request.options)
         _checked("path", request.path)
         if not request.id or len(request.id.encode()) > m.MOST_ID_BYTES:
@@ -138,15 +162,17 @@ class MountService:
             mount = self._mounts[record.mountpoint] = _Mount(record)
         async with mount.lock:
             if self._mounts.get(record.mountpoint) is not mount:
-                return await self.ensure(request, session)  # it was removed meanwhile
+                return await self._ensure(request)  # it was removed meanwhile
             self._check_same(mount.record, record)
-            if mount.scope is not None and mount.state == "serving" and await _answers(record.mountpoint, mount.device):
-                return mount.told()
+            if mount.scope is not None and mount.state == "serving":
+                if await _answers(record.mountpoint, mount.device):
+                    return mount.told()
+                await self._wait_for_its_end(mount)
             is_new = mount.scope is None
             try:
                 if is_new:
                     await trio.to_thread.run_sync(self._prepare, record)
-                    self._start(mount)
+                    self._start(mount, is_asked=True)
                 await self._wait_until_serving(mount)
             except BaseException:
                 if is_new:
@@ -190,6 +216,14 @@ class MountService:
                     f"{known.mountpoint} is mounted already with {name} {getattr(known, name)!r}, "
                     f"not {getattr(wanted, name)!r}; remove it first"
                 )
+
+    async def _wait_for_its_end(self, mount: _Mount) -> None:
+        """Of a server whose mount is not there any more. Raises NamespaceError."""
+        with trio.move_on_after(_ANSWER_S):
+            while mount.state == "serving":
+                await mount.changed.wait()
+            return
+        raise NamespaceError(f"{mount.record.mountpoint} was unmounted, and is in use where it is mounted as well")
 
     async def _wait_until_serving(self, mount: _Mount) -> None:
         """Raises UnavailableError."""
@@ -242,13 +276,14 @@ class MountService:
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
-    def _start(self, mount: _Mount) -> None:
+    def _start(self, mount: _Mount, *, is_asked: bool = False) -> None:
+        """`is_asked`: somebody waits, and is told when the first server fails; otherwise there is another one."""
         mount.scope = trio.CancelScope()
         mount.ended = trio.Event()
         mount.become("starting", "its first server is not ready yet")
-        self._nursery.start_soon(self._keep_served, mount, mount.scope)
+        self._nursery.start_soon(self._keep_served, mount, mount.scope, is_asked)
 
-    async def _keep_served(self, mount: _Mount, scope: trio.CancelScope) -> None:
+    async def _keep_served(self, mount: _Mount, scope: trio.CancelScope, is_asked: bool) -> None:
         """Until it is unmounted by somebody, removed, or another service takes over."""
         in_a_row = 0
         try:
@@ -261,9 +296,9 @@ class MountService:
                             await self._watch(mount, child)
                     except (CachefsError, OSError) as error:
                         why = str(error)
-                        if mount.restarts == 0 and mount.state == "starting" and not mount.device:
+                        if is_asked and not mount.device:
                             mount.become("dead", why)
-                            return  # whoever asked is told
+                            return
                     finally:
                         mount.child = None
                     if await trio.to_thread.run_sync(find_mount, mount.record.mountpoint) is None and mount.device:
@@ -282,7 +317,7 @@ class MountService:
         finally:
             mount.scope = None
             mount.ended.set()
-            mount.become(mount.state if mount.state == "dead" else "dead", mount.why)
+            mount.become("dead", mount.why)
 
     @asynccontextmanager
     async def _server(self, mount: _Mount) -> AsyncGenerator[Child, None]:
