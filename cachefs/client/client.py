@@ -13,6 +13,7 @@ import trio
 from cachefs.client.config import ClientConfig
 from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
 from cachefs.client.reach import MasterReach
 from cachefs.client.view import View
@@ -102,6 +103,7 @@ class Client:
         self.workers = workers
         """Which of them is read through."""
         self._sealed = sealed
+        self._passed = PassedFiles()
         self._nursery = nursery
         self._opened: set[BlockId] = set()
         self._many_opened = trio.Event()
@@ -145,6 +147,7 @@ class Client:
             self.workers,
             connect,
             self._sealed,
+            self._passed,
             promote=self._config.promote,
             patience_s=self._config.patience_s,
             is_current=self._is_current,

@@ -15,6 +15,7 @@ import trio
 
 from cachefs.client.files import ContentReader
 from cachefs.client.metadata import Metadata
+from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
 from cachefs.client.workers import ChosenWorker, Workers
 from cachefs.model import Attr, BlockId, DeadlineError, Ino, NamespaceChangedError, TransportError, UnavailableError
@@ -54,6 +55,7 @@ class View:
         workers: Workers,
         connect: Callable[[Address], Pool],
         sealed: SealedReader,
+        passed: PassedFiles,
         *,
         promote: PromoteMode | None,
         patience_s: float,
@@ -68,6 +70,7 @@ class View:
         self._connect = connect
         self._pools: dict[Address, Pool] = {}
         self._sealed = sealed
+        self._passed = passed
         self._block_size = cluster.geometry.block_size
         self._promote = promote
         self._patience_s = patience_s
@@ -118,7 +121,7 @@ class View:
 
     def open_content(self, attr: Attr) -> ContentReader:
         """For reading through the worker. Close it when it is not used any more."""
-        return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote)
+        return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote, self._passed)
 
     async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
         cuts = 0

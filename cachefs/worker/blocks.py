@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino, LogLimiter
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, Tier
@@ -70,6 +70,7 @@ class Blocks:
         self._admission = admission
         self._counters = counters
         self._nursery = nursery
+        self._log = LogLimiter(logger)
         self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
         self._opening: Counter[BlockId] = Counter()
@@ -84,7 +85,8 @@ class Blocks:
         self._prefetch = Prefetch(
             config, sources, self._has_room, self._is_worth_fetching, self._keep_ahead, counters, nursery
         )
-        self._read_through = ReadThrough(supply, filler.demand, geometry, config.read_through_pages, nursery)
+        pages = max(1, config.read_through_bytes // geometry.page_size)
+        self._read_through = ReadThrough(supply, filler.demand, geometry, pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,7 @@ class Blocks:
                 except CapacityError as error:
                     self._counters.not_admitted += 1
                     self._admission.note_refusal(block, source)
-                    logger.info("not kept block=%s error=%s", block.filename, error)
+                    self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                     return False
                 continue
             job = await self._job(block, source, mode, for_others=for_others)
@@ -185,7 +187,7 @@ class Blocks:
                 logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
             except CapacityError as error:
                 self._admission.note_refusal(block, source)
-                logger.info("not kept block=%s error=%s", block.filename, error)
+                self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                 return False
             finally:
                 job.users -= 1
@@ -218,7 +220,9 @@ class Blocks:
                     try:
                         fd = self._sealed_files.find(block, length)
                     except OSError as error:
-                        logger.info("cannot be opened now block=%s error=%s", block.filename, error)
+                        self._log.log(
+                            logging.INFO, "open", "cannot be opened now block=%s error=%s", block.filename, error
+                        )
                         break
                     if fd is not None:
                         self._store.visited(block)
@@ -241,7 +245,7 @@ class Blocks:
                     except CapacityError as error:
                         # The disk filled up under us, or fails: the reader gets its bytes all the same.
                         self._counters.not_admitted += 1
-                        logger.info("not kept block=%s error=%s", block.filename, error)
+                        self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                         break
                 if not self._store.is_sealed(block):
                     break
@@ -487,7 +491,7 @@ class Blocks:
         except CapacityError as error:
             self._counters.not_admitted += 1
             self._admission.note_refusal(block, source)
-            logger.info("not admitted block=%s error=%s", block.filename, error)
+            self._log.log(logging.INFO, "refused", "not admitted block=%s error=%s", block.filename, error)
             self._supply.end(route)
             return None
         except BaseException:

@@ -122,19 +122,19 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
     gauge(
         "cachefs_fetch_slots",
         "Fetches that may run at once, by who waits for them: demand (readers), background (nobody yet), load.",
-        lambda parts: by_label({name: slots.total_tokens for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.total for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge(
         "cachefs_fetches_running",
         "Of those, how many run.",
-        lambda parts: by_label({name: slots.borrowed_tokens for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.taken for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge(
         "cachefs_fetches_waiting",
         "Fetches that wait for one of them to end.",
-        lambda parts: by_label({name: slots.statistics().tasks_waiting for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.waiting for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge("cachefs_tier_capacity_bytes", "What a tier may take.", _of_tiers(lambda tier: tier.capacity_bytes), *_TIER),

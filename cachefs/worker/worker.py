@@ -36,6 +36,7 @@ from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
 from cachefs.worker.places import Places
 from cachefs.worker.quotas import QuotaFollower
+from cachefs.worker.slots import Slots
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
 from cachefs.worker.suspects import Suspects
@@ -292,7 +293,7 @@ async def run_worker(
                     places = Places(link, members, counters)
                     peers = Peers(members, peer_hello, counters, background, config.security)
                     origin = Origin(store, sources, counters, on_changed)
-                    slots = trio.CapacityLimiter(config.peer_slots)
+                    slots = Slots(config.peer_slots, config.peer_bytes)
                     supply = Supply(geometry, members, places, peers, origin, slots)
                     supply.on_end = store.quotas.settle
                     drops = Drops(store, link, counters, link.sealed)
