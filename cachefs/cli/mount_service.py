@@ -33,7 +33,7 @@ from cachefs.fuse import (
 )
 from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts
 from cachefs.model import CachefsError, ConfigError, ExistsError, NamespaceError, TransportError, UnavailableError
-from cachefs.net import Service, Session
+from cachefs.net import Service, Session, open_background
 from cachefs.wire import mounts as m
 from cachefs.wire.messages import Done
 
@@ -199,6 +199,10 @@ class MountService:
         found = find_mount(record.mountpoint)
         if found is not None and found.fs_type != FS_TYPE:
             raise ExistsError(f"{record.mountpoint}: {found.fs_type} {found.source} is mounted there")
+        if found is not None and found.source != f"cachefs:{record.path}":
+            raise ExistsError(
+                f"{record.mountpoint} is mounted already, and shows {found.source.removeprefix('cachefs:')}"
+            )
         if found is None:
             try:
                 os.makedirs(record.mountpoint, 0o755, exist_ok=True)
@@ -329,28 +333,33 @@ class MountService:
         arguments = [*self._arguments_of(record), "--keeper-socket", mount.keeper_socket]
         async with child_of("mount", arguments) as child:
             mount.child = child
-            await child.wait_ready()
+            async with open_background() as nursery:
+                nursery.start_soon(self._kill_if_hung, mount, child)
+                await child.wait_ready()
             found = await trio.to_thread.run_sync(find_mount, record.mountpoint)
             mount.device = found.device if found is not None else ""
             mount.become("serving")
             yield child
 
     async def _watch(self, mount: _Mount, child: Child) -> None:
-        """Until it ends. One that the keeper cannot kill, in another pid namespace, we can: it is ours."""
-        async with trio.open_nursery() as nursery:
+        """Until it ends."""
+        async with open_background() as nursery:
+            nursery.start_soon(self._kill_if_hung, mount, child)
+            await child.wait_end()
 
-            async def wait() -> None:
-                await child.wait_end()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(wait)
-            while True:
-                await trio.sleep(_LOOK_S)
-                with suppress(TransportError, ConfigError):
-                    answer = await trio.to_thread.run_sync(ask, mount.keeper_socket, "who", _LOOK_S)
-                    values, _ = parse_facts(answer.removeprefix("keeper "))
-                    if values.get("state") == "killed":
-                        child.kill()
+    async def _kill_if_hung(self, mount: _Mount, child: Child) -> None:
+        """One that the keeper cannot kill, in another pid namespace, we can: it is ours. While it is starting, the keeper
+        may mean the one before it, of which an earlier service takes care at once.
+        """
+        seen = 0
+        while True:
+            await trio.sleep(_LOOK_S)
+            with suppress(TransportError, ConfigError):
+                answer = await trio.to_thread.run_sync(ask, mount.keeper_socket, "who", _LOOK_S)
+                values, _ = parse_facts(answer.removeprefix("keeper "))
+                seen = seen + 1 if values.get("state") == "killed" else 0
+                if seen >= (1 if mount.state == "serving" else 2):
+                    child.kill()
 
     def _clear(self, mountpoint: str) -> None:
         """Take a dead mount away, of which the keeper may not see the mountpoint: it may be in another namespace."""

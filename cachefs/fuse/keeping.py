@@ -91,6 +91,8 @@ class KeeperLink:
         self._link = _as_trio(link)
         self._keeper: subprocess.Popen[bytes] | None = None
         self._is_mounted = self.fuse_fd >= 0
+        self._one_at_a_time = trio.CapacityLimiter(1)
+        """Not one of the threads that wait for reads."""
 
     @property
     def has_server(self) -> bool:
@@ -216,12 +218,13 @@ class KeeperLink:
 
     async def _find_home(self) -> bool:
         """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
-        be started again.
+        be started again, or hang.
         """
         give_up_at = trio.current_time() + _HOME_S
         while True:
             try:
-                pid = self._be_adopted()
+                ours, pid = await trio.to_thread.run_sync(self._be_adopted, limiter=self._one_at_a_time)
+                self._raw, self._link = ours, _as_trio(ours)
                 logger.info("the keeper was gone, the node has another one pid=%s", pid)
                 return True
             except OSError as error:
@@ -230,8 +233,8 @@ class KeeperLink:
                     return False
             await trio.sleep(_PAUSE_S / 4)
 
-    def _be_adopted(self) -> str:
-        """The process id of the new keeper. Inline, as that one answers at once. Raises OSError."""
+    def _be_adopted(self) -> tuple[socket.socket, str]:
+        """Our end of the link to the new keeper, and its process id. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as opened:
             opened.enter_context(theirs)
@@ -248,8 +251,7 @@ class KeeperLink:
             if not answer.startswith("ok "):
                 raise OSError(answer)
             on_failure.pop_all()
-        self._raw, self._link = ours, _as_trio(ours)
-        return answer.removeprefix("ok ")
+        return ours, answer.removeprefix("ok ")
 
     def _values_for_keeper(self) -> dict[str, str]:
         return {key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")}
