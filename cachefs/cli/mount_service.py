@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
@@ -47,6 +47,8 @@ _LONGEST_PAUSE_S = 5.0
 _LIVED_S = 30.0
 _LOOK_S = 2.0
 _ANSWER_S = 10.0
+_OF_THE_HOST = "host:"
+"""What the ids of mounts begin with that nobody asks for but this service itself."""
 _BUSY_TRIES, _BUSY_PAUSE_S = 20, 0.1
 
 
@@ -102,6 +104,8 @@ class MountService:
         self._is_replaced = is_replaced
         self._nursery = nursery
         self._mounts: dict[str, _Mount] = {}
+        self.restarts = 0
+        """Servers that were started in the place of one that ended."""
 
     @property
     def mounts(self) -> list[m.MountState]:
@@ -131,18 +135,30 @@ class MountService:
     def degraded(self) -> list[str]:
         return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
 
-    async def have(self, request: m.EnsureMount) -> None:
-        """Ask ourselves, until it is there. One that was mounted there with something else is not changed."""
-        pause_s = 1.0
+    def have(self, host_mounts: Mapping[str, str]) -> None:
+        """Ask ourselves for these, a directory of the namespace for each mountpoint, and no others any more."""
+        earlier = {each.mountpoint for each in self.mounts if each.id.startswith(_OF_THE_HOST)}
+        for mountpoint in {*host_mounts, *earlier}:
+            self._nursery.start_soon(self._have, mountpoint, host_mounts.get(mountpoint))
+
+    async def _have(self, mountpoint: str, path: str | None) -> None:
+        """Until it is so. `path`: None for one that is not wanted any more."""
+        pause_s, told = 1.0, ""
         while not self._is_replaced():
+            mount = self._mounts.get(mountpoint)
             try:
-                await self._ensure(request)
+                if mount is not None and mount.record.id.startswith(_OF_THE_HOST) and mount.record.path != path:
+                    await self._remove(mountpoint)
+                if path is not None:
+                    await self._ensure(m.EnsureMount(_OF_THE_HOST + mountpoint, mountpoint, path))
                 return
             except (ConfigError, ExistsError) as error:
-                logger.error("not mounted mountpoint=%s error=%s", request.mountpoint, error)
+                logger.error("not mounted mountpoint=%s error=%s", mountpoint, error)
                 return
             except CachefsError as error:
-                logger.warning("not mounted yet mountpoint=%s error=%s", request.mountpoint, error)
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("not as it is to be yet mountpoint=%s error=%s", mountpoint, told)
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
@@ -182,16 +198,18 @@ class MountService:
             return mount.told()
 
     async def remove(self, request: m.RemoveMount, session: Session) -> Done:
-        mountpoint = _checked("mountpoint", request.mountpoint)
+        await self._remove(_checked("mountpoint", request.mountpoint))
+        return Done()
+
+    async def _remove(self, mountpoint: str) -> None:
         mount = self._mounts.get(mountpoint)
         if mount is None:
-            return Done()
+            return
         async with mount.lock:
             if self._mounts.get(mountpoint) is mount:
                 await self._unmount(mount)
                 with trio.CancelScope(shield=True):
                     await self._give_up(mount)
-        return Done()
 
     def _prepare(self, record: MountRecord) -> None:
         """Raises ExistsError when somebody else mounted something there, NamespaceError."""
@@ -312,6 +330,7 @@ class MountService:
                         return
                     in_a_row = in_a_row + 1 if trio.current_time() < began + _LIVED_S else 1
                     mount.restarts += 1
+                    self.restarts += 1
                     mount.become("starting", why)
                     if not self._is_replaced():
                         message = "a server ended, another is started mountpoint=%s count=%d reason=%s"
@@ -348,8 +367,8 @@ class MountService:
             await child.wait_end()
 
     async def _kill_if_hung(self, mount: _Mount, child: Child) -> None:
-        """One that the keeper cannot kill, in another pid namespace, we can: it is ours. While it is starting, the keeper
-        may mean the one before it, of which an earlier service takes care at once.
+        """One that the keeper cannot kill, in another pid namespace, we can: it is ours. While it is starting, the
+        keeper may mean the one before it, of which an earlier service takes care at once.
         """
         seen = 0
         while True:

@@ -34,6 +34,8 @@ _PAUSE_S = 1.0
 _HOME_S = 30.0
 """How long a server waits for the process that has the keepers of its node, before it starts a keeper itself."""
 _ADOPTION_S = 5.0
+_LEAVING_S = 15.0
+"""The same for a server that is told to end: less than whoever told it waits."""
 
 
 class MountFacts(msgspec.Struct, frozen=True):
@@ -205,7 +207,7 @@ class KeeperLink:
             # The second one that dies: not in a hurry.
             await trio.sleep(_PAUSE_S)
             self._keeper.poll()
-        if "home" not in self.values or not await self._find_home():
+        if not await self._find_home(_HOME_S):
             while True:
                 try:
                     self._begin_keeper()
@@ -216,11 +218,34 @@ class KeeperLink:
         if self._phase is not None:
             self._send(self._phase)
 
-    async def _find_home(self) -> bool:
+    async def leave(self) -> None:
+        """Before a server ends that leaves the mount to the next: somebody has to hold it meanwhile. It takes a while
+        if the keeper is gone as well.
+        """
+        if self._phase != "ready" or self._is_done or not (self.connects and self._is_mounted and self._is_alone()):
+            return
+        logger.info("the keeper is gone, and this server is to end: it waits until another one holds the mount")
+        if not await self._find_home(_LEAVING_S):
+            with suppress(OSError):
+                self._begin_keeper()
+
+    def _is_alone(self) -> bool:
+        try:
+            while self._raw.recv(_MESSAGE):
+                pass  # it told us something before
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    async def _find_home(self, limit_s: float) -> bool:
         """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
         be started again, or hang.
         """
-        give_up_at = trio.current_time() + _HOME_S
+        if "home" not in self.values:
+            return False
+        give_up_at = trio.current_time() + limit_s
         while True:
             try:
                 ours, pid = await trio.to_thread.run_sync(self._be_adopted, limiter=self._one_at_a_time)

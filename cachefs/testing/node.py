@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from cachefs.fuse import FS_TYPE, MountError, NodeMounts, abort, find_mount, open_node_mounts, unmount
+from cachefs.fuse.keeping import ask
 from cachefs.model import CachefsError
 from cachefs.testing.survivors import pid_of
 from cachefs.wire.mounts import MountState
@@ -116,6 +117,10 @@ class Node:
 
     def is_serving(self, mountpoint: Path) -> bool:
         return self.states()[str(mountpoint)].state == "serving"
+
+    def kept(self) -> list[str]:
+        """The mountpoints of the keepers that the process for them has started."""
+        return ask(str(self.keeper_socket), "who").split("\0")[1::2]
 
     def kill_keepers(self) -> None:
         """As a container is killed: the process that has them, and all of them."""
