@@ -1,6 +1,7 @@
 """Makes the Python of `proto/csi.proto` anew: python -m cachefs_csi.generate [DIRECTORY]. Needs grpcio-tools.
 
-What it makes is committed, so that neither a build nor an installation needs a compiler of protocols.
+What it makes is committed, so that neither a build nor an installation needs a compiler of protocols. The calls need no
+code that is made: `calls` reads them in the descriptors.
 """
 
 from __future__ import annotations
@@ -11,22 +12,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 PROTO = PACKAGE.parent / "proto"
-MADE = ("csi_pb2.py", "csi_pb2.pyi", "csi_pb2_grpc.py")
 
 
 def generate(directory: Path) -> None:
-    """Write the files `MADE` into it. Raises RuntimeError when the compiler finds a mistake, which it has told."""
+    """Write csi_pb2.py and csi_pb2.pyi into it. Raises RuntimeError for a mistake, which the compiler has told."""
     # Here, because only who changes the protocol has it.
     from grpc_tools import protoc
 
     well_known = files("grpc_tools") / "_proto"
-    arguments = [f"-I{PROTO}", f"-I{well_known}", *(f"--{kind}_out={directory}" for kind in ("python", "pyi"))]
-    status = protoc.main(["protoc", *arguments, f"--grpc_python_out={directory}", str(PROTO / "csi.proto")])
+    made = [f"--{kind}_out={directory}" for kind in ("python", "pyi")]
+    status = protoc.main(["protoc", f"-I{PROTO}", f"-I{well_known}", *made, str(PROTO / "csi.proto")])
     if status != 0:
         raise RuntimeError(f"the protocol was not compiled (status {status})")
-    calls = directory / "csi_pb2_grpc.py"
-    # It would look for its neighbour among the top-level modules.
-    calls.write_text(calls.read_text().replace("\nimport csi_pb2 as ", "\nfrom cachefs_csi import csi_pb2 as "))
 
 
 if __name__ == "__main__":
