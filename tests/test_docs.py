@@ -1,4 +1,4 @@
-"""The documents say what is so: every promise of semantics.md names tests that exist."""
+"""The documents say what is so: every promise of semantics.md, and every line on what fails, names tests that exist."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ DOCS = TESTS.parent / "docs"
 SEMANTICS = DOCS / "semantics.md"
 
 
+def failures() -> str:
+    """The part of operations.md with what fails."""
+    return (DOCS / "operations.md").read_text().partition("## What fails, ")[2].partition("\n## ")[0]
+
+
 def test_every_promise_names_its_test() -> None:
-    for line in SEMANTICS.read_text().splitlines():
-        if not line.startswith("|") or line.startswith(("|---", "| promise |")):
+    lines = [*SEMANTICS.read_text().splitlines(), *failures().splitlines()]
+    assert len(failures().splitlines()) > 25
+    for line in lines:
+        if not line.startswith("|") or line.startswith(("|---", "| promise |", "| what fails |")):
             continue
         _, named = line.strip("| ").rsplit(" | ", 1)
         names = re.findall(r"`([^`]+)`", named)
@@ -32,6 +39,13 @@ def test_every_promise_names_its_test() -> None:
             text = where.read_text()
             for part in parts:
                 assert re.search(rf"^\s*(async def|def|class) {part}\b", text, re.MULTILINE), f"{name}: {line}"
+
+
+def test_links_within_the_operations_lead_somewhere() -> None:
+    text = (DOCS / "operations.md").read_text()
+    titles = re.findall(r"^##+ (.+)$", text, re.MULTILINE)
+    known = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= known
 
 
 def test_the_reference_is_that_of_the_commands() -> None:

@@ -31,15 +31,18 @@ def run_with_client(
     *,
     with_worker: bool = False,
     admin: bool = False,
+    patience_s: float = FIRST_CONTACT_S,
 ) -> None:
-    """Raises CachefsError. `with_worker`: that of this node too. `admin`: `run` asks what only an admin may."""
+    """Raises CachefsError. `with_worker`: that of this node too. `admin`: `run` asks what only an admin may.
+    `patience_s`: how long a master that is away is waited for.
+    """
     chosen = address or parse_address(the_running_one().master)
     # Those of `cachefs up` are without, whatever is set for others.
     security = security_to_ask(chosen, admin=admin) if address is not None else None
     config = ClientConfig(
         chosen,
-        patience_s=FIRST_CONTACT_S,
-        first_contact_s=FIRST_CONTACT_S,
+        patience_s=patience_s,
+        first_contact_s=patience_s,
         with_worker=with_worker,
         security=security,
     )

@@ -9,15 +9,18 @@ from typing import Any
 
 import click
 import msgspec
+import trio
 
 from cachefs.cli import params
 from cachefs.cli.connect import FIRST_CONTACT_S, master_option, run_with_client
+from cachefs.cli.instances import the_running_one
 from cachefs.cli.quota import COLUMNS as QUOTA_COLUMNS
 from cachefs.cli.quota import facts_of as quota_facts
 from cachefs.cli.quota import rows_of as quota_rows
 from cachefs.cli.tables import print_tables, table_of
+from cachefs.cli.troubles import Trouble, troubles_of, worker_troubles
 from cachefs.client import Client
-from cachefs.model import Attr, Entry, TransportError, format_size
+from cachefs.model import Attr, Entry, HandshakeError, TransportError, format_size
 from cachefs.net import Address, Hello, Security, UnixAddress, open_peer, parse_address
 from cachefs.wire.messages import GetWorkerStatus, MasterStatus, WorkerInfo, WorkerStatus
 from cachefs.wire.quotas import ListQuotas
@@ -104,9 +107,20 @@ def _time(mtime_ns: int) -> str:
 
 @click.command()
 @master_option
+@click.option(
+    "--worker-socket",
+    metavar="PATH",
+    help="Of a worker on this machine, which is asked when the master does not answer. Default: that of the `cachefs "
+    "up` on this machine.",
+)
 @params.json_option
-def report(master_address: Address | None, as_json: bool) -> None:
-    """Show the cluster: under-stores, workers, how full the caches are, and what they did."""
+def report(master_address: Address | None, worker_socket: str | None, as_json: bool) -> None:
+    """Show the cluster: under-stores, workers, how full the caches are, what they did, and what does not work.
+
+    When the master does not answer, what a worker of this machine can tell, and the status is 1.
+    """
+    if master_address is None:
+        worker_socket = worker_socket or the_running_one().worker_socket
 
     async def run(client: Client) -> None:
         status = await client.master_status()
@@ -115,7 +129,9 @@ def report(master_address: Address | None, as_json: bool) -> None:
         workers = [(info, await _worker_status(info, client.security)) for info in status.workers]
         if as_json:
             facts = _report_json(status, workers)
-            print(json.dumps({**facts, "pins": pins, "quotas": [quota_facts(each) for each in quotas]}))
+            troubles = [each.facts() for each in troubles_of(status, workers)]
+            facts |= {"pins": pins, "quotas": [quota_facts(each) for each in quotas], "troubles": troubles}
+            print(json.dumps(facts))
         else:
             _print_report(status, workers)
             if pins:
@@ -123,23 +139,58 @@ def report(master_address: Address | None, as_json: bool) -> None:
             if quotas:
                 print_tables(table_of(QUOTA_COLUMNS, quota_rows(quotas), "quotas"))
 
-    run_with_client(master_address, run)
+    try:
+        run_with_client(master_address, run, patience_s=0.0)
+    except HandshakeError:
+        raise
+    except TransportError as error:
+        _report_without_master(error, worker_socket, as_json)
+        raise SystemExit(1) from error
+
+
+def _report_without_master(error: TransportError, worker_socket: str | None, as_json: bool) -> None:
+    """What can be told without it."""
+
+    async def ask(socket: str) -> WorkerStatus | None:
+        return await _status_at([UnixAddress(socket)], None)
+
+    details = trio.run(ask, worker_socket) if worker_socket is not None else None
+    troubles = [Trouble("master", "", "does not answer", 0.0, str(error))]
+    if worker_socket is not None:
+        troubles += worker_troubles(details.name if details is not None else worker_socket, details)
+    if as_json:
+        workers = [{"name": details.name, "status": msgspec.to_builtins(details)}] if details is not None else []
+        print(json.dumps({"mounts": None, "workers": workers, "troubles": [each.facts() for each in troubles]}))
+        return
+    if details is not None:
+        print_tables(table_of(_WORKER_COLUMNS, _tier_rows(details.name, "", "", details), "workers"))
+        print(_opens(details.name, details))
+    for each in troubles:
+        print(each)
+    if worker_socket is None:
+        print("a worker of this machine can be asked with --worker-socket")
 
 
 async def _worker_status(info: WorkerInfo, security: Security | None) -> WorkerStatus | None:
     """None: it does not answer."""
     if not info.connected:
         return None
-    hello = Hello(role="client")
     addresses: list[Address] = [UnixAddress(info.socket)]
     address = parse_address(info.address)
     if getattr(address, "port", 0):
         addresses.append(address)
+    return await _status_at(addresses, security)
+
+
+async def _status_at(addresses: list[Address], security: Security | None) -> WorkerStatus | None:
+    """Of the first that answers."""
+    hello = Hello(role="client")
     for each in addresses:
         try:
-            async with open_peer(each, hello, timeout_s=FIRST_CONTACT_S, security=security) as peer:
-                return (await peer.call(GetWorkerStatus())).message
-        except TransportError:
+            with trio.fail_after(FIRST_CONTACT_S):
+                async with open_peer(each, hello, timeout_s=FIRST_CONTACT_S, security=security) as peer:
+                    return (await peer.call(GetWorkerStatus())).message
+        except (TransportError, trio.TooSlowError):
             continue
     return None
 
@@ -166,36 +217,46 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
         if details is None:
             rows.append((info.name, info.state, _labels(info), "does not answer" if info.connected else "away"))
             continue
-        counters = details.counters
-        for tier in details.tiers:
-            rows.append(
-                (
-                    info.name,
-                    info.state,
-                    _labels(info),
-                    f"{tier.kind}:{tier.path}",
-                    tier.state,
-                    format_size(tier.used_bytes + tier.reserved_bytes),
-                    format_size(tier.pinned_bytes),
-                    format_size(tier.capacity_bytes),
-                    str(tier.blocks),
-                    str(tier.evictions),
-                    f"{format_size(counters.under_store_bytes)} in {counters.under_store_reads} reads",
-                    str(counters.not_admitted),
-                    str(counters.corrupt),
-                )
-            )
-        opens.append(
-            f"opens by the mounts of {info.name}:"
-            f" {details.opens.passthrough} by passthrough, {details.opens.cached} in cached mode"
-        )
-    of_workers = (
-        *("worker", "state", "labels", "tier", "disk", "used", "pinned", "capacity", "blocks", "evicted"),
-        *("from under-store", "not admitted", "corrupt"),
-    )
-    print_tables(table_of(columns, mounts, "mounts"), table_of(of_workers, rows, "workers"))
+        rows += _tier_rows(info.name, info.state, _labels(info), details)
+        opens.append(_opens(info.name, details))
+    print_tables(table_of(columns, mounts, "mounts"), table_of(_WORKER_COLUMNS, rows, "workers"))
     for line in opens:
         print(line)
+    for trouble in troubles_of(status, workers):
+        print(trouble)
+
+
+_WORKER_COLUMNS = (
+    *("worker", "state", "labels", "tier", "disk", "used", "pinned", "capacity", "blocks", "evicted"),
+    *("from under-store", "not admitted", "corrupt"),
+)
+
+
+def _tier_rows(name: str, state: str, labels: str, details: WorkerStatus) -> list[tuple[str, ...]]:
+    counters = details.counters
+    return [
+        (
+            name,
+            state,
+            labels,
+            f"{tier.kind}:{tier.path}",
+            tier.state,
+            format_size(tier.used_bytes + tier.reserved_bytes),
+            format_size(tier.pinned_bytes),
+            format_size(tier.capacity_bytes),
+            str(tier.blocks),
+            str(tier.evictions),
+            f"{format_size(counters.under_store_bytes)} in {counters.under_store_reads} reads",
+            str(counters.not_admitted),
+            str(counters.corrupt),
+        )
+        for tier in details.tiers
+    ]
+
+
+def _opens(name: str, details: WorkerStatus) -> str:
+    opens = details.opens
+    return f"opens by the mounts of {name}: {opens.passthrough} by passthrough, {opens.cached} in cached mode"
 
 
 def _labels(info: WorkerInfo) -> str:

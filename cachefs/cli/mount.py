@@ -18,7 +18,15 @@ import trio
 from cachefs.cli import params
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option, tcp_address
 from cachefs.cli.instances import runtime_root
-from cachefs.cli.lifecycle import ENDED_WELL, Report, keep_tables_apart, leaves, run_service, set_up_logging
+from cachefs.cli.lifecycle import (
+    ENDED_WELL,
+    LEAST_OPEN_FILES,
+    Report,
+    keep_tables_apart,
+    leaves,
+    run_service,
+    set_up_logging,
+)
 from cachefs.cli.monitoring import Shown, http_option, monitored, shown_later
 from cachefs.cli.mount_options import as_arguments, by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.security import security_arguments, security_of, security_options
@@ -252,7 +260,10 @@ def _run(config: MountConfig, values: Mapping[str, Any], keeper: KeeperLink | No
             raise by_flag(error) from group
 
     keep_tables_apart()
-    run_service("mount", service, values["supervised_fd"], as_json=values["as_json"])
+    # Each request that is carried out may have a descriptor on its way, in the half that is not for those that stay:
+    # see `PassedFiles`.
+    least = LEAST_OPEN_FILES + 2 * config.session.max_tasks
+    run_service("mount", service, values["supervised_fd"], as_json=values["as_json"], least_open_files=least)
 
 
 @asynccontextmanager

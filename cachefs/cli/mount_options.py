@@ -26,6 +26,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 """Other defaults, by the parameters of `mount_options`. What is asked for by name goes before them."""
 
+MAX_PATIENCE_S = 3600.0
+
 _OPTIONS = (
     click.option("--path", default="/", show_default=True, help="Directory of the namespace to mount."),
     click.option(
@@ -133,6 +135,14 @@ _OPTIONS = (
         show_default=True,
         help="A server of the mount that gives no sign of life for so long is killed, and another goes on; 2s to 10m.",
     ),
+    click.option(
+        "--patience",
+        type=params.DURATION,
+        default="30s",
+        show_default=True,
+        help="How long what is not remembered or cached waits for a master or worker that is away, before its reader "
+        "gets an error (ETIMEDOUT); 0 to 1h.",
+    ),
     click.option("--allow-nonempty", is_flag=True, help="Mount over a directory that has entries."),
     click.option(
         "--ignore-kernel-feature",
@@ -148,6 +158,50 @@ def mount_options(function: params.F) -> params.F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+OF_A_VOLUME = (
+    *("profile", "open_mode", "open_wait", "max_read", "read_ahead", "attr_timeout", "entry_timeout"),
+    *("negative_timeout", "metadata_cache_entries", "uid", "gid", "umask", "xattr", "patience"),
+)
+"""What whoever asks a node's mount service for a mount may choose. The rest is the node's affair."""
+
+
+def options_named(names: Iterable[str] | None = None) -> list[click.Option]:
+    """Those of `mount_options`, in their order; all of them."""
+
+    def nothing() -> None:
+        pass
+
+    found: list[click.Option] = list(reversed(mount_options(nothing).__click_params__))  # type: ignore[attr-defined]
+    return [option for option in found if names is None or option.name in names]
+
+
+def arguments_of(options: Mapping[str, str]) -> list[str]:
+    """Options of a volume, by the names of flags without dashes in front, as arguments of `cachefs mount`.
+
+    Raises ConfigError, naming the option, for one that a volume does not have or a value that will not do.
+    """
+    known = {key_of(option): option for option in options_named(OF_A_VOLUME)}
+    arguments = []
+    for name, value in options.items():
+        option = known.get(name)
+        if option is None:
+            raise ConfigError(name, value, f"one of {', '.join(known)}")
+        if option.is_flag:
+            if value not in ("", "true", "false"):
+                raise ConfigError(name, value, "true or false")
+            arguments += [f"--{name}"] if value != "false" else []
+            continue
+        argument = f"--{name}={value}"
+        try:
+            click.Command("volume", params=[option]).make_context("volume", [argument])
+        except click.UsageError as error:
+            raise ConfigError(name, value, error.format_message()) from error
+        arguments.append(argument)
+    flags = click.Command("volume", params=[*options_named()]).make_context("volume", list(arguments)).params
+    mount_config("/", TcpAddress("127.0.0.1", 0), None, flags, check_machine=False)
+    return arguments
 
 
 def with_profile(ctx: click.Context, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +230,8 @@ def mount_config(
         raise ConfigError("--read-ahead", write_size(read_ahead), accepted)
     if not 2 <= flags["hung_after"] <= 600:
         raise ConfigError("--hung-after", format_duration(flags["hung_after"]), "2s to 10m")
+    if not 0 <= flags["patience"] <= MAX_PATIENCE_S:
+        raise ConfigError("--patience", format_duration(flags["patience"]), "0 to 1h")
     ignored = 0
     for name in flags["ignore_kernel_feature"]:
         ignored |= InitFlag[name.upper().replace("-", "_")]
@@ -187,6 +243,7 @@ def mount_config(
                 worker_socket,
                 metadata_cache_entries=flags["metadata_cache_entries"],
                 timeouts=Timeouts(flags["attr_timeout"], flags["entry_timeout"], flags["negative_timeout"]),
+                patience_s=flags["patience"],
                 promote=promote,  # type: ignore[arg-type]
             ),
             source=f"cachefs:{flags['path']}",
@@ -254,7 +311,7 @@ def as_arguments(flags: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         elif name == "umask":
             arguments += [option, f"{value:o}"]
-        elif name in ("hung_after", "attr_timeout", "entry_timeout", "negative_timeout"):
+        elif name in ("hung_after", "patience", "attr_timeout", "entry_timeout", "negative_timeout"):
             arguments += [option, format_duration(value)]
         elif isinstance(value, tuple):
             for each in value:

@@ -13,7 +13,8 @@ import trio
 
 from cachefs.cli import params
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option, tcp_address
-from cachefs.cli.lifecycle import Report, run_service, set_up_logging
+from cachefs.cli.lifecycle import LEAST_OPEN_FILES, Report, run_service, set_up_logging
+from cachefs.cli.memory_limit import check_memory_tiers, memory_limit
 from cachefs.cli.monitoring import http_option, monitored
 from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
@@ -161,7 +162,18 @@ def worker(
         promote=Promote(promote),
         files_ahead=files_ahead,
     )
-    run_service("worker", partial(_run_and_report, "worker", run_worker, config, http), supervised_fd, as_json=as_json)
+
+    async def service(report: Report) -> None:
+        check_memory_tiers(config.tiers, memory_limit())
+        await _run_and_report("worker", run_worker, config, http, report)
+
+    run_service("worker", service, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
+
+
+def _least_open_files(config: WorkerConfig) -> int:
+    """Each that is fetched has three, and each that is given to others has one and a connection."""
+    fetched = config.demand_slots + config.background_slots + config.load_slots + config.ahead_slots
+    return LEAST_OPEN_FILES + 4 * (fetched + config.peer_slots)
 
 
 async def _run_and_report(role: str, run: Any, config: Any, http: Address | None, report: Report) -> None:

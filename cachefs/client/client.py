@@ -13,7 +13,9 @@ import trio
 from cachefs.client.config import ClientConfig
 from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
+from cachefs.client.reach import MasterReach
 from cachefs.client.view import View
 from cachefs.client.workers import Workers
 from cachefs.model import (
@@ -81,6 +83,7 @@ class Client:
         config: ClientConfig,
         cluster: ClusterInfo,
         master: Pool,
+        reach: MasterReach,
         workers: Workers,
         sealed: SealedReader,
         nursery: trio.Nursery,
@@ -94,9 +97,13 @@ class Client:
         self._config = config
         self._master = master
         """For what has no inode numbers: its hello names no namespace."""
+        self.reach = reach
+        """Whether the master answers."""
+        reach.on_back = self._on_master_back
         self.workers = workers
         """Which of them is read through."""
         self._sealed = sealed
+        self._passed = PassedFiles()
         self._nursery = nursery
         self._opened: set[BlockId] = set()
         self._many_opened = trio.Event()
@@ -124,6 +131,7 @@ class Client:
             sync_interval_s=cluster.sync_interval_s,
             metadata_cache_entries=self._config.metadata_cache_entries,
             timeouts=self._config.timeouts,
+            reach=self.reach,
             patience_s=self._config.patience_s,
             on_foreign=on_foreign,
             nursery=self._nursery,
@@ -139,6 +147,7 @@ class Client:
             self.workers,
             connect,
             self._sealed,
+            self._passed,
             promote=self._config.promote,
             patience_s=self._config.patience_s,
             is_current=self._is_current,
@@ -154,7 +163,7 @@ class Client:
             if self.view is not view:
                 return False
             try:
-                cluster = (await patiently(lambda: self._master.call(GetCluster()), self._config.patience_s)).message
+                cluster = await self.ask(GetCluster())
             except TransportError:
                 return True
             if cluster.namespace_id == view.cluster.namespace_id:
@@ -222,6 +231,11 @@ class Client:
         finally:
             reader.close()
 
+    def _on_master_back(self) -> None:
+        # Of what was told past its time, nobody may be sure any longer that there is nobody to ask.
+        self.view.metadata.distrust()
+        self.on_everything()
+
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hear from the master what changes, and forget it. Runs until cancelled; started once it is told the first
         time, or cannot be.
@@ -258,6 +272,7 @@ class Client:
                 await self._is_current(view)
             except TransportError as error:
                 logger.debug("changes not heard of error=%s", error)
+                self.reach.doubt()
             except CachefsError as error:
                 logger.log(logging.DEBUG if started else logging.INFO, "the master tells no changes error=%s", error)
                 pause_s = _WATCH_REFUSED_PAUSE_S
@@ -282,7 +297,7 @@ class Client:
     async def holders(self, attr: Attr, block_index: int) -> list[str]:
         """Names of the workers that said they hold a block of this content. Raises TransportError."""
         request = Locate(attr.key, block_index)
-        return (await patiently(lambda: self._master.call(request), self._config.patience_s)).message.workers
+        return (await self.ask(request)).workers
 
     async def ask_master(self) -> None:
         """Returns when it has answered. Raises TransportError at once when it cannot be reached."""
@@ -290,7 +305,7 @@ class Client:
 
     async def master_status(self) -> MasterStatus:
         """Raises TransportError."""
-        return (await patiently(lambda: self._master.call(GetMasterStatus()), self._config.patience_s)).message
+        return await self.ask(GetMasterStatus())
 
     async def add_store(self, path: str, url: str, options: dict[str, str]) -> MountInfo:
         """Have the master attach one more under-store.
@@ -337,7 +352,7 @@ class Client:
 
     async def ask(self, request: Request[R]) -> R:
         """Ask the master something that may be asked twice. Raises what it raises, and TransportError."""
-        return (await patiently(lambda: self._master.call(request), self._config.patience_s)).message
+        return (await self.reach.ask(lambda: self._master.call(request), self._config.patience_s)).message
 
     async def start_job(self, spec: JobSpec, *, dry_run: bool = False) -> JobInfo:
         """Have the master begin a job, or only tell what it would do. Raises as `StartJob`, and TransportError."""
@@ -402,9 +417,11 @@ async def open_client(config: ClientConfig, earlier: Earlier | None = None) -> A
         master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         cluster = (await patiently(lambda: master.call(GetCluster()), config.first_contact_s)).message
         sealed = SealedReader([])
-        workers = Workers(config, master, sealed)
+        reach = _reach(config, master)
+        workers = Workers(config, master, reach, sealed)
+        nursery.start_soon(reach.follow)
         await workers.begin()
-        client = Client(config, cluster, master, workers, sealed, nursery)
+        client = Client(config, cluster, master, reach, workers, sealed, nursery)
         nursery.start_soon(client.report_opens)
         if config.with_worker:
             nursery.start_soon(workers.follow)
@@ -417,19 +434,25 @@ async def _open_again(config: ClientConfig, earlier: Earlier) -> AsyncGenerator[
     async with open_background() as nursery:
         master = Pool(config.master, Hello(role="client"), _CONNECT_TIMEOUT_S, nursery, config.security)
         sealed = SealedReader(earlier.tiers)
-        workers = Workers(config, master, sealed)
+        reach = _reach(config, master)
+        workers = Workers(config, master, reach, sealed)
+        nursery.start_soon(reach.follow)
         try:
             with trio.move_on_after(_BEGIN_AGAIN_S):
                 await workers.begin_again()
         except CachefsError as error:
             logger.warning("no worker yet error=%s", error)
-        client = Client(config, earlier.cluster, master, workers, sealed, nursery, earlier.epoch)
+        client = Client(config, earlier.cluster, master, reach, workers, sealed, nursery, earlier.epoch)
         client.metadata.told_by_others = True
         nursery.start_soon(client.report_opens)
         if config.with_worker:
             nursery.start_soon(workers.follow)
         nursery.start_soon(client.watch)
         yield client
+
+
+def _reach(config: ClientConfig, master: Pool) -> MasterReach:
+    return MasterReach(lambda: master.call(GetCluster()), config.patience_s)
 
 
 def _ignore_names(view: View, names: list[ChangedName]) -> None:

@@ -28,6 +28,10 @@ class DirReader:
         self._follow = ExitStack()
         self._following: Following | None = None
         self._since = 0.0
+        self._names = 0
+        """Got since the stream began."""
+        self._is_news = True
+        """Whether they came from the master."""
         self._began = NO_INO
         self._entries: deque[Entry] = deque()
         """What follows `_position`."""
@@ -64,15 +68,17 @@ class DirReader:
                     self._start()
                 assert self._chunks is not None
                 try:
-                    self._entries.extend(await self._chunks.receive())
+                    entries = await self._chunks.receive()
+                    self._entries.extend(entries)
+                    self._names += len(entries)
                 except trio.EndOfChannel:
                     self._chunks = None
                     if self._error is not None:
                         error, self._error = self._error, None
                         raise error from None
                     self._at_end = True
-                    if self._began == NO_INO and self._following is not None:
-                        self._metadata.told_whole(self.ino, self._following, self._since)
+                    if self._is_news and self._began == NO_INO and self._following is not None:
+                        self._metadata.told_whole(self.ino, self._following, self._since, self._names)
             return [self._entries[index] for index in range(min(limit, len(self._entries)))]
 
     def is_outdated(self, name: str) -> bool:
@@ -93,22 +99,34 @@ class DirReader:
         self._following = self._follow.enter_context(self._metadata.follow(self.ino))
         self._since = trio.current_time()
         self._began = self._position
+        self._names = 0
+        self._is_news = True
         self._nursery.start_soon(self._stream, send, self._scope, self._position)
 
     async def _stream(self, send: trio.MemorySendChannel[list[Entry]], scope: trio.CancelScope, after: Ino) -> None:
-        patience_s = self._metadata.patience_s
+        metadata = self._metadata
+        patience_s = metadata.patience_s
         give_up = trio.current_time() + patience_s
         with scope, send:
             while True:
+                known = metadata.stale_listing(self.ino, after)
+                if known is not None:
+                    if self._scope is scope:
+                        self._is_news = False
+                    for entries in known:
+                        await send.send(entries)
+                    return
                 try:
-                    async with self._metadata.list_dir(self.ino, after, self._following) as chunks:
-                        async for entries in chunks:
-                            await send.send(entries)
-                            after = entries[-1].attr.ino
-                            give_up = trio.current_time() + patience_s
+                    with metadata.reach.waiting(0.0 if metadata.was_told_whole(self.ino) else patience_s):
+                        async with metadata.list_dir(self.ino, after, self._following) as chunks:
+                            async for entries in chunks:
+                                await send.send(entries)
+                                after = entries[-1].attr.ino
+                                give_up = trio.current_time() + patience_s
                     return
                 except TransportError as error:
                     # The master restarts: what was read is a place to go on from.
+                    metadata.reach.doubt()
                     if trio.current_time() >= give_up:
                         self._fail(scope, error)
                         return

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from cachefs.client.passed import PassedFile, PassedFiles
 from cachefs.model import Attr, BlockSlice, Geometry, MiB, RemoteProtocolError
 from cachefs.net import Answer
 from cachefs.wire.messages import Fetch, FetchReply, PromoteMode
@@ -30,9 +31,14 @@ class _BlockView:
 
     def __init__(self) -> None:
         self.serial = 0
-        self.fd = -1
+        self.file: PassedFile | None = None
         self.present: set[int] = set()
         """Pages. They never become absent again as long as the descriptor is the same."""
+
+    def forget(self) -> None:
+        """Nothing is known to be readable. The file is somebody else's to close, or closed."""
+        self.file, self.serial = None, 0
+        self.present.clear()
 
 
 class ContentReader:
@@ -49,15 +55,15 @@ class ContentReader:
         geometry: Geometry,
         fetch: Callable[[Fetch], Awaitable[Answer[FetchReply]]],
         promote: PromoteMode | None = None,
+        files: PassedFiles | None = None,
     ) -> None:
-        """`promote`: other than what the worker was told."""
+        """`promote`: other than what the worker was told. `files`: shared by the readers of a process."""
         self.attr = attr
         self._geometry = geometry
         self._fetch = fetch
         self._promote = promote
         self._views: dict[int, _BlockView] = {}
-        self._retired: list[int] = []
-        """Descriptors that were replaced; a read in a thread may still use them."""
+        self._files = files if files is not None else PassedFiles()
 
     def read_nowait(self, offset: int, size: int) -> Data:
         """The bytes, `size` of them or up to the end of the content, if that needs neither the worker nor the disk.
@@ -69,9 +75,10 @@ class ContentReader:
             return b""
         piece = slices[0]
         view = self._views.get(piece.block_index)
-        if len(slices) > 1 or view is None or not self._covers(view, piece):
+        if len(slices) > 1 or view is None or view.file is None or not self._covers(view, piece):
             raise trio.WouldBlock
-        return read_exactly_nowait(view.fd, piece.offset, piece.length)
+        self._files.touch(view.file)
+        return read_exactly_nowait(view.file.fd, piece.offset, piece.length)
 
     async def read(self, offset: int, size: int) -> Data:
         """The bytes, `size` of them or up to the end of the content; never fewer.
@@ -102,9 +109,12 @@ class ContentReader:
             self._learn(view, answer)
             if not self._covers(view, piece):
                 raise RemoteProtocolError("worker confirmed other pages than those asked for")
-        serial = view.serial
+        serial, file = view.serial, view.file
+        assert file is not None
+        self._files.touch(file)
         try:
-            return await trio.to_thread.run_sync(read_exactly, view.fd, piece.offset, piece.length)
+            with file as fd:
+                return await trio.to_thread.run_sync(read_exactly, fd, piece.offset, piece.length)
         except OSError as error:
             if error.errno not in _DISK_FAILS:
                 raise
@@ -126,9 +136,10 @@ class ContentReader:
         return payload  # type: ignore[return-value]
 
     def _forget(self, view: _BlockView) -> None:
-        self._retired.append(view.fd)
-        view.fd, view.serial = -1, 0
-        view.present.clear()
+        """What was passed is not used again."""
+        if view.file is not None:
+            self._files.drop(view.file)
+        view.forget()
 
     def _covers(self, view: _BlockView, piece: BlockSlice) -> bool:
         return view.present.issuperset(self._geometry.pages_covering(piece.offset, piece.length))
@@ -138,10 +149,8 @@ class ContentReader:
         if reply.serial != view.serial:
             if not answer.fds:
                 raise RemoteProtocolError("worker confirmed pages without a descriptor to read them through")
-            if view.fd >= 0:
-                self._retired.append(view.fd)
-            view.fd, view.serial = answer.fds[0], reply.serial
-            view.present.clear()
+            self._forget(view)
+            view.file, view.serial = self._files.add(answer.fds[0], view.forget), reply.serial
             extra = answer.fds[1:]
         else:
             extra = answer.fds
@@ -152,9 +161,8 @@ class ContentReader:
 
     def close(self) -> None:
         """Gives the descriptors back. Idempotent."""
-        for fd in (*self._retired, *(view.fd for view in self._views.values() if view.fd >= 0)):
-            os.close(fd)
-        self._retired.clear()
+        for view in self._views.values():
+            self._forget(view)
         self._views.clear()
 
 

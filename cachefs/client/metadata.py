@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import trio
 
 from cachefs.client.config import Timeouts
-from cachefs.client.patience import patiently
+from cachefs.client.reach import MasterReach
 from cachefs.client.remembered import Known, Name, Remembered
 from cachefs.model import (
     NO_INO,
@@ -45,6 +45,9 @@ _TOUCHED_DIRECTORIES = 10_000
 _WHOLE_DIRECTORIES = 10_000
 _CHANGES_FOLLOWED = 10_000
 """Names that changed in a directory while it is being listed; with more, nothing of the listing is believed."""
+_STALE_NAMES = 100_000
+"""Of a directory that is listed from memory: sorting them takes a third of a second, in which nobody is answered."""
+_STALE_CHUNK = 1000
 
 FOREVER_S = 365 * 24 * 3600.0
 """What a TTL without end is told to the kernel as."""
@@ -53,6 +56,12 @@ FOREVER_S = 365 * 24 * 3600.0
 class _Touched(NamedTuple):
     asked: int
     expires: float
+
+
+class _Whole(NamedTuple):
+    expires: float
+    generation: int
+    names: int
 
 
 class ChangedName(NamedTuple):
@@ -102,6 +111,7 @@ class Metadata:
         sync_interval_s: float,
         metadata_cache_entries: int,
         timeouts: Timeouts,
+        reach: MasterReach,
         patience_s: float,
         on_foreign: Callable[[], Awaitable[None]],
         nursery: trio.Nursery,
@@ -115,6 +125,7 @@ class Metadata:
         self.negative_ttl_s = ttl_s if timeouts.negative_s is None else timeouts.negative_s
         """The same for names that do not exist."""
         self._master = master
+        self.reach = reach
         self._metadata_cache_entries = metadata_cache_entries
         self.patience_s = patience_s
         self._remembered = Remembered(metadata_cache_entries)
@@ -135,8 +146,10 @@ class Metadata:
         self._overtaken: set[tuple[Ino, str]] = set()
         """Names that changed while the master was being asked for them."""
         self._followers: dict[Ino, set[Following]] = {}
-        self._whole: OrderedDict[Ino, tuple[float, int]] = OrderedDict()
-        """Directories that somebody was told all names of: until when, and under which generation, that is right."""
+        self._whole: OrderedDict[Ino, _Whole] = OrderedDict()
+        """Directories that somebody was told all names of."""
+        self._by_directory: dict[Ino, list[str]] | None = None
+        """All names that are remembered, while listings are made of them: as long as the master is away."""
 
     # ---- attributes ------------------------------------------------------------------------------------------------
 
@@ -181,6 +194,7 @@ class Metadata:
         except TransportError:
             if known is None:
                 raise
+            self.reach.count_stale()
             return known
         if changes == self._changes:
             return self._remember(reply.attr, superseded=reply.superseded)
@@ -217,13 +231,15 @@ class Metadata:
                 self._overtaken.discard(key)
                 found = self._remembered.name(parent, name)
                 known = self._remembered.known(found.ino) if found is not None else None
-                usable = known is not None and not known.superseded
+                is_missing = found is not None and found.ino == NO_INO
+                usable = is_missing or (known is not None and not known.superseded)
                 try:
                     reply = await self._ask(Lookup(parent, name), 0 if usable else self.patience_s)
                 except TransportError:
-                    if known is None or not usable:
+                    if not usable:
                         raise
-                    return known.attr
+                    self.reach.count_stale()
+                    return known.attr if known is not None else None
                 if generation == self._generation and key not in self._overtaken:
                     break
         finally:
@@ -308,19 +324,53 @@ class Metadata:
                 await self._on_foreign()
                 raise
 
-    def told_whole(self, directory: Ino, following: Following, since: float) -> None:
-        """Somebody was told all names of a directory, from `since` (trio's clock) on, and what they stood for."""
+    def told_whole(self, directory: Ino, following: Following, since: float, names: int) -> None:
+        """Somebody was told all `names` of a directory, from `since` (trio's clock) on, and what they stood for."""
         if not following.is_changed:
             expires = since + min(self.ttl_s, self.entry_ttl_s)
-            self._whole[directory] = expires, self._generation
+            self._whole[directory] = _Whole(expires, self._generation, names)
             self._whole.move_to_end(directory)
             if len(self._whole) > _WHOLE_DIRECTORIES:
                 self._whole.popitem(last=False)
 
     def is_still_whole(self, directory: Ino) -> bool:
-        """Whether what was last told of it is still to be believed."""
-        expires, generation = self._whole.get(directory, (-1.0, 0))
-        return generation == self._generation and self._now() < expires
+        """Whether what was last told of it is still to be believed, or there is nobody to ask."""
+        whole = self._whole.get(directory)
+        if whole is None or whole.generation != self._generation:
+            return False
+        return self._now() < whole.expires or self.reach.is_away
+
+    def was_told_whole(self, directory: Ino) -> bool:
+        """Whether anybody was, as far as is known."""
+        return directory in self._whole
+
+    def stale_listing(self, directory: Ino, after: Ino) -> Iterator[list[Entry]] | None:
+        """The entries after inode `after`, in chunks by ascending inode number, as they were when the master was last
+        there; None if it is there, or not all of the directory is remembered, or that is too large to be sorted here.
+        """
+        whole = self._whole.get(directory)
+        if whole is None or not self.reach.is_away or whole.names > _STALE_NAMES:
+            return None
+        if self._by_directory is None:
+            # Once for an outage: it takes half a second for a million names, of which none is added meanwhile.
+            self._by_directory = {}
+            for parent, name in self._remembered.existing_names():
+                self._by_directory.setdefault(parent, []).append(name)
+        names = []
+        for name in self._by_directory.get(directory, ()):
+            found = self._remembered.name(directory, name)
+            known = self._remembered.known(found.ino) if found is not None else None
+            if known is not None and not known.superseded:
+                names.append((known.attr.ino, name))
+        if len(names) != whole.names:
+            return None
+        self.reach.count_stale()
+        return self._stale_entries(sorted(each for each in names if each[0] > after))
+
+    def _stale_entries(self, names: list[tuple[Ino, str]]) -> Iterator[list[Entry]]:
+        for start in range(0, len(names), _STALE_CHUNK):
+            known = [(name, self._remembered.known(ino)) for ino, name in names[start : start + _STALE_CHUNK]]
+            yield [Entry(name, each.attr) for name, each in known if each is not None]
 
     @contextmanager
     def follow(self, directory: Ino) -> Iterator[Following]:
@@ -345,6 +395,7 @@ class Metadata:
 
     def apply(self, changes: Changes) -> list[ChangedName]:
         """Forget what changed. Returns the names that somebody may have been told by us."""
+        self._by_directory = None
         if changes.everything:
             self.distrust()
             return []
@@ -368,6 +419,7 @@ class Metadata:
 
     def distrust(self) -> None:
         """Believe nothing that is remembered without asking again; without the master it still serves."""
+        self._by_directory = None
         self._changes += 1
         self._generation += 1
         for followers in self._followers.values():
@@ -388,9 +440,11 @@ class Metadata:
         async def ask() -> R:
             return (await (await self._master_peer()).call(request)).message
 
-        self.misses += 1
+        if not self.reach.is_away:
+            self._by_directory = None
+            self.misses += 1
         try:
-            return await patiently(ask, patience_s)
+            return await self.reach.ask(ask, patience_s)
         except NamespaceChangedError:
             await self._on_foreign()
             raise

@@ -245,14 +245,18 @@ class Remembered:
         self._missing.pop(key)
         return found
 
+    def existing_names(self) -> Iterator[tuple[Ino, str]]:
+        """(directory, name) of those that exist. Nothing may be put or forgotten meanwhile."""
+        return map(_split, self._names)
+
     def names(self) -> list[tuple[Ino, str]]:
         """(directory, name) of all."""
-        return [
-            (Ino(_PARENT.unpack_from(key)[0]), key[_PARENT.size :].decode())
-            for keys in (self._names, self._missing)
-            for key in keys
-        ]
+        return [_split(key) for keys in (self._names, self._missing) for key in keys]
 
 
 def _key(parent: Ino, name: str) -> bytes:
     return _PARENT.pack(parent) + name.encode()
+
+
+def _split(key: bytes) -> tuple[Ino, str]:
+    return Ino(_PARENT.unpack_from(key)[0]), key[_PARENT.size :].decode()

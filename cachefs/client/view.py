@@ -15,9 +15,10 @@ import trio
 
 from cachefs.client.files import ContentReader
 from cachefs.client.metadata import Metadata
+from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
 from cachefs.client.workers import ChosenWorker, Workers
-from cachefs.model import Attr, BlockId, Ino, NamespaceChangedError, TransportError, UnavailableError
+from cachefs.model import Attr, BlockId, DeadlineError, Ino, NamespaceChangedError, TransportError, UnavailableError
 from cachefs.net import Address, Answer, Pool
 from cachefs.store import SealedReader
 from cachefs.wire import Request
@@ -54,6 +55,7 @@ class View:
         workers: Workers,
         connect: Callable[[Address], Pool],
         sealed: SealedReader,
+        passed: PassedFiles,
         *,
         promote: PromoteMode | None,
         patience_s: float,
@@ -68,6 +70,7 @@ class View:
         self._connect = connect
         self._pools: dict[Address, Pool] = {}
         self._sealed = sealed
+        self._passed = passed
         self._block_size = cluster.geometry.block_size
         self._promote = promote
         self._patience_s = patience_s
@@ -118,7 +121,7 @@ class View:
 
     def open_content(self, attr: Attr) -> ContentReader:
         """For reading through the worker. Close it when it is not used any more."""
-        return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote)
+        return ContentReader(attr, self.cluster.geometry, self._fetch, self._promote, self._passed)
 
     async def _fetch(self, request: Fetch) -> Answer[FetchReply]:
         cuts = 0
@@ -147,7 +150,7 @@ class View:
             chosen = await self._workers.get()
             peer = None
             try:
-                with chosen.calling():
+                with chosen.calling(self._patience_s):
                     peer = await self._pool(chosen).peer()
                     return await peer.call(request)
             except TransportError as error:
@@ -167,5 +170,9 @@ class View:
             except NamespaceChangedError:
                 # The worker may be the one that has not heard of the new namespace yet.
                 if not await self._is_current(self) or trio.current_time() >= give_up:
+                    raise
+            except DeadlineError:
+                # The worker is there, and waits for the master as we would.
+                if trio.current_time() >= give_up:
                     raise
             await trio.sleep(_PAUSE_S)

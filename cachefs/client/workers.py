@@ -8,6 +8,7 @@ and then while it is not the one that comes first.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import trio
 
 from cachefs.client.config import ClientConfig
 from cachefs.client.patience import patiently
+from cachefs.client.reach import MasterReach
 from cachefs.model import CachefsError, ConfigError, TransportError, UnavailableError
 from cachefs.net import Address, Hello, Pool, TcpAddress, UnixAddress, open_peer, parse_address
 from cachefs.policy import FARTHEST, LEVELS, Place, distance, nearest
@@ -73,17 +75,29 @@ class ChosenWorker:
         return self.candidate.is_local
 
     @contextmanager
-    def calling(self) -> Iterator[None]:
-        """A request to it. Raises TransportError when it is given up in between."""
+    def calling(self, limit_s: float = math.inf) -> Iterator[None]:
+        """A request to it, which is given up after `limit_s` if it is known to be away all the while: TransportError
+        then, and when it is found to be away in between.
+        """
+        now = trio.current_time()
         with trio.CancelScope() as scope:
-            self._calls[scope] = trio.current_time()
+            if self.failing_since is not None:
+                scope.deadline = now + limit_s
+            self._calls[scope] = now
             try:
                 yield
-                self.failing_since = None
+                self.answered()
             finally:
                 del self._calls[scope]
         if scope.cancelled_caught:
-            raise TransportError(f"{self.candidate} does not answer, and the master says that it is away")
+            raise TransportError(f"{self.candidate} does not answer")
+
+    def answered(self) -> None:
+        """It is there."""
+        if self.failing_since is not None:
+            self.failing_since = None
+            for scope in self._calls:
+                scope.deadline = math.inf
 
     def is_stuck(self) -> bool:
         """It may only be busy; the master knows whether it is alive."""
@@ -123,17 +137,34 @@ def ranked(
 class Workers:
     """Called from one trio thread."""
 
-    def __init__(self, config: ClientConfig, master: Pool, sealed: SealedReader) -> None:
+    def __init__(self, config: ClientConfig, master: Pool, reach: MasterReach, sealed: SealedReader) -> None:
         self.chosen: ChosenWorker | None = None
         self.on_chosen: Callable[[], None] = lambda: None
         """Called when another one was chosen than before."""
         self._config = config
         self._master = master
+        self._reach = reach
         self._sealed = sealed
         self._boot_id = running_boot_id()
         self._choosing = trio.Lock()
         self._avoided_until: dict[Address, float] = {}
         self._look_again_at = 0.0
+        self._none_since: float | None = None
+        self.outages = 0
+        """How often the worker in use was found to be away."""
+
+    @property
+    def away_s(self) -> float:
+        """For how many seconds nobody has answered who could be read through; 0: somebody does, or nobody asked."""
+        since = self.chosen.failing_since if self.chosen is not None else self._none_since
+        return trio.current_time() - since if since is not None else 0.0
+
+    @property
+    def place(self) -> str:
+        """Where the worker in use is: on the "own" host, on an "other" one; "none"."""
+        if self.chosen is None:
+            return "none"
+        return "own" if self.chosen.candidate.distance == 0 else "other"
 
     def why_no_tiers(self) -> str:
         """Why no file can be opened here."""
@@ -181,6 +212,8 @@ class Workers:
                 raise UnavailableError("no worker on this node: start one, or name its socket")
             await self._look()
             if self.chosen is None:
+                if self._none_since is None:
+                    self._none_since = trio.current_time()
                 raise TransportError("no worker is alive")
         return self.chosen
 
@@ -188,13 +221,12 @@ class Workers:
         """It does not answer. Returns whether there is another one now."""
         if self.chosen is not chosen:
             return True
+        now = trio.current_time()
+        failing_since = self._note_failure(chosen)
         if not self._config.anywhere:
             return False
-        now = trio.current_time()
-        if chosen.failing_since is None:
-            chosen.failing_since = now
         grace_s = min(_RESTART_S, self._config.patience_s / 3) if chosen.is_local else 0.0
-        if now < chosen.failing_since + grace_s:
+        if now < failing_since + grace_s:
             return False
         self._avoid(chosen.candidate.address)
         await self._look(instead_of=chosen)
@@ -202,6 +234,13 @@ class Workers:
             return False
         logger.warning("worker lost, reading through another name=%s error=%s", chosen.candidate.name, error)
         return True
+
+    def _note_failure(self, chosen: ChosenWorker) -> float:
+        """Since when it fails."""
+        if chosen.failing_since is None:
+            chosen.failing_since = trio.current_time()
+            self.outages += 1
+        return chosen.failing_since
 
     async def follow(self) -> None:
         """See whether one that says nothing is alive, and look for a better one now and then if it may be anywhere.
@@ -216,6 +255,10 @@ class Workers:
             may_improve = self._config.anywhere and (chosen is None or not self._is_first(chosen))
             is_due = may_improve and now >= asked + again_s
             is_stuck = chosen is not None and chosen.is_stuck() and now >= asked + _LONGEST_PAUSE_S
+            failing_since = chosen.failing_since if chosen is not None else None
+            if chosen is not None and failing_since is not None and failing_since < now - _RESTART_S and not is_stuck:
+                # Not before: one that answers this and nothing else is to be left for another.
+                await self._see_whether_it_is_back(chosen)
             if not is_due and not is_stuck:
                 continue
             asked = now
@@ -227,16 +270,34 @@ class Workers:
             except CachefsError as error:
                 logger.debug("no other worker error=%s", error)
 
+    async def _see_whether_it_is_back(self, chosen: ChosenWorker) -> None:
+        """Nobody may ask it anything for hours, and those who watch us want to know."""
+        try:
+            await self._meet(chosen.candidate)
+        except TransportError as error:
+            logger.debug("%s is still away error=%s", chosen.candidate, error)
+        else:
+            chosen.answered()
+
     def _is_first(self, chosen: ChosenWorker) -> bool:
         """Nothing could come before it."""
         named = self._named()
         return chosen.is_local if named is None else chosen.candidate.address == named.address
 
     async def _is_alive(self, chosen: ChosenWorker) -> bool:
-        workers = (await self._master.call(ListWorkers())).message.workers
+        try:
+            workers = await self._list()
+        except TransportError:
+            # Nobody is left to ask but itself.
+            try:
+                await self._meet(chosen.candidate)
+            except TransportError:
+                return False
+            return True
         return any(each.connected and each.name == chosen.candidate.name for each in workers)
 
     async def _leave(self, chosen: ChosenWorker) -> None:
+        self._note_failure(chosen)
         if self._config.anywhere:
             self._avoid(chosen.candidate.address)
             await self._look(instead_of=chosen)
@@ -291,8 +352,12 @@ class Workers:
             raise failed
         return None
 
+    async def _list(self) -> list[WorkerInfo]:
+        """Raises TransportError, as soon as the master is known to be away."""
+        return (await self._reach.ask(lambda: self._master.call(ListWorkers()), 0.0)).message.workers
+
     async def _candidates(self) -> list[Candidate]:
-        workers = (await self._master.call(ListWorkers())).message.workers
+        workers = await self._list()
         config, named = self._config, self._named()
         found = ranked(workers, config.labels, self._boot_id, anywhere=config.anywhere)
         if named is None:
@@ -316,6 +381,7 @@ class Workers:
 
     def _take(self, found: ChosenWorker) -> None:
         self.chosen = found
+        self._none_since = None
         if found.is_local:
             # Those of one that was lost stay: what is sealed there can be read without it.
             self._sealed.look_into(found.tiers)

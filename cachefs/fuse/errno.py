@@ -13,7 +13,8 @@ ERRNO: dict[type[model.CachefsError], int] = {
     model.LocalProtocolError: errno.EIO,
     model.RemoteProtocolError: errno.EIO,
     model.AuthenticationError: errno.EACCES,
-    model.TransportError: errno.EIO,
+    # Only after whoever asked has waited for as long as it was told to.
+    model.TransportError: errno.ETIMEDOUT,
     model.HandshakeError: errno.EIO,
     model.DeadlineError: errno.ETIMEDOUT,
     model.NamespaceError: errno.EINVAL,

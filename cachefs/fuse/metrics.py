@@ -81,6 +81,37 @@ MOUNT_METRICS: Sequence[Metric[MountParts]] = (
         lambda parts: parts.client.metadata.misses,
     ),
     counter(
+        "cachefs_metadata_served_stale_total",
+        "Names, attributes and listings that were answered from memory past their time, as the master was away.",
+        lambda parts: parts.client.reach.served_stale,
+    ),
+    gauge(
+        "cachefs_master_away_seconds",
+        "For how long the master has not answered; 0: it does.",
+        lambda parts: parts.client.reach.away_s,
+    ),
+    counter(
+        "cachefs_master_outages_total",
+        "Times that the master was found to be away.",
+        lambda parts: parts.client.reach.outages,
+    ),
+    gauge(
+        "cachefs_worker_away_seconds",
+        "For how long no worker has answered that could be read through; 0: one does, or was not asked.",
+        lambda parts: parts.client.workers.away_s,
+    ),
+    counter(
+        "cachefs_worker_outages_total",
+        "Times that the worker in use was found to be away.",
+        lambda parts: parts.client.workers.outages,
+    ),
+    gauge(
+        "cachefs_reads_through",
+        "1 for where the worker is that is read through, 0 elsewhere: on the own host, on an other one, or none.",
+        lambda parts: by_label({each: parts.client.workers.place == each for each in ("own", "other", "none")}),
+        "worker",
+    ),
+    counter(
         "cachefs_kernel_notices_total",
         "What the kernel was told to forget: names that changed, or everything.",
         lambda parts: by_label(
@@ -97,12 +128,24 @@ MOUNT_METRICS: Sequence[Metric[MountParts]] = (
 def watch_mount(monitor: Monitor, parts: MountParts) -> None:
     """Show it from now on, that it is mounted."""
 
+    client = parts.client
+
     async def why_not_ready() -> str | None:
+        if client.reach.is_away:
+            return client.reach.why()
         try:
-            await parts.client.ask_master()
+            await client.ask_master()
         except TransportError as error:
             return f"the master does not answer: {error}"
         return None
 
+    def degraded() -> list[str]:
+        workers = client.workers
+        found = [f"no worker has answered for {workers.away_s:.0f} s"] if workers.away_s else []
+        if workers.chosen is not None and workers.place == "other":
+            found.append(f"what is read comes over the network: {workers.chosen.candidate}")
+        return found
+
     monitor.watch(MOUNT_METRICS, parts)
+    monitor.degraded_by(degraded)
     monitor.ready_if(why_not_ready)

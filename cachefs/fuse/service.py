@@ -272,6 +272,9 @@ class _Serving:
         negotiated = self._agreed
         if self._facts is not None:
             found = keeper.kept.load() if keeper is not None else Found([], [])
+            if negotiated is not None and not negotiated.passthrough:
+                # Without passthrough there are no ids, and the kernel does not let one be given back.
+                found = Found(found.nodes, [])
             operations.restore(Ino(self._facts.root) if self._facts.root is not None else None, found, backings)
             if keeper is not None:
                 keeper.kept.settle()

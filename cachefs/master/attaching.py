@@ -49,7 +49,7 @@ async def open_mounts(
     could remove them.
     """
     gone = store.removed_mounts()
-    opened: dict[str, tuple[str, dict[str, str], UnderStore, Callable[[], None], bool]] = {}
+    opened: dict[str, tuple[str, dict[str, str], UnderStore, Callable[[], None], CachefsError | None]] = {}
     pairs = []
     for path, url in told:
         ufs, close = await holder.open(url, options)
@@ -61,13 +61,13 @@ async def open_mounts(
             )
             close()
         else:
-            answers = await _first_contact(ufs, is_known=store.is_attached(path, ufs.origin))
-            opened[path] = (url, options, ufs, close, answers)
+            failure = await _first_contact(ufs, is_known=store.is_attached(path, ufs.origin))
+            opened[path] = (url, options, ufs, close, failure)
 
     async def open_added(added: Added) -> None:
         async with limiter:
-            ufs, close, answers = await _open_added(added.url, added.options, added.origin, holder)
-        opened[added.path] = (added.url, added.options, ufs, close, answers)
+            ufs, close, failure = await _open_added(added.url, added.options, added.origin, holder)
+        opened[added.path] = (added.url, added.options, ufs, close, failure)
 
     limiter = trio.CapacityLimiter(_OPENED_AT_ONCE)
     async with trio.open_nursery() as nursery:
@@ -75,43 +75,47 @@ async def open_mounts(
             if added.path not in opened:
                 nursery.start_soon(open_added, added)
     by_hand = {added.path for added in store.added_mounts()}.difference(path for path, _ in pairs)
-    return [
-        MountedStore(mount, url, its_options, ufs, mount.path in by_hand, close, failing=not answers)
-        for mount in store.attach(pairs)
-        for url, its_options, ufs, close, answers in [opened[mount.path]]
-    ]
+    attached = []
+    for mount in store.attach(pairs):
+        url, its_options, ufs, close, error = opened[mount.path]
+        mounted = MountedStore(mount, url, its_options, ufs, mount.path in by_hand, close, is_told=error is not None)
+        if error is not None:
+            mounted.health.failed(error)
+        attached.append(mounted)
+    return attached
 
 
 async def _open_added(
     url: str, options: dict[str, str], origin: str, holder: Holder
-) -> tuple[UnderStore, Callable[[], None], bool]:
+) -> tuple[UnderStore, Callable[[], None], CachefsError | None]:
+    """With why it does not answer."""
     try:
         ufs, close = await holder.open(url, options)
     except CachefsError as error:
         logger.warning("under-store cannot be opened, serving what is known origin=%s error=%s", origin, error)
-        return UnopenedStore(origin, error), lambda: None, False
+        return UnopenedStore(origin, error), lambda: None, error
     try:
         return ufs, close, await _first_contact(ufs, is_known=True)
     except CachefsError as error:
         logger.warning("under-store is away, serving what is known origin=%s error=%s", origin, error)
-        return ufs, close, False
+        return ufs, close, error
 
 
-async def _first_contact(ufs: UnderStore, *, is_known: bool) -> bool:
+async def _first_contact(ufs: UnderStore, *, is_known: bool) -> CachefsError | None:
     """A wrong name, endpoint or key is told now, to the person who typed it and waits, and not to a reader later.
 
-    One that was mounted before may be away for now: what is known of it is worth serving. Returns whether it answered.
-    Raises NotFoundError, UnderStoreError.
+    One that was mounted before may be away for now: what is known of it is worth serving. Returns why it did not
+    answer, if so. Raises NotFoundError, UnderStoreError.
     """
     try:
         with at_most(FIRST_CONTACT_S):
             await ufs.stat("")
-        return True
+        return None
     except UnavailableError as error:
         if not is_known:
             raise UnavailableError(f"cannot mount {ufs.origin}: {error}") from error
         logger.warning("under-store is away, serving what is known origin=%s error=%s", ufs.origin, error)
-        return False
+        return error
     except (NotFoundError, UnderStoreError) as error:
         raise type(error)(f"cannot mount {ufs.origin}: {error}") from error
 

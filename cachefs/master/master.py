@@ -155,6 +155,9 @@ class Master:
                 hidden_keys=each.ufs.hidden_keys,
                 serving_stale=each.serving_stale,
                 by_hand=each.by_hand,
+                failing_s=each.health.failing_s,
+                failures=each.health.failures,
+                last_error=each.health.last_error,
             )
             for each, (directories, files) in zip(mounted, counts, strict=True)
         ]

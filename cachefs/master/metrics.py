@@ -58,6 +58,13 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
     ),
     gauge("cachefs_workers_connected", "Workers that are connected now.", lambda parts: parts.workers.connected),
     gauge(
+        "cachefs_workers",
+        "Workers that ever registered, by what is known of them: active, draining or drained; silent, which have a "
+        "connection and say nothing; away, which have none.",
+        lambda parts: by_label(parts.workers.by_state()),
+        "state",
+    ),
+    gauge(
         "cachefs_worker_blocks",
         "Blocks a worker said it holds, counted once a minute.",
         lambda parts: by_label({worker: blocks for worker, (blocks, _) in parts.held.items()}),
@@ -81,7 +88,19 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
     gauge(
         "cachefs_under_stores_failing",
         "Of those, the ones at which the last look failed.",
-        lambda parts: sum(each.failing for each in parts.namespace.mounted()),
+        lambda parts: sum(each.health.is_failing for each in parts.namespace.mounted()),
+    ),
+    gauge(
+        "cachefs_under_store_failing_seconds",
+        "For how long an under-store has done nothing that it was asked; 0: it answered the last time.",
+        lambda parts: by_label({each.mount.path: each.health.failing_s for each in parts.namespace.mounted()}),
+        "path",
+    ),
+    counter(
+        "cachefs_under_store_failures_total",
+        "Looks at an under-store that failed, after their retries.",
+        lambda parts: by_label({each.mount.path: each.health.failures for each in parts.namespace.mounted()}),
+        "path",
     ),
     gauge("cachefs_volumes", "Volumes that exist.", lambda parts: parts.store.count_volumes()),
     counter(

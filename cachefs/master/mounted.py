@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ import trio
 
 from cachefs.meta import Mount
 from cachefs.model import ObjectInfo, StaleError, UnavailableError
-from cachefs.ufs import UnderStore, open_under_store
+from cachefs.ufs import StoreHealth, UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -29,8 +32,10 @@ class MountedStore:
     """Called once, when it was removed and nobody looks at it any more."""
     serving_stale: int = 0
     """Looks at this store that failed, so that what was known before was served."""
-    failing: bool = False
-    """Whether the last look failed: an outage is logged once."""
+    health: StoreHealth = field(default_factory=StoreHealth)
+    """As looks at it went."""
+    is_told: bool = False
+    """Whether it is in the log that it fails: an outage is logged once."""
     _users: int = 0
     _removed: bool = False
 
@@ -44,6 +49,20 @@ class MountedStore:
             self._users -= 1
             if self._removed and not self._users:
                 self.close()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """`in_use`, and how it went is noted."""
+        with self.in_use(), self.health.watching():
+            yield
+        self.well()
+
+    def well(self) -> None:
+        """It answered."""
+        self.health.answered()
+        if self.is_told:
+            self.is_told = False
+            logger.info("under-store answers again mount=%s", self.mount.path)
 
     def check_attached(self) -> None:
         """To be called, without a checkpoint, before what it was found to have is written: names of one that was

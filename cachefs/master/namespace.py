@@ -188,13 +188,18 @@ class Namespace:
                 return known.attr
         elif self._is_fresh(self._denied.get((parent, name), 0)):
             return None
+        elif (parent, name) in self._denied and mounted.health.is_failing:
+            # Nobody waits for a store that is away only to hear what he was told before.
+            mounted.serving_stale += 1
+            self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
+            return None
         try:
             return await self._checks.join((parent, name), lambda: self._check(directory, name, mounted))
         except UnderStoreError as error:
-            if known is None:
+            if known is None and (parent, name) not in self._denied:
                 raise
             self._note_failure(mounted, error)
-            return known.attr
+            return known.attr if known is not None else None
 
     async def list_dir(self, ino: Ino, after: Ino = NO_INO) -> AsyncGenerator[list[Entry], None]:
         """The entries after inode `after`, in chunks of at most 1000, by ascending inode number.
@@ -480,7 +485,7 @@ class Namespace:
         ino = directory.attr.ino
         asked_ns = time.time_ns()
         try:
-            with mounted.in_use():
+            with mounted.looking():
                 info = await mounted.ufs.stat(path)
         except NotFoundError:
             mounted.check_attached()
@@ -489,9 +494,8 @@ class Namespace:
                 self.watchers.tell(ino, [name])
                 self._note_change(directory)
             self._deny(ino, name, asked_ns)
-            mounted.failing = False
+            mounted.well()
             return None
-        mounted.failing = False
         mounted.check_attached()
         merged = await self._writer.run(
             lambda: self._store.put_child(directory, mounted.mount.origin, Found(name, info))
@@ -528,9 +532,8 @@ class Namespace:
     async def _run_listing(self, directory: Inode, mounted: MountedStore, listing: _Listing) -> None:
         ino = directory.attr.ino
         try:
-            with mounted.in_use():
+            with mounted.looking():
                 await self._list(directory, mounted, listing)
-            mounted.failing = False
         except NotFoundError as error:
             # The directory itself is gone; the root of a store stays, whatever becomes of the store.
             listing.error = error
@@ -617,6 +620,9 @@ class Namespace:
 
     def _note_failure(self, mounted: MountedStore, error: Exception) -> None:
         mounted.serving_stale += 1
-        if not mounted.failing:
-            mounted.failing = True
+        if isinstance(error, NotFoundError):
+            # A root that is gone is no answer of a store that is well.
+            mounted.health.failed(error)
+        if not mounted.is_told:
+            mounted.is_told = True
             logger.warning("under-store fails, serving what is known mount=%s error=%s", mounted.mount.path, error)

@@ -287,6 +287,13 @@ class Workers:
             with trio.move_on_after(_LOOK_EVERY_S):
                 await self._heard.wait()
 
+    def by_state(self) -> dict[str, int]:
+        """How many are active, draining, drained, silent, away."""
+        found = dict.fromkeys(("active", "draining", "drained", "silent", "away"), 0)
+        for each in self.infos({}):
+            found[each.state if each.connected else "silent" if each.silent else "away"] += 1
+        return found
+
     # ---- telling people --------------------------------------------------------------------------------------------
 
     def infos(self, totals: dict[str, tuple[int, int]]) -> list[WorkerInfo]:
@@ -306,6 +313,7 @@ class Workers:
                 capacity_bytes=worker.capacity_bytes or worker.known.capacity_bytes,
                 room_bytes=worker.room_bytes,
                 epoch=worker.known.epoch,
+                silent=worker.session is not None and not worker.alive and not worker.left,
                 heard_s=now - worker.heard_s if worker.session is not None else -1.0,
             )
             for name, worker in sorted(self._by_name.items())

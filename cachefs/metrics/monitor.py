@@ -32,6 +32,7 @@ class Monitor:
         self._exposition = Exposition(role)
         self._content_type = CONTENT_TYPE
         self._why_not_ready: WhyNotReady = _starting
+        self._degraded: Callable[[], list[str]] = list
         self._kept = b""
         self._kept_until = -math.inf
 
@@ -42,6 +43,12 @@ class Monitor:
     def ready_if(self, why_not_ready: WhyNotReady) -> None:
         """From now on the process is ready when this says so. May wait, `READY_TIMEOUT_S` at most."""
         self._why_not_ready = why_not_ready
+
+    def degraded_by(self, degraded: Callable[[], list[str]]) -> None:
+        """What does not work as it should though the process does what it can, a line each: told with /readyz, and no
+        reason for not being ready.
+        """
+        self._degraded = degraded
 
     def text(self) -> bytes:
         """As Prometheus reads it, of this moment."""
@@ -67,7 +74,8 @@ class Monitor:
             return 200, _TEXT, b"ok\n"
         if path == "/readyz":
             reason = await self.why_not_ready()
-            return (200, _TEXT, b"ready\n") if reason is None else (503, _TEXT, f"{reason}\n".encode())
+            lines = [reason or "ready", *(f"degraded: {each}" for each in self._degraded())]
+            return 200 if reason is None else 503, _TEXT, "".join(f"{each}\n" for each in lines).encode()
         return None
 
 

@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from cachefs.model import (
 )
 from cachefs.net.addresses import Address
 from cachefs.net.channel import Answer, Body, Channel, FileSlice, StalledError, close_all
+from cachefs.net.payloads import of_this_process
 from cachefs.net.peer import set_tcp_options
 from cachefs.net.security import Security
 from cachefs.net.sockets import Listener, listening
@@ -105,15 +105,13 @@ class Session:
         self.role = role
         """What the other side has proved to be; None, which may do everything: on unix sockets, and without tokens."""
         self.closed = trio.Event()
-        self._payloads = _Unsent()
 
     async def room_for_payload(self, count: int) -> Callable[[], None]:
-        """Wait until less than `MAX_UNSENT_BYTES` are being made, or wait to be sent, for this connection; then make
-        `count` bytes. What is returned is to be called once, when they are sent (`Answer.on_sent`) or given up.
+        """Wait until not too many bytes are being made, or wait to be sent, for all connections of this process (see
+        `Payloads`); then make `count`. What is returned is to be called once, when they are sent (`Answer.on_sent`) or
+        given up.
         """
-        await self._payloads.wait_for_room()
-        self._payloads.add(count)
-        return partial(self._payloads.remove, count)
+        return await of_this_process.take(self.id, count)
 
 
 class Service:

@@ -225,12 +225,13 @@ async def real_cluster(
     listen: str = "127.0.0.1",
     flags: Sequence[str | Path] = ("--insecure",),
     security: Security | None = None,
+    master_flags: Sequence[str | Path] = (),
 ) -> AsyncIterator[RealCluster]:
     """Serves `url` at the root, in pages of 64 KiB, by a master and `workers` that are ready and know each other.
 
     `flags`: of all processes; `security`: of the clients that `RealCluster.client` makes.
     """
-    cluster = RealCluster(directory, url, ufs_options or {}, block_size, listen, flags, security)
+    cluster = RealCluster(directory, url, ufs_options or {}, block_size, listen, flags, security, master_flags)
     try:
         await cluster.start_master()
         await cluster.start_workers(*workers)

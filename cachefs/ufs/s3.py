@@ -9,6 +9,7 @@ The library's requests are made one by one, because its file-system calls send n
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from cachefs.ufs.bridge import Bridge, Running, open_bridge
 from cachefs.ufs.files import Claim, Data, Keep, read_one_by_one
 from cachefs.ufs.retry import Requests, at_most, retry_after_s
 from cachefs.ufs.s3_ranges import RangeReader, open_ranges
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -219,7 +222,23 @@ class S3Store:
                 raise UnavailableError(f"{info.path}: the answer broke off after {len(data)} of {length} bytes")
             return data
 
+        try:
+            return await self._requests.run(what, attempt)
+        except ContentChangedError as error:
+            if not await self._is_still(info):
+                raise
+            logger.info("an answer was of another version than the object is, reading again error=%s", error)
         return await self._requests.run(what, attempt)
+
+    async def _is_still(self, info: ObjectInfo) -> bool:
+        """Whether the store has that version, whatever an answer said: one of them may be wrong."""
+        if not info.tag:
+            return False
+        try:
+            found = await self.stat(info.path)
+        except CachefsError:
+            return False
+        return (found.tag, found.size_bytes) == (info.tag, info.size_bytes)
 
     async def read_files(
         self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
@@ -234,7 +253,8 @@ class S3Store:
             return await self._bridge.run(lambda: ranges.read_files(wanted, keep, slots, claim, self._bridge))
 
         outcomes = await self._requests.together(f"read {len(infos)} objects", at_once, attempt)
-        again = [n for n, error in enumerate(outcomes) if isinstance(error, (ThrottledError, UnavailableError))]
+        doubted = (ThrottledError, UnavailableError, ContentChangedError)
+        again = [n for n, error in enumerate(outcomes) if isinstance(error, doubted)]
         left_s = self._deadline_s - (trio.current_time() - began)
         if again and left_s > 0:
 

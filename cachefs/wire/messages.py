@@ -171,6 +171,12 @@ class MountInfo(msgspec.Struct, frozen=True):
     """Listings that failed, so that an older one was served."""
     by_hand: bool = False
     """Attached while the master ran, by `AddStore`."""
+    failing_s: float = 0.0
+    """For how many seconds every look has failed; 0: it answered the last time."""
+    failures: int = 0
+    """Looks that failed since the master started, each after its retries."""
+    last_error: str = ""
+    """Of the last of them."""
 
 
 class AddStore(Request[MountInfo], frozen=True):
@@ -220,6 +226,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     """Of its last registration."""
     heard_s: float = -1.0
     """Seconds since it was last heard of; below 0: not since this master started."""
+    silent: bool = False
+    """It has a connection and says nothing: it hangs, or the network swallows what it says."""
 
 
 class MasterStatus(msgspec.Struct, frozen=True):
@@ -443,6 +451,18 @@ class OpenCounts(msgspec.Struct, frozen=True):
     cached: int
 
 
+class StoreState(msgspec.Struct, frozen=True):
+    """How reads from one under-store go, of one worker."""
+
+    origin: str
+    """Endpoint and URL, without credentials."""
+    failing_s: float
+    """For how many seconds every read has failed; 0: it answered the last time."""
+    failures: int
+    """Reads that failed since the worker started, each after its retries."""
+    last_error: str
+
+
 class WorkerStatus(msgspec.Struct, frozen=True):
     name: str
     namespace_id: str
@@ -451,6 +471,10 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     counters: FetchCounters
     opens: OpenCounts
     """By the mounts of this node, as far as they have told."""
+    stores: list[StoreState] = []
+    """Those it was told to read from."""
+    master_away_s: float = 0.0
+    """For how many seconds it has had no master; 0: it is registered."""
 
 
 class GetWorkerStatus(Request[WorkerStatus], frozen=True):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry, Ino, LogLimiter
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, Tier
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _SEALED_SERIALS = itertools.count(-1, -1)
 """For descriptors of sealed files; those of partials are positive."""
+READER_PATIENCE_S = 3.0
+"""For the master to say what a reader asks for: he asks again, for as long as he was told to wait."""
 _ATTEMPTS = 3
 
 
@@ -68,6 +70,7 @@ class Blocks:
         self._admission = admission
         self._counters = counters
         self._nursery = nursery
+        self._log = LogLimiter(logger)
         self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
         self._opening: Counter[BlockId] = Counter()
@@ -82,7 +85,8 @@ class Blocks:
         self._prefetch = Prefetch(
             config, sources, self._has_room, self._is_worth_fetching, self._keep_ahead, counters, nursery
         )
-        self._read_through = ReadThrough(supply, filler.demand, geometry, config.read_through_pages, nursery)
+        pages = max(1, config.read_through_bytes // geometry.page_size)
+        self._read_through = ReadThrough(supply, filler.demand, geometry, pages, nursery)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class Blocks:
 
         Raises as `Filler.fetch`.
         """
-        source = await self._sources.resolve(request.ino)
+        source = await self._sources.resolve(request.ino, None if request.background else READER_PATIENCE_S)
         mode = self._mode(request, source)
         attr = source.attr
         if not attr.key or self._geometry.block_count(attr.size_bytes) > 1:
@@ -161,7 +165,7 @@ class Blocks:
                 except CapacityError as error:
                     self._counters.not_admitted += 1
                     self._admission.note_refusal(block, source)
-                    logger.info("not kept block=%s error=%s", block.filename, error)
+                    self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                     return False
                 continue
             job = await self._job(block, source, mode, for_others=for_others)
@@ -183,7 +187,7 @@ class Blocks:
                 logger.warning("fetching again block=%s attempt=%d error=%s", block.filename, attempt, error)
             except CapacityError as error:
                 self._admission.note_refusal(block, source)
-                logger.info("not kept block=%s error=%s", block.filename, error)
+                self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                 return False
             finally:
                 job.users -= 1
@@ -195,7 +199,7 @@ class Blocks:
     async def fetch(self, request: Fetch, session: Session) -> Answer[FetchReply]:
         """Make a range readable. Raises as `Filler.fetch`."""
         reader = session.id
-        source = await self._sources.resolve(request.ino)
+        source = await self._sources.resolve(request.ino, READER_PATIENCE_S)
         key, size = source.attr.key, source.attr.size_bytes
         length = self._geometry.block_length(size, request.block_index)
         if request.offset < 0 or request.length <= 0 or request.offset + request.length > length:
@@ -216,7 +220,9 @@ class Blocks:
                     try:
                         fd = self._sealed_files.find(block, length)
                     except OSError as error:
-                        logger.info("cannot be opened now block=%s error=%s", block.filename, error)
+                        self._log.log(
+                            logging.INFO, "open", "cannot be opened now block=%s error=%s", block.filename, error
+                        )
                         break
                     if fd is not None:
                         self._store.visited(block)
@@ -239,7 +245,7 @@ class Blocks:
                     except CapacityError as error:
                         # The disk filled up under us, or fails: the reader gets its bytes all the same.
                         self._counters.not_admitted += 1
-                        logger.info("not kept block=%s error=%s", block.filename, error)
+                        self._log.log(logging.INFO, "not kept", "not kept block=%s error=%s", block.filename, error)
                         break
                 if not self._store.is_sealed(block):
                     break
@@ -485,7 +491,7 @@ class Blocks:
         except CapacityError as error:
             self._counters.not_admitted += 1
             self._admission.note_refusal(block, source)
-            logger.info("not admitted block=%s error=%s", block.filename, error)
+            self._log.log(logging.INFO, "refused", "not admitted block=%s error=%s", block.filename, error)
             self._supply.end(route)
             return None
         except BaseException:

@@ -31,13 +31,16 @@ class WorkerConfig:
     promote: Promote = Promote.IF_SPACE
     readahead: ReadaheadConfig = field(default_factory=ReadaheadConfig)
     demand_slots: int = 16
-    """Reads of the under-store in flight that somebody waits for; each holds a page of memory."""
+    """Reads of the under-store in flight that somebody waits for; each holds a page of memory, together no more than
+    8 MiB each (see `Slots`)."""
     background_slots: int = 4
     """The same for what nobody waits for yet: read-ahead and filling. Its own, so that it never delays a reader."""
     load_slots: int = 8
     """The same for what `cachefs load` asks for."""
     peer_slots: int = 16
-    """Reads of other workers in flight; each holds a page of memory."""
+    """Reads of other workers in flight."""
+    peer_bytes: int = 64 * MiB
+    """Memory for those: small files need many at once, of whole pages a few fill any network."""
     ahead_slots: int = 16
     """The same for small files fetched ahead of whoever opens those of a directory in order."""
     files_ahead: int = 64
@@ -46,8 +49,8 @@ class WorkerConfig:
     """Larger files are not fetched ahead as a whole: round trips matter less to them."""
     ahead_bytes: int = 64 * MiB
     """At most, of files fetched ahead at a time."""
-    read_through_pages: int = 8
-    """Pages kept in memory for content that is not admitted: enough for a few sequential readers."""
+    read_through_bytes: int = 32 * MiB
+    """Of pages kept in memory for content that is not admitted: enough for a few sequential readers."""
     scrub_bytes_per_s: int = 8 * MiB
     """At which all that is cached is read and compared again and again; 0 = never."""
     idle_partial_s: float = 60.0

@@ -25,6 +25,7 @@ from cachefs.store import Partial, Store, page_checksum
 from cachefs.ufs.files import Claim, Data
 from cachefs.worker.counters import Counters
 from cachefs.worker.origin import Origin
+from cachefs.worker.slots import SLOT_BYTES, Slots
 from cachefs.worker.supply import Route, Supply
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,10 @@ class Filler:
         self._supply = supply
         self._counters = counters
         self._nursery = nursery
-        self.demand = trio.CapacityLimiter(demand_slots)
+        self.demand = Slots(demand_slots, demand_slots * SLOT_BYTES)
         """Reads of the under-store that somebody waits for."""
-        self.background = trio.CapacityLimiter(background_slots)
-        self.load = trio.CapacityLimiter(load_slots)
+        self.background = Slots(background_slots, background_slots * SLOT_BYTES)
+        self.load = Slots(load_slots, load_slots * SLOT_BYTES)
         self._disk = trio.CapacityLimiter(4)
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
@@ -110,7 +111,7 @@ class Filler:
         """Blocks, whether somebody waits for them still or not."""
 
     @property
-    def slots(self) -> dict[str, trio.CapacityLimiter]:
+    def slots(self) -> dict[str, Slots]:
         """What is fetched at once, by who waits for it."""
         return {"demand": self.demand, "background": self.background, "load": self.load}
 
@@ -165,7 +166,7 @@ class Filler:
         if not self._supply.is_first_copy(route):
             await self._keep_from_workers(route, promote, slots)
             return
-        async with slots:
+        async with slots.one(route.source.attr.size_bytes):
             (error,) = await self.keep_files([route], promote, at_once=1)
         if error is not None:
             raise error
@@ -251,7 +252,7 @@ class Filler:
         self._counters.corrupt += sum(isinstance(error, BlockCorruptError) for error in outcomes)
         return outcomes
 
-    async def _keep_from_workers(self, route: Route, promote: Promote, slots: trio.CapacityLimiter) -> None:
+    async def _keep_from_workers(self, route: Route, promote: Promote, slots: Slots) -> None:
         length = route.source.attr.size_bytes
         while True:
             async with self._supply.page(route, 0, length, slots) as page:
@@ -323,14 +324,14 @@ class Filler:
         finally:
             self.sealing -= 1
 
-    async def _join(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
+    async def _join(self, job: Job, page: int, slots: Slots) -> None:
         await self._pages.join((job.partial.serial, page), lambda: self._fetch(job, page, slots))
 
     async def _fetch_quietly(self, job: Job, page: int) -> None:
         # Waiters that joined get the error; with none, it is the next reader's turn to find out.
         await self._fetch(job, page, self.background)
 
-    async def _fetch(self, job: Job, page: int, slots: trio.CapacityLimiter) -> None:
+    async def _fetch(self, job: Job, page: int, slots: Slots) -> None:
         offset, length = job.partial.page_span(page)
         if job.partial.remembers(page):
             await trio.to_thread.run_sync(self._recall, job.partial, page, limiter=self._disk)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from cachefs.model import BlockId, CachefsError, ConfigError, HandshakeError, TransportError
+from cachefs.model import BlockId, CachefsError, ConfigError, DeadlineError, HandshakeError, TransportError
 from cachefs.net import Address, Answer, Hello, Peer, Security, open_background, open_peer
 from cachefs.wire import Request
 from cachefs.wire.cluster import (
@@ -83,6 +83,7 @@ class MasterLink:
         self.reporting: Reporting | None = None
         """Set once there is something to report; until then the worker is only known to be alive."""
         self._began = trio.Event()
+        self._away_since: float | None = trio.current_time()
 
     def begin(self, reporting: Reporting) -> None:
         """From now on report."""
@@ -100,11 +101,21 @@ class MasterLink:
     def is_registered(self) -> bool:
         return self._peer is not None and not self._peer.closed.is_set()
 
-    async def call(self, request: Request[R]) -> Answer[R]:
-        """Raises what the master raises; TransportError when it stays away.
+    @property
+    def away_s(self) -> float:
+        """Seconds without a master; 0 with one."""
+        return trio.current_time() - self._away_since if self._away_since is not None else 0.0
+
+    async def call(self, request: Request[R], patience_s: float | None = None) -> Answer[R]:
+        """Raises what the master raises; TransportError when it stays away; DeadlineError when it has not answered
+        within `patience_s`.
 
         Asked again when the master was lost before it answered: no request of a worker does harm by coming twice.
         """
+        if patience_s is not None:
+            with trio.move_on_after(patience_s):
+                return await self.call(request)
+            raise DeadlineError(f"{self._address}: the master has not answered the worker within {patience_s:g} s")
         give_up = trio.current_time() + self._patience_s
         while True:
             peer = self._peer
@@ -157,6 +168,7 @@ class MasterLink:
                     await on_registered(registered)
                     self._peer = peer
                     self._up.set()
+                    self._away_since = None
                     logger.info("registered master=%s epoch=%d", self._address, registered.epoch)
                     pause_s = 0.05
                     async with open_background() as following:
@@ -178,6 +190,8 @@ class MasterLink:
                 logger.warning("registering again error=%s", error)
             finally:
                 self._peer = None
+                if self._away_since is None:
+                    self._away_since = trio.current_time()
                 if self._up.is_set():
                     # Not otherwise: whoever waits has this one.
                     self._up = trio.Event()

@@ -10,6 +10,7 @@ from cachefs.store import Store, TierState, TierStatus
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class WorkerParts:
     store: Store
     filler: Filler
     link: MasterLink
+    sources: Sources
     requests: Times[str]
     leases: Callable[[], int] | None = None
     """How many origin leases it holds."""
@@ -120,19 +122,19 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
     gauge(
         "cachefs_fetch_slots",
         "Fetches that may run at once, by who waits for them: demand (readers), background (nobody yet), load.",
-        lambda parts: by_label({name: slots.total_tokens for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.total for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge(
         "cachefs_fetches_running",
         "Of those, how many run.",
-        lambda parts: by_label({name: slots.borrowed_tokens for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.taken for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge(
         "cachefs_fetches_waiting",
         "Fetches that wait for one of them to end.",
-        lambda parts: by_label({name: slots.statistics().tasks_waiting for name, slots in parts.filler.slots.items()}),
+        lambda parts: by_label({name: slots.waiting for name, slots in parts.filler.slots.items()}),
         "queue",
     ),
     gauge("cachefs_tier_capacity_bytes", "What a tier may take.", _of_tiers(lambda tier: tier.capacity_bytes), *_TIER),
@@ -184,6 +186,23 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
         "cachefs_registered", "1 if it is registered with the master, else 0.", lambda parts: parts.link.is_registered
     ),
     gauge(
+        "cachefs_master_away_seconds",
+        "For how long it has not been registered with a master; 0: it is.",
+        lambda parts: parts.link.away_s,
+    ),
+    gauge(
+        "cachefs_under_store_failing_seconds",
+        "For how long an under-store has done nothing that it was asked; 0: it answered the last time.",
+        lambda parts: by_label({origin: each.failing_s for origin, each in parts.sources.health.items()}),
+        "store",
+    ),
+    counter(
+        "cachefs_under_store_failures_total",
+        "Reads of an under-store that failed, after their retries.",
+        lambda parts: by_label({origin: each.failures for origin, each in parts.sources.health.items()}),
+        "store",
+    ),
+    gauge(
         "cachefs_leases_held",
         "Blocks that only it may fetch from the under-store.",
         lambda parts: parts.leases and parts.leases(),
@@ -202,5 +221,20 @@ def watch_worker(monitor: Monitor, parts: WorkerParts) -> None:
             return "no tier can be used, see the log"
         return None
 
+    def degraded() -> list[str]:
+        # Without the errors, which name files: `cachefs report` has them.
+        stores = [
+            f"the under-store {origin} has failed for {each.failing_s:.0f} s"
+            for origin, each in parts.sources.health.items()
+            if each.is_failing
+        ]
+        states = [(tier.config.kind, parts.store.state(tier)) for tier in parts.store.tiers]
+        return stores + [
+            f"the disk of tier {number} ({kind}) is {state.value}"
+            for number, (kind, state) in enumerate(states)
+            if state is not TierState.HEALTHY
+        ]
+
     monitor.watch(WORKER_METRICS, parts)
+    monitor.degraded_by(degraded)
     monitor.ready_if(why_not_ready)

@@ -9,6 +9,7 @@ import trio
 from cachefs.model import BlockId, Geometry, Ino
 from cachefs.net import Flights
 from cachefs.policy import Readahead
+from cachefs.worker.slots import Slots
 from cachefs.worker.sources import Source
 from cachefs.worker.supply import Supply
 
@@ -18,9 +19,7 @@ _READERS = 1024
 class ReadThrough:
     """Memory: `max_pages` pages, and one for each read in flight."""
 
-    def __init__(
-        self, supply: Supply, slots: trio.CapacityLimiter, geometry: Geometry, max_pages: int, nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, supply: Supply, slots: Slots, geometry: Geometry, max_pages: int, nursery: trio.Nursery) -> None:
         self._supply = supply
         self._slots = slots
         self._geometry = geometry

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import trio
 
 from cachefs.model import (
     Attr,
+    CachefsError,
     ConfigError,
+    DeniedError,
     Ino,
     Kind,
+    LogLimiter,
     NamespaceChangedError,
     NamespaceError,
     ObjectInfo,
     StaleError,
     UnavailableError,
+    UnderStoreError,
     without_credentials,
 )
 from cachefs.policy import Neighbours
-from cachefs.ufs import UnderStore, open_under_store
+from cachefs.ufs import StoreHealth, UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
 from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
 
 logger = logging.getLogger(__name__)
+_limited = LogLimiter(logger)
 
 R = TypeVar("R")
 
@@ -59,6 +65,8 @@ class Sources:
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
         self._opening = trio.Lock()
+        self.health: dict[str, StoreHealth] = {}
+        """By origin, of all that were ever read from."""
         self._known: OrderedDict[Ino, Source] = OrderedDict()
         self._unused: set[Ino] = set()
         """Of those, which came along with another one and were not asked for yet."""
@@ -92,14 +100,20 @@ class Sources:
             task_status.started(ufs)
             await trio.sleep_forever()
 
-    async def resolve(self, ino: Ino) -> Source:
+    @property
+    def master_away_s(self) -> float:
+        """For how many seconds; 0: we are registered."""
+        return self._master.away_s
+
+    async def resolve(self, ino: Ino, patience_s: float | None = None) -> Source:
         """Raises NotFoundError, IsADirectory, StaleError, TransportError; NamespaceChangedError when the master, that
-        had to be waited for, came back with another namespace.
+        had to be waited for, came back with another namespace; DeadlineError when it has not answered within
+        `patience_s`.
         """
         namespace_id = self.namespace_id
         known = self._known.get(ino)
         if known is None and self._neighbours.count > 1:
-            known = await self._resolve_with_neighbours(ino)
+            known = await self._resolve_with_neighbours(ino, patience_s)
         if known is not None:
             self._known.move_to_end(ino)
             if ino in self._unused:
@@ -107,16 +121,16 @@ class Sources:
                 self._neighbours.used()
             return known
         self._neighbours.asked()
-        location = await self._ask(Resolve(ino), namespace_id)
+        location = await self._ask(Resolve(ino), namespace_id, patience_s)
         return self._remember(location, await self._store(location, namespace_id))
 
-    async def _resolve_with_neighbours(self, ino: Ino) -> Source | None:
+    async def _resolve_with_neighbours(self, ino: Ino, patience_s: float | None) -> Source | None:
         """And what comes after it in its directory: an epoch over a million files must not be a million requests.
 
         None: it is not in its directory any more.
         """
         namespace_id = self.namespace_id
-        found = await self._ask(ResolveNext(ino, Ino(ino - 1), self._neighbours.count), namespace_id)
+        found = await self._ask(ResolveNext(ino, Ino(ino - 1), self._neighbours.count), namespace_id, patience_s)
         for each in found.files:
             store = await self._store(each, namespace_id)
             if each.attr.ino not in self._known:
@@ -125,12 +139,12 @@ class Sources:
         self._unused.discard(ino)
         return self._known.get(ino)
 
-    async def _ask(self, request: Request[R], namespace_id: str) -> R:
+    async def _ask(self, request: Request[R], namespace_id: str, patience_s: float | None = None) -> R:
         """Of what has numbers of that namespace, in the request or in the answer. Raises as the master does, and
         NamespaceChangedError whatever another one's master answered: that it has no such inode, too.
         """
         try:
-            answer = await self._master.call(request)
+            answer = await self._master.call(request, patience_s)
         except (NamespaceError, StaleError):
             self._check_namespace(namespace_id)
             raise
@@ -183,8 +197,52 @@ class Sources:
         self, wanted: Sequence[Source], keep: Keep, at_once: int, claim: Claim
     ) -> list[Exception | None]:
         """As `UnderStore.read_files`, of objects of one under-store."""
-        return await wanted[0].ufs.read_files([source.info for source in wanted], keep, at_once, claim)
+        ufs = wanted[0].ufs
+        outcomes = await ufs.read_files([source.info for source in wanted], keep, at_once, claim)
+        failed = [error for error in outcomes if isinstance(error, UnderStoreError)]
+        if len(failed) < len(outcomes):
+            self._note_answer(ufs)
+        elif failed:
+            self._note_failure(ufs, failed[-1])
+        return outcomes
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""
-        return await source.ufs.read_range(source.info, offset, length)
+        with self._watching(source.ufs):
+            return await source.ufs.read_range(source.info, offset, length)
+
+    @contextmanager
+    def _watching(self, ufs: UnderStore) -> Iterator[None]:
+        try:
+            yield
+        except UnderStoreError as error:
+            self._note_failure(ufs, error)
+            raise
+        except CachefsError:
+            self._note_answer(ufs)
+            raise
+        self._note_answer(ufs)
+
+    def _note_failure(self, ufs: UnderStore, error: UnderStoreError) -> None:
+        health = self._health_of(ufs)
+        if not health.is_failing:
+            # What is refused may be one object, and the next one not.
+            level = logging.INFO if isinstance(error, DeniedError) else logging.WARNING
+            _limited.log(
+                *(level, ufs.origin, "under-store fails, what is cached goes on origin=%s error=%s", ufs.origin, error)
+            )
+        health.failed(error)
+
+    def _note_answer(self, ufs: UnderStore) -> None:
+        health = self._health_of(ufs)
+        if health.is_failing:
+            _limited.log(
+                logging.INFO, ufs.origin, "under-store answers again origin=%s s=%.1f", ufs.origin, health.failing_s
+            )
+            health.answered()
+
+    def _health_of(self, ufs: UnderStore) -> StoreHealth:
+        health = self.health.get(ufs.origin)
+        if health is None:
+            health = self.health[ufs.origin] = StoreHealth()
+        return health

@@ -27,6 +27,7 @@ from cachefs.worker.members import Members
 from cachefs.worker.origin import Origin
 from cachefs.worker.peers import Data, PeerBytes, Peers
 from cachefs.worker.places import Places
+from cachefs.worker.slots import Slots
 from cachefs.worker.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Supply:
         places: Places,
         peers: Peers,
         origin: Origin,
-        slots: trio.CapacityLimiter,
+        slots: Slots,
     ) -> None:
         self._geometry = geometry
         self._members = members
@@ -142,9 +143,7 @@ class Supply:
             self._places.end(route.block)
 
     @asynccontextmanager
-    async def page(
-        self, route: Route, offset: int, length: int, slots: trio.CapacityLimiter
-    ) -> AsyncGenerator[Page, None]:
+    async def page(self, route: Route, offset: int, length: int, slots: Slots) -> AsyncGenerator[Page, None]:
         """One page of a block, at that offset in it; its slot is taken until the end of the block. From the under-store
         in one of `slots`.
 
@@ -154,12 +153,12 @@ class Supply:
         while True:
             effort, workers = await self._whom_to_ask(route)
             if not workers:
-                async with slots:
+                async with slots.one(length):
                     yield Page(await self._origin.read(route.source, route.start + offset, length), None, "")
                 return
             route.turn += 1
             worker = workers[route.turn % len(workers)]
-            async with self._slots:
+            async with self._slots.one(length):
                 if not self._is_usable(route, worker):
                     # It was found to be silent while this page waited for its turn.
                     continue
@@ -217,9 +216,7 @@ class Supply:
 
     # ---- content that is not kept here -----------------------------------------------------------------------------
 
-    async def read(
-        self, source: Source, block: BlockId, start: int, offset: int, length: int, slots: trio.CapacityLimiter
-    ) -> Data:
+    async def read(self, source: Source, block: BlockId, start: int, offset: int, length: int, slots: Slots) -> Data:
         """[offset, offset+length) of a block that starts there in its content: from whoever has it, else by way of a
         worker that takes it in, else from the under-store in one of `slots`. Raises as `page`.
         """
@@ -234,7 +231,7 @@ class Supply:
                 parts.append(data)
                 offset, length = end, length - (end - first)
         if length or not parts:
-            async with slots:
+            async with slots.one(length):
                 parts.append(await self._origin.read(source, start + offset, length))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -267,7 +264,7 @@ class Supply:
         give_up = trio.current_time() + _PATIENCE_S
         while self._peers.is_usable(worker) and trio.current_time() < give_up:
             try:
-                async with self._slots:
+                async with self._slots.one(length):
                     got = await self._peers.read(worker, block, offset, length, effort, source.attr.ino)
                     if got is None:
                         continue

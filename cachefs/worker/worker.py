@@ -36,6 +36,7 @@ from cachefs.worker.peers import Peers
 from cachefs.worker.pins import Pins
 from cachefs.worker.places import Places
 from cachefs.worker.quotas import QuotaFollower
+from cachefs.worker.slots import Slots
 from cachefs.worker.sources import Source, Sources
 from cachefs.worker.supply import Supply
 from cachefs.worker.suspects import Suspects
@@ -143,7 +144,12 @@ class Worker:
             **{name: getattr(self._counters, name) for name in m.FetchCounters.__struct_fields__}
         )
         opens = m.OpenCounts(self._passthrough_opens, self._cached_opens)
-        return m.WorkerStatus(self._config.name, self._sources.namespace_id, uptime_s, tiers, counters, opens)
+        stores = [
+            m.StoreState(origin, each.failing_s, each.failures, each.last_error)
+            for origin, each in sorted(self._sources.health.items())
+        ]
+        name, away_s = self._config.name, self._sources.master_away_s
+        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_s)
 
 
 def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
@@ -287,7 +293,7 @@ async def run_worker(
                     places = Places(link, members, counters)
                     peers = Peers(members, peer_hello, counters, background, config.security)
                     origin = Origin(store, sources, counters, on_changed)
-                    slots = trio.CapacityLimiter(config.peer_slots)
+                    slots = Slots(config.peer_slots, config.peer_bytes)
                     supply = Supply(geometry, members, places, peers, origin, slots)
                     supply.on_end = store.quotas.settle
                     drops = Drops(store, link, counters, link.sealed)
@@ -319,6 +325,7 @@ async def run_worker(
                             store,
                             filler,
                             link,
+                            sources,
                             worker.times,
                             lambda: len(places.fetching()),
                             lambda: len(members.others),

@@ -1,4 +1,4 @@
-"""What a worker takes in memory does not depend on what is read through it."""
+"""What our processes take in memory does not depend on what is read through them, nor on how many read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from cachefs.fuse import probe
 from cachefs.model import MiB
+from cachefs.testing.ceilings import CEILINGS, NAMES, measure
+from cachefs.testing.pressure import make_files, memory_of
 from cachefs.testing.processes import child_of, mountpoint_below, running
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -18,13 +20,6 @@ FILES, FILE_BYTES = 6, 192 * MiB
 READERS = 4
 MOST = 300_000_000
 """Bytes, all that a process has: what is promised."""
-
-
-def peak(pid: int) -> int:
-    """Resident memory at its highest, bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("promote", ["never", "if-space", "always"])
@@ -55,6 +50,19 @@ def test_a_worker_takes_no_more_memory_than_its_slots(tmp_path: Path, promote: s
                 for start in range(READERS)
             ]
             assert [reader.wait(300) for reader in readers] == [0] * READERS
-            peaks = peak(worker.process.pid), peak(child_of(mount, "mount"))
+            peaks = memory_of(worker.process.pid).peak, memory_of(child_of(mount, "mount")).peak
             print(f"{promote}: worker {peaks[0] / 1e6:.0f} MB, mount {peaks[1] / 1e6:.0f} MB")
             assert max(peaks) <= MOST
+
+
+def test_the_ceilings_hold_under_four_times_the_background_load(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    make_files(data, 6, 96 * MiB, NAMES)
+    found = measure(tmp_path, data.as_uri(), {"settle": "0"}, 6, "400M", 8.0)
+    for name, memory in found.memory.items():
+        print(f"{name}: {memory.peak / 1e6:.0f} MB")
+        assert memory.peak <= CEILINGS[name.split()[0]], name
+    for pressed in found.pressed:
+        assert pressed.errors == []
+        assert min(pressed.done.get(kind, 0) for kind in ("large", "small")) > 0
+    assert min(found.asked["listings"], found.asked["look-ups"]) > 0

@@ -12,14 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
+from cachefs.cli import up as up_module
 from cachefs.cli.instances import runtime_root
 from cachefs.fuse import Driver, find_mount, is_mounted, probe
+from cachefs.model import CachefsError
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, child_of, kill_mount, mountpoint_below, running
 
@@ -296,16 +301,57 @@ def test_ends_when_it_is_killed(bucket: Bucket, tmp_path: Path) -> None:
         _wait_until(lambda: str(tmp_path) not in run("ps -eo args"))
 
 
-@pytest.mark.parametrize("role", ["master", "worker", "mount"])
-def test_a_killed_process_ends_all_with_an_error(bucket: Bucket, tmp_path: Path, role: str) -> None:
+def test_a_mount_that_is_killed_ends_all_with_an_error(bucket: Bucket, tmp_path: Path) -> None:
     with up(bucket, tmp_path) as (mountpoint, process):
-        if role == "mount":
-            kill_mount(process)
-        else:
-            os.kill(child_of(process, role), signal.SIGKILL)
+        kill_mount(process)
         assert process.process.wait(60) == 1
         assert_nothing_left(mountpoint, tmp_path)
         assert not list(Path(runtime_root()).rglob(f"*{process.process.pid}*"))
+
+
+@pytest.mark.parametrize("role", ["master", "worker"])
+def test_a_master_or_worker_that_is_killed_is_started_again(bucket: Bucket, tmp_path: Path, role: str) -> None:
+    keys = sorted(DATA)
+    with up(bucket, tmp_path, "--entry-timeout", "1s", f"--{role}-http", "127.0.0.1:0") as (mountpoint, process):
+        read_by_processes(mountpoint, keys[::3], 1)
+        for number in (1, 2):
+            pid = child_of(process, role)
+            os.kill(pid, signal.SIGKILL)
+            # Cached and not: nobody gets an error.
+            read_by_processes(mountpoint, keys[number::3], 1)
+            read_by_processes(mountpoint, keys[::3], 1)
+            _wait_until(partial(_is_another, process, role, pid))
+        assert process.process.poll() is None
+        assert report(process)["tiers"][0]["state"] == "healthy"
+        assert process.end() == 0
+        assert_nothing_left(mountpoint, tmp_path)
+
+
+def _is_another(process: Running, role: str, pid: int) -> bool:
+    try:
+        return child_of(process, role) != pid
+    except (CachefsError, OSError):
+        return False  # it is just dying, or starting
+
+
+@pytest.mark.expect_warnings("each death is told")
+async def test_one_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up_module, "MOST_IN_A_ROW", 2)
+    (tmp_path / "data").mkdir()
+    own = ["--data-dir", str(tmp_path / "master"), "--mount", f"/={(tmp_path / 'data').as_uri()}", "--insecure"]
+    seen: list[int] = []
+    us: Any = SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))
+    with pytest.raises(ExceptionGroup) as raised, trio.fail_after(60):
+        async with up_module._restarted("master", own):
+            while True:
+                with suppress(CachefsError, OSError):  # there is none yet
+                    pid = child_of(us, "master")
+                    if pid not in seen:
+                        seen.append(pid)
+                        os.kill(pid, signal.SIGKILL)
+                await trio.sleep(0.02)
+    assert "started again 2 times in a row" in str(raised.value.exceptions[0])
+    assert len(seen) == len(set(seen)) == 3
 
 
 def test_what_killed_processes_left_is_removed_by_the_next(bucket: Bucket, tmp_path: Path) -> None:

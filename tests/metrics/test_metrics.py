@@ -121,5 +121,6 @@ def test_names_are_declared_once_and_say_their_unit(process: str) -> None:
     assert len({metric.name for metric in metrics}) == len(metrics)
     for metric in metrics:
         assert metric.help.endswith(".")
-        assert (metric.kind == "histogram") == metric.name.endswith("_seconds"), metric.name
+        is_duration = metric.kind == "histogram" or metric.name.endswith(("_away_seconds", "_failing_seconds"))
+        assert is_duration == metric.name.endswith("_seconds"), metric.name
         assert len(metric.labels) <= 1 or metric.kind != "histogram"

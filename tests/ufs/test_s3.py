@@ -216,9 +216,24 @@ async def test_the_answer_is_believed_and_not_what_was_asked(
 ) -> None:
     behind.put({"file": b"content"})
     info = await through.stat("file")
-    faulty.inject("other-etag", part="/file", times=1)
+    faulty.inject("other-etag", part="/file", times=2)
     with pytest.raises(ContentChangedError):
         await through.read_range(info, 0, 5)
+
+
+async def test_one_answer_of_another_version_is_looked_at_again(
+    through: UnderStore, faulty: FaultyS3, behind: Bucket
+) -> None:
+    """By ranges and as whole files: an error would reach the reader of an object that never changed."""
+    behind.put({"file": b"content"})
+    info = await through.stat("file")
+    faulty.inject("other-etag", part="/file", times=1)
+    assert bytes(await through.read_range(info, 0, 5)) == b"conte"
+    assert ("HEAD", f"/{behind.name}/{behind.prefix}file") in faulty.requests
+    faulty.inject("other-etag", part="/file", times=1)
+    kept = []
+    assert await through.read_files([info], lambda number, data: kept.append(bytes(data)), 4, lambda _: True) == [None]
+    assert kept == [b"content"]
 
 
 @FAILS_SOON

@@ -111,8 +111,8 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.MountInfo("/", "s3://b", 1, 2, 3, 4),
-        b"\x87\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving_stale\x04"
-        b"\xa7by_hand\xc2",
+        b"\x8a\xa4path\xa1/\xa3url\xa6s3://b\xabdirectories\x01\xa5files\x02\xabhidden_keys\x03\xadserving"
+        b"_stale\x04\xa7by_hand\xc2\xa9failing_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00\xa8failures\x00\xaalast_error\xa0",
     ),
     (
         m.AddStore("/a", "s3://b", {"key": "value"}),
@@ -132,9 +132,9 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
-        b"\x8d\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot\xa9connected\xc3\xa6"
+        b"\x8e\xa4name\xa1w\xa7address\xa3h:1\xa6socket\xa2/s\xachost_boot_id\xa4boot\xa9connected\xc3\xa6"
         b"blocks\x01\xabblock_bytes\x02\xa5state\xa6active\xa6labels\x80\xaecapacity_bytes\x00\xaaro"
-        b"om_bytes\x00\xa5epoch\x00\xa7heard_s\xcb\xbf\xf0\x00\x00\x00\x00\x00\x00",
+        b"om_bytes\x00\xa5epoch\x00\xa7heard_s\xcb\xbf\xf0\x00\x00\x00\x00\x00\x00\xa6silent\xc2",
     ),
     (
         m.MasterStatus(CLUSTER, 1.5, [], []),
@@ -324,12 +324,17 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x82\xabpassthrough\x01\xa6cached\x02",
     ),
     (
+        m.StoreState("s3://b", 0.0, 2, "e"),
+        b"\x84\xa6origin\xa6s3://b\xa9failing_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00\xa8failures\x02\xaalast_error\xa1e",
+    ),
+    (
         m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
-        b"\x86\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers\x90\xa8counters\x8f\xb1u"
+        b"\x88\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers\x90\xa8counters\x8f\xb1u"
         b"nder_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xadblocks_s"
         b"ealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xaapeer_byt"
         b"es\x00\xaapeer_reads\x00\xadpeer_failures\x00\xacserved_bytes\x00\xacserved_reads\x00\xa6l"
-        b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00",
+        b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00\xa6stores\x90\xadmaster_awa"
+        b"y_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00",
     ),
     (
         m.GetWorkerStatus(),

@@ -35,7 +35,7 @@ class ComesBack:
         self._error = error
         self._namespace_id = namespace_id
 
-    async def call(self, request: Any) -> Any:
+    async def call(self, request: Any, patience_s: float | None = None) -> Any:
         await self.sources.add(self._namespace_id, [])
         raise self._error
 
@@ -69,7 +69,7 @@ class Remembers:
         self.asked: list[Any] = []
         self._inos = inos
 
-    async def call(self, request: Any) -> Any:
+    async def call(self, request: Any, patience_s: float | None = None) -> Any:
         self.asked.append(request)
         if isinstance(request, Resolve):
             return Answer(_location(request.ino))

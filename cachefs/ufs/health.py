@@ -1,0 +1,55 @@
+"""Whether an under-store answers, as whoever reads from it has seen: for people and monitoring alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cachefs.model import CachefsError, UnderStoreError
+
+_LONGEST_ERROR = 300
+"""Characters of an error that are kept."""
+
+
+class StoreHealth:
+    """Of one under-store. What is refused counts as what fails; an object that is gone or changed is an answer."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        """Requests that failed, each after its retries."""
+        self.last_error = ""
+        """Kept when it answers again."""
+        self._since: float | None = None
+        """None: it did what was asked the last time, or was not asked."""
+
+    @property
+    def is_failing(self) -> bool:
+        return self._since is not None
+
+    @property
+    def failing_s(self) -> float:
+        """Seconds; 0: it is well."""
+        return time.monotonic() - self._since if self._since is not None else 0.0
+
+    def answered(self) -> None:
+        self._since = None
+
+    def failed(self, error: Exception) -> None:
+        self.failures += 1
+        self.last_error = " ".join(str(error).split())[:_LONGEST_ERROR]
+        if self._since is None:
+            self._since = time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A request to it."""
+        try:
+            yield
+        except UnderStoreError as error:
+            self.failed(error)
+            raise
+        except CachefsError:
+            self.answered()
+            raise
+        self.answered()
