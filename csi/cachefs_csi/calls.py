@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from cachefs.metrics import Times
 from cachefs.model import CachefsError
 from cachefs_csi import csi_pb2
 from cachefs_csi.codes import Code, code_of
+from cachefs_csi.redacting import redacted, secret_values, shown_map
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def shown(message: Message) -> str:
         if options.Extensions[csi_pb2.csi_secret]:
             parts.append(f"{field.name}={_REDACTED}")
         elif field.message_type is not None and field.message_type.GetOptions().map_entry:
-            parts.append(f"{field.name}={dict(sorted(value.items()))}")
+            parts.append(f"{field.name}={shown_map(value)}")
         elif field.message_type is not None and not field.is_repeated:
             parts.append(f"{field.name}={{{shown(value)}}}")
         elif field.message_type is not None:
@@ -49,6 +51,21 @@ def shown(message: Message) -> str:
         else:
             parts.append(f"{field.name}={list(value) if field.is_repeated else value!r}")
     return " ".join(parts)
+
+
+def secrets_in(message: Message) -> set[str]:
+    """What must not appear in a text about a request."""
+    secrets: dict[str, str] = {}
+    given: set[str] = set()
+    for field, value in message.ListFields():
+        if field.message_type is None or not field.message_type.GetOptions().map_entry:
+            continue
+        options: Any = field.GetOptions()
+        if options.Extensions[csi_pb2.csi_secret]:
+            secrets.update(value)
+        else:
+            given |= secret_values({}, value)
+    return given | secret_values(secrets)
 
 
 class Calls(grpc.GenericRpcHandler):
@@ -87,16 +104,19 @@ class Calls(grpc.GenericRpcHandler):
                 code, message = Code.UNAVAILABLE, "the driver ends"
             except trio.Cancelled:
                 code, message = Code.UNAVAILABLE, "the driver ends"
-            except TimeoutError:
+            except (TimeoutError, trio.TooSlowError):
                 code, message = Code.DEADLINE_EXCEEDED, "it took longer than the caller waits"
             except CachefsError as error:
                 code, message = code_of(error), str(error)
             except Exception as error:
-                logger.exception("call broke method=%s", method.name)
+                # Without its traceback's last line, which may quote a secret.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("call broke method=%s error=%s\n%s", method.name, type(error).__name__, where)
                 code, message = Code.INTERNAL, f"{type(error).__name__}: {error}"
             seconds = time.monotonic() - began
-            self._token.run_sync_soon(self._count, method.name, code, seconds)
+            self._from_any_thread(lambda: self._count(method.name, code, seconds))
             if code is not Code.OK:
+                message = redacted(message, secrets_in(request))
                 facts = (method.name, code.name, seconds, message, shown(request))
                 logger.warning("call failed method=%s code=%s seconds=%.3f error=%s %s", *facts)
                 context.abort(code, message)

@@ -4,8 +4,10 @@ kept here, so that a driver that is started again has forgotten nothing.
 
 from __future__ import annotations
 
+import re
+
 from cachefs.client.volumes import Volumes
-from cachefs.model import NotFoundError, volume_id
+from cachefs.model import ConfigError, NotFoundError, volume_id
 from cachefs.wire.volumes import MOST_LISTED, VolumeInfo
 from cachefs_csi import csi_pb2 as pb
 from cachefs_csi.capabilities import check_all, wanted_bytes, why_not
@@ -14,6 +16,8 @@ from cachefs_csi.parameters import Source, source_of
 
 _Type = pb.ControllerServiceCapability.RPC.Type
 _CAN = (_Type.CREATE_DELETE_VOLUME, _Type.LIST_VOLUMES, _Type.EXPAND_VOLUME, _Type.GET_VOLUME)
+
+_TOKEN = re.compile("vol-[0-9a-f]{32}")
 
 _CAPACITY = "capacity"
 """In a volume's context at the master: its size, where that bounds nothing."""
@@ -57,7 +61,11 @@ class Controller:
     async def delete_volume(self, request: pb.DeleteVolumeRequest) -> pb.DeleteVolumeResponse:
         if not request.volume_id:
             raise missing("volume_id")
-        await self._volumes.delete(request.volume_id)
+        try:
+            await self._volumes.delete(request.volume_id)
+        except ConfigError as error:
+            # Another under-store is attached in it.
+            raise CallError(Code.FAILED_PRECONDITION, str(error)) from error
         return pb.DeleteVolumeResponse()
 
     async def validate_volume_capabilities(
@@ -83,7 +91,7 @@ class Controller:
         if request.max_entries < 0:
             raise invalid("max_entries", request.max_entries, "0 or more")
         after = request.starting_token
-        if after and not after.startswith(volume_id("")[:4]):
+        if after and not _TOKEN.fullmatch(after):
             raise CallError(Code.ABORTED, f"starting_token: {after!r} is none of ours; begin again without one")
         found = await self._volumes.list(after, min(request.max_entries or MOST_LISTED, MOST_LISTED))
         entries = [pb.ListVolumesResponse.Entry(volume=volume_of(each)) for each in found.volumes]
@@ -112,6 +120,9 @@ class Controller:
             check_all([request.volume_capability])
         info = await self._volumes.get(request.volume_id)
         capacity = capacity_of(info)
+        most = request.capacity_range.limit_bytes
+        if most and capacity > most:
+            raise CallError(Code.OUT_OF_RANGE, f"the volume has {capacity} bytes, and volumes do not shrink to {most}")
         if info.quota_bytes and capacity < size:
             capacity = capacity_of(await self._volumes.set_quota(request.volume_id, size))
         return pb.ControllerExpandVolumeResponse(capacity_bytes=max(capacity, size), node_expansion_required=False)

@@ -42,14 +42,29 @@ class Identity:
     async def probe(self, request: pb.ProbeRequest) -> pb.ProbeResponse:
         """Asks, each time. Not ready yet is no error; what does not mend itself is FAILED_PRECONDITION."""
         try:
+            why = await self._why_not()
+        except CachefsError as error:
+            raise CallError(Code.FAILED_PRECONDITION, str(error)) from error
+        if why is not None:
+            logger.warning("not ready error=%s", why)
+        return pb.ProbeResponse(ready=BoolValue(value=why is None))
+
+    async def why_not_ready(self) -> str | None:
+        """For monitoring; None: it is."""
+        try:
+            return await self._why_not()
+        except CachefsError as error:
+            return str(error)
+
+    async def _why_not(self) -> str | None:
+        """What may mend itself; raises CachefsError for what does not."""
+        try:
             with trio.fail_after(PROBE_S):
                 await self._ask()
         except CachefsError as error:
             if code_of(error) is not Code.UNAVAILABLE:
-                raise CallError(Code.FAILED_PRECONDITION, str(error)) from error
-            logger.warning("not ready error=%s", error)
-            return pb.ProbeResponse(ready=BoolValue(value=False))
+                raise
+            return str(error)
         except trio.TooSlowError:
-            logger.warning("not ready error=no answer within %g s", PROBE_S)
-            return pb.ProbeResponse(ready=BoolValue(value=False))
-        return pb.ProbeResponse(ready=BoolValue(value=True))
+            return f"no answer within {PROBE_S:g} s"
+        return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import xxhash
 
 from cachefs.fuse import FS_TYPE, MountInfo, find_mount, is_dead
 from cachefs.model import ConfigError, DeadlineError, ExistsError, NamespaceError, NotFoundError, UnavailableError
+from cachefs.wire.mounts import MountState
 from cachefs_csi.binding import bind, binds_of, check, unbind
 
 STATISTICS_S = 5.0
@@ -28,7 +29,7 @@ STATISTICS_S = 5.0
 
 
 class Mounts(Protocol):
-    """What is asked of the mount service of the node."""
+    """What is asked of the mount service of the node; `NodeMounts` in life."""
 
     async def ensure(
         self, mount_id: str, mountpoint: str, path: str, options: Mapping[str, str] | None = None
@@ -37,6 +38,9 @@ class Mounts(Protocol):
 
     async def remove(self, mountpoint: str) -> None:
         """Unmount and forget it; one that is not there is no error."""
+
+    async def list(self) -> Sequence[MountState]:
+        """All that were asked for."""
 
 
 class NotStagedError(NamespaceError):
@@ -92,8 +96,8 @@ class NodeVolumes:
                     await trio.to_thread.run_sync(unbind, target)
             await self._mounts.remove(staging)
 
-    async def publish(self, volume_id: str, path: str, options: Mapping[str, str], staging: str, target: str) -> None:
-        """Show what is staged at a target too. What is staged and dead is mounted anew.
+    async def publish(self, volume_id: str, staging: str, target: str) -> None:
+        """Show what is staged at a target too. What is staged and dead is mounted anew, as it was asked for.
 
         Raises NotStagedError; ExistsError when another volume is shown there, and answers.
         """
@@ -104,7 +108,10 @@ class NodeVolumes:
             if found is None:
                 raise NotStagedError(f"volume {volume_id} is not staged at {staging}")
             if await _is_dead(found):
-                await self._ensure(volume_id, path, options, staging)
+                known = next((each for each in await self._mounts.list() if each.mountpoint == staging), None)
+                if known is None:
+                    raise NotStagedError(f"what is staged at {staging} is dead, and not known to the mount service")
+                await self._ensure(volume_id, known.path, known.options, staging)
             await self._show(staging, target)
 
     async def publish_alone(self, volume_id: str, path: str, options: Mapping[str, str], target: str) -> None:
