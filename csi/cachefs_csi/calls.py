@@ -81,7 +81,7 @@ class Calls(grpc.GenericRpcHandler):
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self.times: Times[str] = Times()
         """Seconds that calls took, by method."""
-        self.codes: dict[tuple[str, str], int] = {}
+        self.codes: dict[tuple[str, ...], float] = {}
         """How many there were, by method and code."""
         for name, implementation in services.items():
             for method in SERVICES[name].methods:
