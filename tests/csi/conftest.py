@@ -144,7 +144,8 @@ class Rig:
         asked = ("--master", self.master, "--insecure", "--http", "127.0.0.1:0")
         self.controller = Caller(here / "c.sock", here / "controller.log", "controller", *asked)
         self.node = Caller(
-            here / "n.sock", here / "node.log", "node", *asked, "--node-id", "node-1", "--mounts-socket", here / "m.sock",
+            here / "n.sock", here / "node.log", "node", *asked, "--node-id", "node-1",
+            "--mounts-socket", here / "m.sock",
             "--may-attach", "--inline-urls", "--inline-dir", here / "inline", "--max-volumes", "7",
             "--label", "zone=a", "--label", "rack=r1",
         )  # fmt: skip
@@ -160,7 +161,8 @@ class Rig:
     def start_service(self) -> None:
         here = self.directory
         self.service = self.background(
-            "node-mounts", "--socket", here / "m.sock", "--keeper-socket", here / "k.sock", "--state-dir", here / "state",
+            "node-mounts", "--socket", here / "m.sock", "--keeper-socket", here / "k.sock",
+            "--state-dir", here / "state",
             "--master", self.master, "--worker-socket", here / "w.sock", "--insecure",
         )  # fmt: skip
 

@@ -9,13 +9,14 @@ import pytest
 from cachefs_csi import csi_pb2 as pb
 
 GiB = 1 << 30
+CLONE = pb.VolumeContentSource(volume=pb.VolumeContentSource.VolumeSource(volume_id="v"))
 
 
 def made(rig: Any, name: str, **changes: Any) -> Any:
     return rig.controller.call("CreateVolume", **fields(rig, name, **changes)).volume
 
 
-def fields(rig: Any, name: str, size: int = GiB, **changes: Any) -> dict[str, Any]:
+def fields(rig: Any, name: str, size: int = GiB, /, **changes: Any) -> dict[str, Any]:
     given = {"capacity_range": pb.CapacityRange(required_bytes=size)} if size else {}
     parameters = {"path": "/two", "quota": "none"}
     return {"name": name, "volume_capabilities": [rig.READER], "parameters": parameters, **given, **changes}
@@ -100,14 +101,14 @@ def test_the_same_name_with_another_place_exists(rig: Any) -> None:
         ({"volume_capabilities": [pb.VolumeCapability()]}, "mount"),
         ({"parameters": {}}, "neither url nor path"),
         ({"parameters": {"path": "/one", "url": "s3://b/"}}, "both url and path"),
-        ({"parameters": {"path": "/one", "colour": "red"}}, "parameters.colour: 'red' is not accepted; expected one of url, path"),
+        ({"parameters": {"path": "/one", "colour": "red"}}, "colour: 'red' is not accepted; expected one of url, path"),
         ({"parameters": {"path": "one"}}, "parameters.path"),
         ({"parameters": {"path": "/one", "quota": "half"}}, "size or none"),
         ({"parameters": {"path": "/one", "subPath": "../two"}}, "subPath"),
         ({"parameters": {"path": "/one", "subPath": "${pvc.name}"}}, "--extra-create-metadata"),
         ({"parameters": {"path": "/one", "subPath": "${node}"}}, "no other variables"),
         ({"parameters": {"path": "/one"}, "secrets": {"key": "k"}}, "secrets are for a url"),
-        ({"volume_content_source": pb.VolumeContentSource(volume=pb.VolumeContentSource.VolumeSource(volume_id="v"))}, "volume_content_source"),
+        ({"volume_content_source": CLONE}, "volume_content_source"),
     ],
 )  # fmt: skip
 def test_what_will_not_do_is_refused_with_its_name(rig: Any, changes: dict[str, Any], part: str) -> None:

@@ -17,6 +17,7 @@ from cachefs.fuse import all_mounts, find_mount, is_dead, open_mount, probe, unm
 from cachefs.model import ConfigError, ExistsError, NotFoundError
 from cachefs.testing.processes import Running, child_of, kill_mount, running
 from cachefs.testing.real_cluster import RealCluster, real_cluster
+from cachefs.wire.mounts import MountState
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
@@ -28,10 +29,10 @@ class Processes:
         self._cluster = cluster
         self._stack = stack
         self.running: dict[str, Running] = {}
-        self.ensured: list[str] = []
+        self.asked: dict[str, MountState] = {}
 
     async def ensure(self, mount_id: str, mountpoint: str, path: str, options: Mapping[str, str] | None = None) -> None:
-        self.ensured.append(mount_id)
+        self.asked[mountpoint] = MountState(mount_id, mountpoint, path, dict(options or {}), "serving")
         found = find_mount(mountpoint)
         if found is not None:
             if not await trio.to_thread.run_sync(is_dead, found):
@@ -43,7 +44,11 @@ class Processes:
         started = running("mount", mountpoint, *master, *flags)
         self.running[mountpoint] = await trio.to_thread.run_sync(self._stack.enter_context, started)
 
+    async def list(self) -> list[MountState]:
+        return list(self.asked.values())
+
     async def remove(self, mountpoint: str) -> None:
+        self.asked.pop(mountpoint, None)
         process = self.running.pop(mountpoint, None)
         if process is not None:
             await trio.to_thread.run_sync(process.end)
@@ -72,7 +77,7 @@ class Node:
 
     async def publish(self, name: str) -> str:
         target = self.target(name)
-        await self.volumes.publish("v", "/dir", {}, self.staging, target)
+        await self.volumes.publish("v", self.staging, target)
         return target
 
 
@@ -189,7 +194,7 @@ async def test_a_target_of_another_volume_is_not_taken(tmp_path: Path) -> None:
         await node.volumes.stage("w", "/other", {}, node.target("staging-w"))
         target = await node.publish("target")
         with pytest.raises(ExistsError, match="another volume"):
-            await node.volumes.publish("w", "/other", {}, node.target("staging-w"), target)
+            await node.volumes.publish("w", node.target("staging-w"), target)
         assert shown(target) == b"dir"
 
 
@@ -264,8 +269,8 @@ async def test_paths_that_will_not_do_are_refused(tmp_path: Path, path: str) -> 
     for call in (
         lambda: volumes.stage("v", "/dir", {}, path),
         lambda: volumes.unstage("v", path),
-        lambda: volumes.publish("v", "/dir", {}, path, "/target"),
-        lambda: volumes.publish("v", "/dir", {}, str(tmp_path), path),
+        lambda: volumes.publish("v", path, "/target"),
+        lambda: volumes.publish("v", str(tmp_path), path),
         lambda: volumes.publish_alone("v", "/dir", {}, path),
         lambda: volumes.unpublish("v", path),
         lambda: volumes.usage(path),
