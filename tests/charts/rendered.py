@@ -53,6 +53,7 @@ MOUNT_OPTIONS = {
     "umask": "022",
     "xattr": True,
     "hung-after": "20s",
+    "patience": "1m",
 }
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -89,6 +90,11 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "warm-up": {"warmup": LOADS},
     "ipv6": {"listenAddress": "[::]", "fullnameOverride": "kv", "worker": {"hostNetwork": True}},
+    "another kubelet": {
+        "kubeletDir": "/data/kubelet",
+        "runDir": "/run/two",
+        "mounts": {"stateDir": "/data/mounts", "hostDir": "/data/mnt", "host": [{"name": "a-1", "path": "/a b's"}]},
+    },
     "everything": {
         "tls": MANAGED_TLS,
         "monitoring": MONITORING,

@@ -151,6 +151,24 @@ def test_a_master_is_told_its_under_stores() -> None:
     assert (told["page_size"], told["block_size"]) == (4 * 2**20, 2**30)
 
 
+def test_mounts_of_the_host_are_those_of_the_values() -> None:
+    _, told = parsed(expanded(container("no csi", "mounts", "mounts")))
+    assert told["static"] == (("/data", "/mnt/cachefs/data"), ("/", "/mnt/cachefs/all"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "driver"), [("another kubelet", "csi.cachefs.io"), ("everything", "two.csi.cachefs.io")]
+)
+def test_mounts_of_single_pods_are_where_the_keepers_mount_too(cell: str, driver: str) -> None:
+    kubelet = "/data/kubelet" if cell == "another kubelet" else "/var/lib/kubelet"
+    _, told = parsed(expanded(container(cell, "csi-node", "csi")))
+    assert told["inline_dir"] == f"{kubelet}/plugins/{driver}/inline"
+    for component, name in (("csi-node", "csi"), ("mounts", "mounts"), ("keeper", "keeper")):
+        mounts = container(cell, component, name).spec["volumeMounts"]
+        (found,) = [each for each in mounts if each["mountPath"] == kubelet]
+        assert found["mountPropagation"] == "Bidirectional"
+
+
 def test_loads_are_jobs_of_the_master() -> None:
     once, nightly = [parsed(expanded(each))[1] for each in containers("warm-up") if each.spec["name"] == "load"]
     if once["replicas"]:

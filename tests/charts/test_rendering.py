@@ -59,6 +59,7 @@ KINDS = {
     "network policy": _STANDARD + Counter({"NetworkPolicy": 5}),
     "warm-up": _STANDARD + _WARMUP,
     "ipv6": _STANDARD,
+    "another kubelet": _STANDARD,
     "everything": _STANDARD
     + _TLS
     + _OWN_AUTHORITY
