@@ -151,8 +151,8 @@ def raise_open_files(role: str, least: int) -> None:
 async def cancel_on_signal(
     scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way. Nor does one that
-    comes after the scope was cancelled by somebody else, until the caller puts the handlers back.
+    """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way. Nor does one
+    that comes after the scope was cancelled by somebody else, until the caller puts the handlers back.
     """
     early: list[int] = []
     for each in _ENDING:
