@@ -16,6 +16,8 @@ COMMANDS = {
     "worker": "cachefs.cli.services",
     "mount": "cachefs.cli.mount",
     "umount": "cachefs.cli.umount",
+    "node-keeper": "cachefs.cli.node",
+    "node-mounts": "cachefs.cli.node",
     "ls": "cachefs.cli.inspect",
     "stat": "cachefs.cli.inspect",
     "report": "cachefs.cli.inspect",
@@ -51,7 +53,7 @@ def load_group(name: str) -> click.Group:
 
 
 def load_command(name: str) -> click.Command:
-    command: click.Command = getattr(importlib.import_module(COMMANDS[name]), name)
+    command: click.Command = getattr(importlib.import_module(COMMANDS[name]), name.replace("-", "_"))
     return command
 
 

@@ -160,6 +160,50 @@ def mount_options(function: params.F) -> params.F:
     return function
 
 
+OF_A_VOLUME = (
+    *("profile", "open_mode", "open_wait", "max_read", "read_ahead", "attr_timeout", "entry_timeout"),
+    *("negative_timeout", "metadata_cache_entries", "uid", "gid", "umask", "xattr", "patience"),
+)
+"""What whoever asks a node's mount service for a mount may choose. The rest is the node's affair."""
+
+
+def options_named(names: Iterable[str] | None = None) -> list[click.Option]:
+    """Those of `mount_options`, in their order; all of them."""
+
+    def nothing() -> None:
+        pass
+
+    found: list[click.Option] = list(reversed(mount_options(nothing).__click_params__))  # type: ignore[attr-defined]
+    return [option for option in found if names is None or option.name in names]
+
+
+def arguments_of(options: Mapping[str, str]) -> list[str]:
+    """Options of a volume, by the names of flags without dashes in front, as arguments of `cachefs mount`.
+
+    Raises ConfigError, naming the option, for one that a volume does not have or a value that will not do.
+    """
+    known = {key_of(option): option for option in options_named(OF_A_VOLUME)}
+    arguments = []
+    for name, value in options.items():
+        option = known.get(name)
+        if option is None:
+            raise ConfigError(name, value, f"one of {', '.join(known)}")
+        if option.is_flag:
+            if value not in ("", "true", "false"):
+                raise ConfigError(name, value, "true or false")
+            arguments += [f"--{name}"] if value != "false" else []
+            continue
+        argument = f"--{name}={value}"
+        try:
+            click.Command("volume", params=[option]).make_context("volume", [argument])
+        except click.UsageError as error:
+            raise ConfigError(name, value, error.format_message()) from error
+        arguments.append(argument)
+    flags = click.Command("volume", params=[*options_named()]).make_context("volume", list(arguments)).params
+    mount_config("/", TcpAddress("127.0.0.1", 0), None, flags, check_machine=False)
+    return arguments
+
+
 def with_profile(ctx: click.Context, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `mount_options` with the defaults of the profile that was asked for."""
     found = dict(flags)

@@ -65,6 +65,13 @@ def _label(key: str, text: str) -> tuple[str, str]:
     return name, value
 
 
+def _host_mount(key: str, text: str) -> tuple[str, str]:
+    path, separator, mountpoint = text.partition("=")
+    if not separator or not path.startswith("/") or not mountpoint.startswith("/"):
+        raise ConfigError(key, text, "PATH=MOUNTPOINT, both absolute, such as /imagenet=/mnt/imagenet")
+    return path, mountpoint
+
+
 def _mount(key: str, text: str) -> tuple[str, str]:
     path, equals, url = text.partition("=")
     if not equals or not path.startswith("/") or "://" not in url:
@@ -126,6 +133,7 @@ TIER = _Parsed("KIND:DIR:SIZE", _tier, written_tier)
 OCTAL = _Parsed("OCTAL", _octal, lambda value: f"{value:03o}")
 KEY_VALUE = _Parsed("NAME=VALUE", _key_value, "=".join)
 MOUNT = _Parsed("PATH=URL", _mount, "=".join)
+HOST_MOUNT = _Parsed("PATH=MOUNTPOINT", _host_mount, "=".join)
 LABEL = _Parsed("NAME=VALUE", _label, "=".join)
 
 

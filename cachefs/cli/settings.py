@@ -29,6 +29,7 @@ SECTIONS = {
     "mount": ("mount",),
     "worker": ("worker",),
     "master": ("master",),
+    "node-mounts": ("node-mounts", "mount"),
 }
 """Command -> the sections of the file it looks into, in this order."""
 

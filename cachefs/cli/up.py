@@ -6,11 +6,7 @@ import json
 import logging
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +15,10 @@ import click
 import trio
 
 from cachefs.cli import params
+from cachefs.cli.children import END_TIMEOUT_S, Child, child_of
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.instances import Instance, instance_name, recorded, running, state_root, worker_socket
-from cachefs.cli.lifecycle import ENDED_WELL, Report, run_service, set_up_logging
+from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount import keeper_socket_of, listen_for, server_command
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
@@ -35,9 +32,6 @@ from cachefs.ufs import directory_of
 
 logger = logging.getLogger(__name__)
 
-READY_TIMEOUT_S = 120.0
-"""The master may need the under-store's deadline, and the worker a while to look through a large tier."""
-END_TIMEOUT_S = 20.0
 MOST_IN_A_ROW = 10
 """Times that a master or worker is started again, one after the other."""
 LIVED_S = 60.0
@@ -58,62 +52,6 @@ class UpConfig:
     log_level: str
     driver: Driver = Driver.KERNEL
     hung_after_s: float = 10.0
-
-
-class Child:
-    """One of the processes."""
-
-    def __init__(self, role: str, process: subprocess.Popen[bytes], link: socket.socket) -> None:
-        self.role = role
-        self.facts: dict[str, Any] = {}
-        self._process = process
-        self._link = trio.socket.from_stdlib_socket(link)
-
-    async def wait_ready(self) -> None:
-        """Raises CachefsError when it ends first, or takes too long; the reason is in what it printed."""
-        line = b""
-        with trio.move_on_after(READY_TIMEOUT_S) as scope:
-            while not line.endswith(b"\n"):
-                data = await self._link.recv(4096)
-                if not data:
-                    # It has to have said why before it is told to end.
-                    await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
-                    raise CachefsError(f"the {self.role} ended before it was ready; see its message above")
-                line += data
-        if scope.cancelled_caught:
-            raise CachefsError(f"the {self.role} was not ready within {READY_TIMEOUT_S:g} s")
-        facts = json.loads(line)
-        if "error" in facts:
-            raise CachefsError(facts["error"])
-        self.facts = facts
-
-    async def wait_end(self) -> int:
-        """Its exit status. Notices the end by the link, which the process holds until then; a mount, of which one of
-        two processes may die, says there that it ended well.
-        """
-        said = b""
-        while data := await self._link.recv(4096):
-            said = data
-        if said.endswith(ENDED_WELL):
-            return 0
-        return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
-
-    async def end(self) -> None:
-        """SIGTERM, and the end of the link for whoever took its place; SIGKILL when that does not help."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        with suppress(OSError):
-            self._link.shutdown(socket.SHUT_WR)
-        with trio.move_on_after(END_TIMEOUT_S) as scope:
-            with suppress(OSError):
-                while await self._link.recv(4096):
-                    pass
-            await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
-        if scope.cancelled_caught:
-            logger.error("killed role=%s pid=%d reason=did-not-end", self.role, self._process.pid)
-            self._process.kill()
-            self._process.wait()
-        self._link.close()
 
 
 async def run_up(config: UpConfig, report: Report) -> None:
@@ -201,7 +139,7 @@ async def _keep_running(
             began = trio.current_time()
             said = "before it was ready"
             try:
-                async with _child(role, [*arguments, *addresses], environment) as child:
+                async with child_of(role, [*arguments, *addresses], environment) as child:
                     await child.wait_ready()
                     if not scope.shield:
                         scope.shield = True
@@ -234,16 +172,11 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
             unmount(mountpoint, lazy=True)
 
 
-def _environment() -> dict[str, str]:
-    """Of the children: without our settings, which they are told by flags."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("CACHEFS_")}
-
-
 @asynccontextmanager
 async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGenerator[Child, None]:
     """The keeper, which starts the server; where there is none, the server."""
     if config.driver is not Driver.KERNEL:
-        async with _child("mount", [config.mountpoint, *arguments]) as child:
+        async with child_of("mount", [config.mountpoint, *arguments]) as child:
             yield child
         return
     path = keeper_socket_of(config.mountpoint)
@@ -256,43 +189,10 @@ async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGener
             values["hung"] = config.hung_after_s
             return keeper_command(config.mountpoint, values, fds[-1])
 
-        async with _child("mount", arguments, command=command, fds=fds) as child:
+        async with child_of("mount", arguments, command=command, fds=fds) as child:
             listener.close()
             os.close(fds[-1])
             yield child
-
-
-@asynccontextmanager
-async def _child(
-    role: str,
-    arguments: Sequence[str],
-    environment: Mapping[str, str] | None = None,
-    *,
-    command: Callable[[str], list[str]] | None = None,
-    fds: Sequence[int] = (),
-) -> AsyncGenerator[Child, None]:
-    """`command`: what is run instead, by the number of the link; `fds`: what it gets as well."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        ours.setblocking(False)
-        # Not trio's: its processes end with the task that waits for them, ours are ended in order.
-        link = str(theirs.fileno())
-        usual = [sys.executable, "-m", "cachefs", role, *arguments, "--supervised", link]
-        chosen = command(link) if command is not None else usual
-        process = subprocess.Popen(  # noqa: ASYNC220
-            chosen,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno(), *fds],
-            env={**_environment(), **(environment or {})},
-            # A Ctrl-C at the terminal is for us, who end them in order.
-            start_new_session=True,
-        )
-    child = Child(role, process, ours)
-    try:
-        yield child
-    finally:
-        with trio.CancelScope(shield=True):
-            await child.end()
 
 
 @click.command(cls=Configured)

@@ -4,6 +4,8 @@ Owns /dev/fuse: mounting, with root or without, the session on it, passthrough's
 errors to errno.
 """
 
+from pathlib import Path
+
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
 from cachefs.fuse.errno import errno_of
 from cachefs.fuse.fusermount import user_allow_other
@@ -26,6 +28,7 @@ from cachefs.fuse.mounting import (
     probe,
     unmount,
 )
+from cachefs.fuse.mounts_client import NodeMounts, open_node_mounts
 from cachefs.fuse.operations import CacheOperations, OperationsConfig
 from cachefs.fuse.places import check_apart
 from cachefs.fuse.protocol import (
@@ -41,8 +44,12 @@ from cachefs.fuse.protocol import (
 from cachefs.fuse.selftest import try_passthrough
 from cachefs.fuse.service import MountConfig, run_mount, why_no_pyfuse3
 
+NODE_KEEPER = str(Path(__file__).with_name("node_keeper.py"))
+"""Run as a script, see there."""
+
 __all__ = [
     "FS_TYPE",
+    "NODE_KEEPER",
     "PASSTHROUGH_NEEDS_ROOT",
     "ROOT_NODE",
     "AttrReply",
@@ -58,6 +65,7 @@ __all__ = [
     "MountError",
     "MountInfo",
     "MountOptions",
+    "NodeMounts",
     "OpenDirReply",
     "OpenMode",
     "OpenReply",
@@ -80,6 +88,7 @@ __all__ = [
     "mount",
     "open_device",
     "open_mount",
+    "open_node_mounts",
     "probe",
     "run_mount",
     "try_passthrough",

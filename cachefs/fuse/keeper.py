@@ -11,9 +11,9 @@ six small modules, none of ours.
 
 Values: `listen`, `memfd`, `fuse`, `server`: descriptors that it is given. `command`: one of a file with what starts a
 server, each word ended by a zero byte (in a file, because keepers and servers are told apart by their arguments).
-`hold`: one that is passed on to servers unseen. `pid` of the server behind `server`. `mode`: spawn or keep. `path` of
-the listening socket, `file`: its device and inode number. `connection`: number of the FUSE connection, `below`: what
-else `mounted` tells.
+`hold`: one that is passed on to servers unseen. `home`: the socket of the node-keeper that started it, for servers.
+`pid` of the server behind `server`. `mode`: spawn or keep. `path` of the listening socket, `file`: its device and inode
+number. `connection`: number of the FUSE connection, `below`: what else `mounted` tells.
 `established=1`: the mount has answered before. And those of `LIMITS`.
 
 Messages, on sockets of whole messages, words of ASCII with `\\0` before arguments:
@@ -231,7 +231,11 @@ class Keeper:
 
     def facts(self) -> str:
         shown = {
-            **{key: value for key, value in self.values.items() if key in ("mode", "path", "file", "hold", *LIMITS)},
+            **{
+                key: value
+                for key, value in self.values.items()
+                if key in ("mode", "path", "file", "home", "hold", *LIMITS)
+            },
             "connection": self.connection,
             "below": self.below,
             "established": "1" if self.established else "0",

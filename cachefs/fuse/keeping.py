@@ -31,6 +31,9 @@ _ANSWER_S = 180.0
 """Of a keeper that is asked for an upgrade: its own limits are shorter."""
 _WHO_S = 5.0
 _PAUSE_S = 1.0
+_HOME_S = 30.0
+"""How long a server waits for the process that has the keepers of its node, before it starts a keeper itself."""
+_ADOPTION_S = 5.0
 
 
 class MountFacts(msgspec.Struct, frozen=True):
@@ -200,21 +203,62 @@ class KeeperLink:
             # The second one that dies: not in a hurry.
             await trio.sleep(_PAUSE_S)
             self._keeper.poll()
-        while True:
-            try:
-                self._begin_keeper()
-                break
-            except OSError as error:  # this machine has no memory or no processes left, for now; we go on serving
-                logger.error("the keeper is gone, and no other could be started error=%s", error)
-                await trio.sleep(_PAUSE_S)
+        if "home" not in self.values or not await self._find_home():
+            while True:
+                try:
+                    self._begin_keeper()
+                    break
+                except OSError as error:  # this machine has no memory or no processes left, for now; we go on serving
+                    logger.error("the keeper is gone, and no other could be started error=%s", error)
+                    await trio.sleep(_PAUSE_S)
         if self._phase is not None:
             self._send(self._phase)
+
+    async def _find_home(self) -> bool:
+        """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
+        be started again.
+        """
+        give_up_at = trio.current_time() + _HOME_S
+        while True:
+            try:
+                pid = self._be_adopted()
+                logger.info("the keeper was gone, the node has another one pid=%s", pid)
+                return True
+            except OSError as error:
+                if trio.current_time() > give_up_at:
+                    logger.warning("no node-keeper takes the mount over socket=%s error=%s", self.values["home"], error)
+                    return False
+            await trio.sleep(_PAUSE_S / 4)
+
+    def _be_adopted(self) -> str:
+        """The process id of the new keeper. Inline, as that one answers at once. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ExitStack() as opened:
+            opened.enter_context(theirs)
+            on_failure = opened.enter_context(ExitStack())
+            on_failure.enter_context(ours)
+            home = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            home.settimeout(_ADOPTION_S)
+            home.connect(self.values["home"])
+            fds = [self._listener, self._memfd, theirs.fileno(), *([self.fuse_fd] if self._is_mounted else [])]
+            values = {**self._values_for_keeper(), "pid": os.getpid()}
+            words = ["adopt", self._mountpoint, *(f"{key}={value}" for key, value in values.items() if value != "")]
+            socket.send_fds(home, ["\0".join(words).encode()], fds)
+            answer = home.recv(_MESSAGE).decode(errors="replace")
+            if not answer.startswith("ok "):
+                raise OSError(answer)
+            on_failure.pop_all()
+        self._raw, self._link = ours, _as_trio(ours)
+        return answer.removeprefix("ok ")
+
+    def _values_for_keeper(self) -> dict[str, str]:
+        return {key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")}
 
     def _begin_keeper(self) -> None:
         """Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        values = {
-            **{key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")},
+        values: dict[str, Any] = {
+            **self._values_for_keeper(),
             "listen": self._listener,
             "memfd": self._memfd,
             "server": theirs.fileno(),
@@ -252,6 +296,16 @@ class KeeperLink:
 def _as_trio(link: socket.socket) -> trio.socket.SocketType:
     link.setblocking(False)
     return trio.socket.from_stdlib_socket(link)
+
+
+def ask_node_keeper(path: str, words: Sequence[str]) -> str:
+    """What the process that has the keepers of a node answers: after "ok ". Raises TransportError, when there is none
+    as well.
+    """
+    answer = ask(path, "\0".join(words), _WHO_S)
+    if not answer.startswith("ok"):
+        raise TransportError(f"the node-keeper at {path}: {answer.removeprefix('failed ')}")
+    return answer.removeprefix("ok").strip()
 
 
 def keeper_command(mountpoint: str, values: dict[str, Any], command_fd: int) -> list[str]:

@@ -17,7 +17,7 @@ from cachefs.net.service import (
     serve,
     serve_on,
 )
-from cachefs.net.sockets import Listener, listening
+from cachefs.net.sockets import Listener, listening, taking_over
 from cachefs.net.tokens import copy_tokens, load_tokens, new_tokens
 from cachefs.wire import Hello, Limits, Role, Tokens
 
@@ -56,4 +56,5 @@ __all__ = [
     "serve",
     "serve_on",
     "serving_http",
+    "taking_over",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NamedTuple
 
@@ -45,6 +45,41 @@ async def listening(addresses: Sequence[Address]) -> AsyncGenerator[list[Listene
                 listeners.append(Listener(address, sock))
                 stack.callback(_unlink_own, address.path, os.stat(address.path).st_ino)
         yield listeners
+
+
+@asynccontextmanager
+async def taking_over(path: str) -> AsyncGenerator[tuple[Listener, Callable[[], bool]], None]:
+    """Listens on a unix socket until the end of the block, also where somebody else does already: whoever connects from
+    now on comes to us. With what tells whether another has taken it over from us.
+
+    Raises ConfigError for a path that cannot be bound.
+    """
+    new = f"{path}.{os.getpid()}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sock:
+        try:
+            sock.setblocking(False)
+            with suppress(FileNotFoundError):
+                os.unlink(new)
+            sock.bind(new)
+            os.chmod(new, 0o600)
+            sock.listen(_BACKLOG)
+            ino = os.stat(new).st_ino
+            os.rename(new, path)
+        except OSError as error:
+            accepted = f"a path where a socket can be made ({error.strerror or error})"
+            raise ConfigError("--socket", path, accepted) from error
+
+        def is_replaced() -> bool:
+            try:
+                return os.stat(path).st_ino != ino
+            except FileNotFoundError:
+                return False
+
+        try:
+            yield Listener(UnixAddress(path), sock), is_replaced
+        finally:
+            _unlink_own(path, ino)
 
 
 async def _listen_tcp(address: TcpAddress) -> socket.socket:

@@ -1,0 +1,168 @@
+"""The keepers of a node, in a process of their own that is never upgraded while mounts last. Run as a script by itself:
+
+    python -I -S node_keeper.py node-keeper SOCKET
+
+It starts a keeper (see `keeper`, mode=keep) for each mountpoint that is asked for, and takes over what a server still
+holds of a mount whose keeper died. It knows nothing of mounts itself.
+
+Messages, on sockets of whole messages, words of ASCII with `\\0` between them:
+
+    keep MOUNTPOINT [NAME=VALUE]...    a keeper for it, with these limits: ok PATH of its socket, that of the one it has
+    adopt MOUNTPOINT [NAME=VALUE]...   a keeper with these descriptors: listen, memfd, server and, if mounted, fuse
+    drop MOUNTPOINT                    end the keeper of it, if this process started it: ok
+    who                                keeping [MOUNTPOINT PID]...
+    answers else                       failed WHY
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+KEEPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
+MESSAGE = 1 << 16
+PASSED = ("listen", "memfd", "server", "fuse")
+"""In the order in which descriptors come."""
+
+
+class NodeKeeper:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.listener = listen(path)
+        self.keepers: dict[int, str] = {}
+        """Mountpoint, by process."""
+        self.wake, waker = os.pipe()
+        for fd in (self.wake, waker):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self.clients: dict[int, socket.socket] = {}
+
+    def run(self) -> int:
+        """Until SIGTERM. Keepers stay: whoever ends this process may mean only this one."""
+        while True:
+            poll = select.poll()
+            for fd in (self.wake, self.listener.fileno(), *self.clients):
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll():
+                if fd == self.wake:
+                    if set(os.read(self.wake, 64)) & {signal.SIGTERM, signal.SIGINT}:
+                        return 0
+                    self.reap()
+                elif fd == self.listener.fileno():
+                    self.accept()
+                else:
+                    self.hear(self.clients.pop(fd))
+
+    def reap(self) -> None:
+        for pid in list(self.keepers):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                log(f"keeper ended pid={pid} mountpoint={self.keepers.pop(pid)}")
+
+    def accept(self) -> None:
+        try:
+            client, _ = self.listener.accept()
+        except OSError:
+            return
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if int.from_bytes(credentials[4:8], sys.byteorder) not in (0, os.geteuid()) or len(self.clients) > 256:
+            client.close()
+            return
+        client.setblocking(False)
+        self.clients[client.fileno()] = client
+
+    def hear(self, client: socket.socket) -> None:
+        fds: list[int] = []
+        try:
+            data, fds, _, _ = socket.recv_fds(client, MESSAGE, len(PASSED))
+            answer = self.answer(data.decode(errors="surrogateescape").split("\0"), fds)
+            client.send(answer.encode(errors="surrogateescape"))
+        except OSError as error:
+            log(f"not answered error={error}")
+        for fd in fds:
+            os.close(fd)
+        client.close()
+
+    def answer(self, words: list[str], fds: list[int]) -> str:
+        word, *arguments = words
+        try:
+            if word == "keep" and arguments:
+                return self.keep(arguments[0], dict(each.split("=", 1) for each in arguments[1:]))
+            if word == "adopt" and len(arguments) > 1 and len(fds) >= 3:
+                values = dict(each.split("=", 1) for each in arguments[1:])
+                values.update((name, str(fd)) for name, fd in zip(PASSED, fds, strict=False))
+                return f"ok {self.start(arguments[0], values, fds)}"
+            if word == "drop" and arguments:
+                for pid, mountpoint in self.keepers.items():
+                    if mountpoint == arguments[0]:
+                        os.kill(pid, signal.SIGTERM)
+                return "ok"
+            if word == "who":
+                return "\0".join(["keeping", *(f"{path}\0{pid}" for pid, path in self.keepers.items())])
+        except (OSError, ValueError) as error:
+            return f"failed {error}"
+        return "failed not understood"
+
+    def keep(self, mountpoint: str, values: dict[str, str]) -> str:
+        name = f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
+        path = os.path.join(os.path.dirname(self.path), name)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            if probe.connect_ex(path) == 0:
+                return f"ok {path}"
+        with listen(path) as listener:
+            pinned = {"listen": str(listener.fileno()), "path": path, "mode": "keep", "home": self.path}
+            self.start(mountpoint, {**values, **pinned}, [listener.fileno()])
+        return f"ok {path}"
+
+    def start(self, mountpoint: str, values: dict[str, str], fds: list[int]) -> int:
+        nothing = os.memfd_create("cachefs-server", 0)  # servers connect, none is started
+        arguments = [f"{name}={value}" for name, value in {**values, "command": str(nothing)}.items()]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()
+                for fd in (*fds, nothing):
+                    os.set_inheritable(fd, True)
+                os.execv(sys.executable, [sys.executable, "-I", "-S", KEEPER, "mount-keeper", mountpoint, *arguments])
+            finally:
+                os._exit(127)
+        os.close(nothing)
+        self.keepers[pid] = mountpoint
+        log(f"keeper started pid={pid} mountpoint={mountpoint}")
+        return pid
+
+
+def listen(path: str) -> socket.socket:
+    """What a process that is gone left there is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(64)
+    listener.setblocking(False)
+    return listener
+
+
+def log(message: str) -> None:
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+    os.write(2, f"{stamp},{int(now * 1000) % 1000:03} INFO node-keeper {message}\n".encode(errors="surrogateescape"))
+
+
+def main(arguments: list[str]) -> int:
+    keeper = NodeKeeper(arguments[1])
+    os.write(1, f"cachefs node-keeper is ready socket={arguments[1]}\n".encode())
+    return keeper.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
