@@ -150,8 +150,9 @@ async def test_caches_that_together_are_large_enough_hold_all_of_it(tmp_path: Pa
                 for number, client in enumerate(found.clients.values()):
                     nursery.start_soon(read_all, client, files, 10 * seed + number)
             fetched = (await found.under_store_bytes() - before) / (len(files) * PAGE)
-            # What is shared is known a second or two later: half of this first epoch.
-            assert fetched <= (1.5 if seed == 0 else 0.02)
+            # What is shared is known a second or two later, which may be most of this first epoch. Without any sharing
+            # it would be read three times.
+            assert fetched <= (2.5 if seed == 0 else 0.02)
 
 
 async def test_a_worker_that_goes_away_costs_no_reader_his_bytes(tmp_path: Path) -> None:
