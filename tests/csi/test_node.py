@@ -1,0 +1,316 @@
+"""The node service in the order in which kubelet asks, in others, and with everything that can be missing or wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cachefs_csi import csi_pb2 as pb
+
+from cachefs.fuse import find_mount, open_mount, unmount
+
+INLINE = {"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.name": "pod"}
+
+
+def test_info_and_capabilities(rig: Any) -> None:
+    info = rig.node.call("NodeGetInfo")
+    assert (info.node_id, info.max_volumes_per_node) == ("node-1", 7)
+    segments = {"topology.csi.cachefs.io/zone": "a", "topology.csi.cachefs.io/rack": "r1"}
+    assert dict(info.accessible_topology.segments) == segments
+    found = rig.node.call("NodeGetCapabilities").capabilities
+    names = {pb.NodeServiceCapability.RPC.Type.Name(each.rpc.type) for each in found}
+    assert names == {"STAGE_UNSTAGE_VOLUME", "GET_VOLUME_STATS", "VOLUME_CONDITION", "VOLUME_MOUNT_GROUP"}
+
+
+def test_the_sequence_of_kubelet_with_every_step_repeated(rig: Any, pods: Any) -> None:
+    for _ in range(2):
+        pods.stage()
+    for name in ("first", "second", "first"):
+        target = pods.publish(name)
+        assert pods.shown(target) == b"one"
+        found = find_mount(target)
+        assert found is not None and {"ro", "nosuid", "nodev"} <= found.options
+        with pytest.raises(OSError) as refused:
+            Path(target, "new").touch()
+        assert refused.value.errno == errno.EROFS
+    code, message = rig.node.refused("NodeUnstageVolume", volume_id=pods.volume_id, staging_target_path=pods.staging)
+    assert code == "FAILED_PRECONDITION" and pods.target("first") in message
+    for name in ("first", "first", "second"):
+        pods.unpublish(name)
+        assert not os.path.lexists(pods.target(name))
+    for _ in range(2):
+        pods.unstage()
+    assert pods.mounted() == []
+
+
+def test_the_whole_life_of_a_volume_that_the_controller_made(rig: Any, pods: Any) -> None:
+    asked = {"parameters": {"url": rig.s3_url, "subPath": "sub"}, "secrets": rig.secrets}
+    size = pb.CapacityRange(required_bytes=1 << 30)
+    volume = rig.controller.call(
+        "CreateVolume", name=pods.volume_id, volume_capabilities=[rig.READER], capacity_range=size, **asked
+    ).volume
+    pods.volume_id = volume.volume_id
+    # As the provisioner hands it on; and without anything, as somebody writes it by hand.
+    for context in ({**volume.volume_context, "storage.kubernetes.io/csiProvisionerIdentity": "p"}, {}):
+        pods.context = context
+        pods.stage()
+        assert pods.shown(pods.publish("pod")) == b"of the directory"
+        pods.unpublish("pod")
+        pods.unstage()
+    rig.controller.call("DeleteVolume", volume_id=volume.volume_id)
+    assert rig.node.refused("NodeStageVolume", volume_id=volume.volume_id, staging_target_path=pods.staging,
+                            volume_capability=rig.READER)[0] == "NOT_FOUND"  # fmt: skip
+
+
+def test_the_same_at_once_is_done_once(rig: Any, pods: Any) -> None:
+    with ThreadPoolExecutor(12) as threads:
+        for each in [threads.submit(pods.stage) for _ in range(4)]:
+            each.result()
+        for each in [threads.submit(pods.publish, f"pod-{number % 3}") for number in range(12)]:
+            each.result()
+        assert len(pods.mounted()) == 4
+        for each in [threads.submit(pods.unpublish, f"pod-{number % 3}") for number in range(12)]:
+            each.result()
+    assert pods.mounted() == [pods.staging]
+
+
+@pytest.mark.parametrize("moment_s", [None, 0.0, 0.01, 0.05, 0.2])
+def test_the_plugin_is_killed_between_and_during_calls(rig: Any, pods: Any, moment_s: float | None) -> None:
+    """None: between them. Whatever it had done, the same calls again do the rest."""
+
+    def killed_during(method: str, **fields: Any) -> None:
+        if moment_s is not None:
+            call = rig.node.future(method, **fields)
+            time.sleep(moment_s)  # the moment that is tried
+            rig.node.end(signal.SIGKILL)
+            with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)) if not call.done() else noted(call):
+                call.result()
+            rig.node.start()
+        else:
+            rig.node.kill_and_start()
+        rig.node.call(method, **fields)
+
+    volume = {"volume_id": pods.volume_id}
+    stage = {"staging_target_path": pods.staging, "volume_capability": rig.READER, "volume_context": pods.context}
+    killed_during("NodeStageVolume", **volume, **stage)
+    killed_during("NodePublishVolume", **pods.publish_fields("pod"))
+    assert pods.shown(pods.target("pod")) == b"one"
+    assert pods.mounted() == sorted([pods.staging, pods.target("pod")])
+    killed_during("NodeUnpublishVolume", **volume, target_path=pods.target("pod"))
+    killed_during("NodeUnstageVolume", **volume, staging_target_path=pods.staging)
+    assert pods.mounted() == [] and not os.path.lexists(pods.target("pod"))
+
+
+class noted:
+    """A call that was answered before the kill, or was cut."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        return isinstance(error, grpc.RpcError)
+
+
+def test_readers_do_not_notice_that_the_plugin_and_the_service_are_killed(rig: Any, pods: Any) -> None:
+    pods.stage()
+    targets = [pods.publish(f"pod-{number}") for number in range(3)]
+    with open(Path(targets[0], "file"), "rb") as file:
+        rig.node.kill_and_start()
+        rig.service.kill()
+        rig.service.wait()
+        rig.start_service()
+        for target in targets:
+            assert pods.shown(target) == b"one"
+        assert file.read() == b"one"
+    for number in range(3):
+        pods.publish(f"pod-{number}")
+        pods.unpublish(f"pod-{number}")
+
+
+def test_a_dead_mount_is_abnormal_and_replaced_at_publish(rig: Any, pods: Any) -> None:
+    pods.stage()
+    first = pods.publish("first")
+    rig.kill_mount(pods.staging)
+    with pytest.raises(OSError) as dead:
+        os.statvfs(first)
+    assert dead.value.errno == errno.ENOTCONN
+    stats = rig.node.call("NodeGetVolumeStats", volume_id=pods.volume_id, volume_path=first)
+    assert stats.volume_condition.abnormal and "not connected" in stats.volume_condition.message
+    for name in ("second", "first"):
+        assert pods.shown(pods.publish(name)) == b"one"
+    stats = rig.node.call("NodeGetVolumeStats", volume_id=pods.volume_id, volume_path=first)
+    assert not stats.volume_condition.abnormal
+    assert {each.unit for each in stats.usage} == {pb.VolumeUsage.Unit.BYTES, pb.VolumeUsage.Unit.INODES}
+    assert pods.mounted() == sorted([pods.staging, first, pods.target("second")])
+
+
+def test_a_dead_mount_is_replaced_at_stage(rig: Any, pods: Any) -> None:
+    pods.stage()
+    rig.kill_mount(pods.staging)
+    pods.stage()
+    assert pods.shown(pods.staging) == b"one"
+
+
+@pytest.mark.parametrize("target", ["corrupted", "left", "empty", "half"])
+def test_stale_targets_are_put_right(rig: Any, pods: Any, target: str) -> None:
+    pods.stage()
+    path = pods.target(target)
+    os.mkdir(path, 0o755)
+    if target == "corrupted":
+        fd, _ = open_mount(path, "dead")
+        os.close(fd)
+    elif target == "left":
+        os.chmod(path, 0)
+    elif target == "half":
+        subprocess.run(["mount", "--bind", pods.staging, path], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,rw,suid,dev", path], check=True)
+    assert pods.shown(pods.publish(target)) == b"one"
+    found = find_mount(path)
+    assert found is not None and {"ro", "nosuid", "nodev"} <= found.options
+    unmount(path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0
+    pods.unpublish(target)
+
+
+@pytest.mark.parametrize("target", ["link", "file", "entries", "foreign", "no parent"])
+def test_targets_that_are_not_ours_are_refused_and_left_alone(rig: Any, pods: Any, tmp_path: Path, target: str) -> None:
+    pods.stage()
+    path = Path(pods.target(target))
+    if target == "link":
+        path.symlink_to(tmp_path)
+    elif target == "file":
+        path.write_bytes(b"mine")
+    elif target == "no parent":
+        path = path / "below"
+    else:
+        path.mkdir()
+        if target == "entries":
+            (path / "mine").write_bytes(b"mine")
+        else:
+            subprocess.run(["mount", "-t", "tmpfs", "others", path], check=True)
+    before = os.lstat(path) if target != "no parent" else None
+    fields = pods.publish_fields(target, target_path=str(path))
+    code, message = rig.node.refused("NodePublishVolume", **fields)
+    assert code == "INVALID_ARGUMENT" and str(path) in message
+    if before is not None:
+        assert os.lstat(path).st_mode == before.st_mode
+    if target == "foreign":
+        unmount(path)
+
+
+REQUIRED = {
+    "NodeStageVolume": ["volume_id", "staging_target_path", "volume_capability"],
+    "NodeUnstageVolume": ["volume_id", "staging_target_path"],
+    "NodePublishVolume": ["volume_id", "target_path", "volume_capability"],
+    "NodeUnpublishVolume": ["volume_id", "target_path"],
+    "NodeGetVolumeStats": ["volume_id", "volume_path"],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "missing"), [(method, each) for method, found in REQUIRED.items() for each in found]
+)
+def test_missing_fields_are_named(rig: Any, tmp_path: Path, method: str, missing: str) -> None:
+    values = {
+        "volume_id": "v", "volume_capability": rig.READER, "staging_target_path": str(tmp_path / "s"),
+        "target_path": str(tmp_path / "t"), "volume_path": str(tmp_path / "p"),
+    }  # fmt: skip
+    code, message = rig.node.refused(method, **{name: values[name] for name in REQUIRED[method] if name != missing})
+    assert code == "INVALID_ARGUMENT" and missing in message
+
+
+def test_what_is_not_staged_is_not_published(rig: Any, pods: Any) -> None:
+    assert rig.node.refused("NodePublishVolume", **pods.publish_fields("pod"))[0] == "FAILED_PRECONDITION"
+    without = pods.publish_fields("pod", staging_target_path="")
+    assert rig.node.refused("NodePublishVolume", **without)[0] == "FAILED_PRECONDITION"
+    assert not os.path.lexists(pods.target("pod"))
+
+
+def test_unknown_volumes(rig: Any, tmp_path: Path) -> None:
+    unknown = {"volume_id": "vol-" + "0" * 32}
+    where = str(tmp_path / "nothing")
+    ask = {"staging_target_path": where, "volume_capability": rig.READER}
+    assert rig.node.refused("NodeStageVolume", **unknown, **ask)[0] == "NOT_FOUND"
+    rig.node.call("NodeUnpublishVolume", **unknown, target_path=where)
+    rig.node.call("NodeUnstageVolume", **unknown, staging_target_path=where)
+    assert rig.node.refused("NodeGetVolumeStats", **unknown, volume_path=where)[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("mode", ["SINGLE_NODE_WRITER", "MULTI_NODE_MULTI_WRITER"])
+def test_who_wants_to_write_is_told_what_to_ask_for(rig: Any, pods: Any, mode: str) -> None:
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_context": pods.context}
+    code, message = rig.node.refused("NodeStageVolume", volume_capability=rig.capability(mode), **ask)
+    assert code == "INVALID_ARGUMENT" and "ReadOnlyMany" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [("open-mode=fast", "open-mode"), ("attr-timeout=long", "attr-timeout"), ("colour=red", "colour"),
+     ("master=1.2.3.4:5", "master"), ("rw", "rw"), ("UPPER", "UPPER")],
+)  # fmt: skip
+def test_mount_options_that_will_not_do_are_named(rig: Any, pods: Any, flag: str, part: str) -> None:
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_context": pods.context}
+    wanted = rig.capability("MULTI_NODE_READER_ONLY", flag)
+    code, message = rig.node.refused("NodeStageVolume", volume_capability=wanted, **ask)
+    assert code == "INVALID_ARGUMENT" and part in message
+    assert pods.mounted() == []
+
+
+def test_mount_options_and_the_group_of_the_pod(rig: Any, pods: Any) -> None:
+    wanted = rig.capability("MULTI_NODE_READER_ONLY", "ro", "open-mode=cached", "--umask=027", group="4242")
+    pods.stage(volume_capability=wanted)
+    status = os.stat(Path(pods.staging, "file"))
+    assert status.st_gid == 4242 and not status.st_mode & 0o027
+    # Of a pod with another group, which comes after kubelet has forgotten that it is staged.
+    pods.stage(volume_capability=rig.capability("MULTI_NODE_READER_ONLY", "open-mode=cached", "umask=027", group="7"))
+    assert os.stat(Path(pods.staging, "file")).st_gid == 4242
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_context": {"path": "/two"}}
+    assert rig.node.refused("NodeStageVolume", volume_capability=wanted, **ask)[0] == "ALREADY_EXISTS"
+
+
+def test_a_static_volume_with_a_url(rig: Any, pods: Any) -> None:
+    pods.context = {"url": rig.s3_url}
+    for _ in range(2):
+        pods.stage(secrets=rig.secrets)
+    assert pods.shown(pods.publish("pod")) == b"of the bucket"
+
+
+def test_an_inline_volume_is_a_mount_of_its_own(rig: Any, pods: Any) -> None:
+    """Kubernetes says that it is written, as its description has no access mode."""
+    ask = {"staging_target_path": "", "volume_capability": rig.capability("SINGLE_NODE_WRITER")}
+    pods.volume_id = f"csi-{pods.volume_id}"
+    contexts = {
+        "first": {**INLINE, "path": "/one", "mountOptions": "open-mode=cached,attr-timeout=1m"},
+        "second": {**INLINE, "url": rig.s3_url},
+    }
+    for name, shown in (("first", b"one"), ("second", b"of the bucket"), ("first", b"one")):
+        secrets = rig.secrets if name == "second" else {}
+        assert pods.shown(pods.publish(name, volume_context=contexts[name], secrets=secrets, **ask)) == shown
+        rig.node.kill_and_start()
+    code, message = rig.node.refused(
+        "NodePublishVolume", **pods.publish_fields("third", volume_context=contexts["first"], readonly=False, **ask)
+    )
+    assert code == "INVALID_ARGUMENT" and "readOnly: true" in message
+    for name in ("first", "first", "second"):
+        pods.unpublish(name)
+    assert pods.mounted() == [] and os.listdir(rig.directory / "inline") == []
+
+
+def test_a_call_that_takes_longer_than_its_caller_waits_can_be_repeated(rig: Any, pods: Any) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        rig.node.call("NodeStageVolume", 0.05, volume_id=pods.volume_id, staging_target_path=pods.staging,
+                      volume_capability=rig.READER, volume_context=pods.context)  # fmt: skip
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    pods.stage()
+    assert pods.shown(pods.staging) == b"one"
