@@ -272,15 +272,11 @@ async def _kept_by(keeper: KeeperLink | None) -> AsyncGenerator[None, None]:
     if keeper is None:
         yield
         return
-    try:
-        async with open_background() as nursery:
-            nursery.start_soon(keeper.follow)
-            with trio.CancelScope() as scope:
-                keeper.on_end = scope.cancel
-                yield
-    finally:
-        with trio.CancelScope(shield=True):
-            await keeper.leave()
+    async with open_background() as nursery:
+        nursery.start_soon(keeper.follow)
+        with trio.CancelScope() as scope:
+            keeper.on_end = scope.cancel
+            yield
 
 
 # ---- the keeper ------------------------------------------------------------------------------------------------------

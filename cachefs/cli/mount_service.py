@@ -68,6 +68,8 @@ class _Mount:
         """Of the task that has servers running."""
         self.ended = trio.Event()
         self.changed = trio.Event()
+        self.is_to_go = False
+        """No server is started any more."""
 
     def become(self, state: Literal["serving", "starting", "dead"], why: str = "") -> None:
         self.state, self.why = state, why
@@ -206,10 +208,26 @@ class MountService:
         if mount is None:
             return
         async with mount.lock:
-            if self._mounts.get(mountpoint) is mount:
+            if self._mounts.get(mountpoint) is not mount:
+                return
+            # Who reads there without a server waits, and uses the mount.
+            with trio.move_on_after(_ANSWER_S):
+                while mount.state == "starting":
+                    await mount.changed.wait()
+            mount.is_to_go = True
+            if mount.scope is not None and mount.state != "serving":
+                # It would be mounted anew meanwhile.
+                mount.scope.cancel()
+                await mount.ended.wait()
+            try:
                 await self._unmount(mount)
-                with trio.CancelScope(shield=True):
-                    await self._give_up(mount)
+            except BaseException:
+                mount.is_to_go = False
+                if mount.scope is None:
+                    self._start(mount)
+                raise
+            with trio.CancelScope(shield=True):
+                await self._give_up(mount)
 
     def _prepare(self, record: MountRecord) -> None:
         """Raises ExistsError when somebody else mounted something there, NamespaceError."""
@@ -289,12 +307,21 @@ class MountService:
             await mount.ended.wait()
         mountpoint = mount.record.mountpoint
         with suppress(MountError, TransportError, OSError):
-            await trio.to_thread.run_sync(self._clear, mountpoint)
             await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
+            await self._wait_for_the_end_of(mount.keeper_socket)
+        with suppress(MountError, OSError):
+            await trio.to_thread.run_sync(self._clear, mountpoint)
             allow_left_below(mountpoint)
         self._records.remove(mountpoint)
         if self._mounts.get(mountpoint) is mount:
             del self._mounts[mountpoint]
+
+    async def _wait_for_the_end_of(self, keeper_socket: str) -> None:
+        """It ends the connection of what was mounted and never answered, though it may not see where that is."""
+        with trio.move_on_after(_ANSWER_S), suppress(TransportError):
+            while keeper_socket:
+                await trio.to_thread.run_sync(ask, keeper_socket, "who", _LOOK_S)
+                await trio.sleep(0.02)
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
@@ -310,7 +337,7 @@ class MountService:
         in_a_row = 0
         try:
             with scope:
-                while not self._is_replaced():
+                while not (self._is_replaced() or mount.is_to_go):
                     began = trio.current_time()
                     why = "its server ended"
                     try:
@@ -336,7 +363,7 @@ class MountService:
                         message = "a server ended, another is started mountpoint=%s count=%d reason=%s"
                         logger.warning(message, mount.record.mountpoint, in_a_row, why)
                     await trio.sleep(0 if in_a_row == 1 else min(_LONGEST_PAUSE_S, 0.05 * 2**in_a_row))
-                mount.become("dead", "another service has taken over")
+                mount.become("dead", "another service has taken over" if not mount.is_to_go else "it is unmounted")
         finally:
             mount.scope = None
             mount.ended.set()

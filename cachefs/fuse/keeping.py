@@ -93,8 +93,11 @@ class KeeperLink:
         self._link = _as_trio(link)
         self._keeper: subprocess.Popen[bytes] | None = None
         self._is_mounted = self.fuse_fd >= 0
-        self._one_at_a_time = trio.CapacityLimiter(1)
-        """Not one of the threads that wait for reads."""
+        self._threads = trio.CapacityLimiter(1)
+        """Not those that wait for reads."""
+        self._adopting = trio.Lock()
+        self._is_alone = False
+        """There is no keeper, as far as we have noticed."""
 
     @property
     def has_server(self) -> bool:
@@ -202,6 +205,7 @@ class KeeperLink:
         return self.has_server and (self.connects or os.path.exists(f"/proc/{self.values['server']}"))
 
     async def _start_keeper(self) -> None:
+        self._is_alone = True
         self._link.close()
         if self._keeper is not None:
             # The second one that dies: not in a hurry.
@@ -222,22 +226,23 @@ class KeeperLink:
         """Before a server ends that leaves the mount to the next: somebody has to hold it meanwhile. It takes a while
         if the keeper is gone as well.
         """
-        if self._phase != "ready" or self._is_done or not (self.connects and self._is_mounted and self._is_alone()):
+        if self._phase != "ready" or self._is_done or not (self.connects and self._is_mounted):
             return
+        while not self._is_alone:
+            try:
+                self._is_alone = not self._raw.recv(_MESSAGE)  # what it told us before does not matter any more
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                pass  # told once
         logger.info("the keeper is gone, and this server is to end: it waits until another one holds the mount")
         if not await self._find_home(_LEAVING_S):
             with suppress(OSError):
                 self._begin_keeper()
 
-    def _is_alone(self) -> bool:
-        try:
-            while self._raw.recv(_MESSAGE):
-                pass  # it told us something before
-            return True
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+    def _has_keeper(self, link: socket.socket) -> None:
+        self._raw, self._link = link, _as_trio(link)
+        self._is_alone = False
 
     async def _find_home(self, limit_s: float) -> bool:
         """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
@@ -246,17 +251,19 @@ class KeeperLink:
         if "home" not in self.values:
             return False
         give_up_at = trio.current_time() + limit_s
-        while True:
-            try:
-                ours, pid = await trio.to_thread.run_sync(self._be_adopted, limiter=self._one_at_a_time)
-                self._raw, self._link = ours, _as_trio(ours)
-                logger.info("the keeper was gone, the node has another one pid=%s", pid)
-                return True
-            except OSError as error:
-                if trio.current_time() > give_up_at:
-                    logger.warning("no node-keeper takes the mount over socket=%s error=%s", self.values["home"], error)
-                    return False
-            await trio.sleep(_PAUSE_S / 4)
+        async with self._adopting:
+            while self._is_alone:
+                try:
+                    ours, pid = await trio.to_thread.run_sync(self._be_adopted, limiter=self._threads)
+                    self._has_keeper(ours)
+                    logger.info("the keeper was gone, the node has another one pid=%s", pid)
+                except OSError as error:
+                    if trio.current_time() > give_up_at:
+                        message = "no node-keeper takes the mount over socket=%s error=%s"
+                        logger.warning(message, self.values["home"], error)
+                        return False
+                    await trio.sleep(_PAUSE_S / 4)
+        return True
 
     def _be_adopted(self) -> tuple[socket.socket, str]:
         """Our end of the link to the new keeper, and its process id. Raises OSError."""
@@ -309,7 +316,7 @@ class KeeperLink:
                 start_new_session=True,
             )
             on_failure.pop_all()
-        self._raw, self._link = ours, _as_trio(ours)
+        self._has_keeper(ours)
         logger.info("the keeper was gone, another one is started pid=%d", self._keeper.pid)
 
     def close(self) -> None:

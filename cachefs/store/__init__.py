@@ -4,6 +4,7 @@ from cachefs.store.config import TierConfig, parse_tier
 from cachefs.store.health import HealthConfig, TierState
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
+from cachefs.store.pieces import PageAt, PieceSums
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.quotas import QuotaKeys, Quotas, Rule, Use
 from cachefs.store.reader import SealedReader, a_file_of_tier
@@ -13,7 +14,9 @@ from cachefs.store.tier import Tier, TierStatus
 
 __all__ = [
     "HealthConfig",
+    "PageAt",
     "Partial",
+    "PieceSums",
     "PinnedKeys",
     "QuotaKeys",
     "Quotas",

@@ -2,7 +2,9 @@
 
 What makes "present" safe to act on, also in another process:
 
-- a page becomes present only after its bytes and then its checksum were written, and it never becomes absent again;
+- a page becomes present only after its bytes and then its checksum were written. It becomes absent again only if its
+  bytes are found to be damaged (`compare`, `verify`): then it is written once more, into the same file, so that whoever
+  has the descriptor reads the right bytes again;
 - present binds the open file, not its name: `read_fd` is what the worker passes to a mount along with a confirmation.
   It is a read-only open file of its own, so that a receiver cannot write through it, and it holds `flock(LOCK_SH)`:
   the lock belongs to the open file and lives as long as any process has it, which tells eviction who still reads;
@@ -21,7 +23,9 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+import time
+from array import array
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometry, LocalProtocolError, div_up
@@ -33,6 +37,11 @@ from cachefs.store.sums import Buffer, page_checksum
 
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_FRESH_S = 30.0
+"""So long after a page was written or compared it is taken to be in memory still: nothing comes back from a medium that
+was not there yet when it was written.
+"""
+_NEVER = float("-inf")
 
 
 class Partial:
@@ -69,6 +78,8 @@ class Partial:
         self._header = sums.encode_header(block, length, page_size)
         self._checksums = checksums
         self._missing_count = checksums.count(None)
+        self._compared = array("d", [_NEVER]) * self.page_count
+        """When the bytes of each page were known to be right last, by the monotonic clock."""
         self._remembered = remembered or {}
         """Absent pages that are in the file if nothing happened to it -> their checksums."""
         self._write_fd = write_fd
@@ -77,7 +88,7 @@ class Partial:
         self._changed = threading.Condition(threading.Lock())
         self._writing: set[int] = set()
         self.seal_lock = threading.Lock()
-        """Held by whoever seals; the tier's business."""
+        """Held by whoever seals, and to forget a page that is damaged: after the seal nothing changes."""
         self.users = 0
         """Open calls not yet closed; guarded by the tier's lock."""
         self.sealed = False
@@ -103,11 +114,14 @@ class Partial:
         """What is present or remembered is known to the disk too."""
         return self._sums_on_disk and not self.empty
 
-    def present(self) -> list[tuple[int, int]]:
-        """The present pages as half-open ranges, ascending."""
+    def present(self, besides: Container[int] | None = None) -> list[tuple[int, int]]:
+        """The present pages as half-open ranges, ascending. With `besides`, only these and those that are fresh."""
         ranges: list[tuple[int, int]] = []
+        fresh_since = time.monotonic() - _FRESH_S
         for page, checksum in enumerate(self._checksums):
             if checksum is None:
+                continue
+            if besides is not None and self._compared[page] < fresh_since and page not in besides:
                 continue
             if ranges and ranges[-1][1] == page:
                 ranges[-1] = (ranges[-1][0], page + 1)
@@ -118,6 +132,41 @@ class Partial:
     def has(self, page: int) -> bool:
         """Whether that page is present: readable through `read_fd`, now and for good."""
         return self._checksums[page] is not None
+
+    def is_fresh(self, page: int) -> bool:
+        """Whether that page is present, and was written or compared a moment ago. What is not is worth a `compare`
+        before anybody is told that it can be read.
+        """
+        return self.has(page) and self._compared[page] >= time.monotonic() - _FRESH_S
+
+    def distrust(self) -> None:
+        """No page is fresh any more: somebody found wrong bytes here."""
+        for page in range(self.page_count):
+            self._compared[page] = _NEVER
+
+    def compare(self, page: int) -> bool:
+        """Read a present page back, as whoever has the descriptor would; whether it is what was written.
+
+        One that is not becomes absent, unless the block is sealed by now. Blocks on the disk. Raises OSError when it
+        cannot be read; BlockMissingError for an absent page.
+        """
+        checksum = self.checksum(page)
+        offset, span = self.page_span(page)
+        with read_into(self.read_fd, scratch(span), offset, span) as found:
+            good = page_checksum(found) == checksum
+        if good:
+            self._compared[page] = time.monotonic()
+            return True
+        with self.seal_lock:
+            if not self.sealed:
+                self._forget(page)
+        return False
+
+    def _forget(self, page: int) -> None:
+        with self._changed:
+            if self.has(page):
+                self._checksums[page] = None
+                self._missing_count += 1
 
     def remembers(self, page: int) -> bool:
         """Whether that page is absent, and worth a `recall`."""
@@ -146,8 +195,7 @@ class Partial:
             with self._changed:
                 del self._remembered[page]
                 if good:
-                    self._checksums[page] = checksum
-                    self._missing_count -= 1
+                    self._now_present(page, checksum)
             return good
 
     def missing(self) -> Iterator[int]:
@@ -216,8 +264,12 @@ class Partial:
             write_all(self._sums_fd, sums.encode_entry(self._header, page, checksum), sums.entry_offset(page))
         with self._changed:
             self._remembered.pop(page, None)
-            self._checksums[page] = checksum
-            self._missing_count -= 1
+            self._now_present(page, checksum)
+
+    def _now_present(self, page: int, checksum: int) -> None:
+        self._checksums[page] = checksum
+        self._compared[page] = time.monotonic()
+        self._missing_count -= 1
 
     def _open_sums(self) -> None:
         if self._sums_fd >= 0:
@@ -232,8 +284,16 @@ class Partial:
         self._sums_on_disk = True
 
     def verify(self) -> None:
-        """Read every page back and compare. Blocks on the disk. Raises BlockCorruptError."""
-        verify_pages(self.block, self.read_fd, sums.Sums(self.length, self.page_size, self._checksums))
+        """Read every page back and compare. Blocks on the disk. By whoever holds `seal_lock`.
+
+        Raises BlockCorruptError when some are damaged: these are absent now. OSError when one cannot be read.
+        """
+        expected = sums.Sums(self.length, self.page_size, self._checksums)
+        damaged = list(damaged_pages(self.read_fd, expected))
+        for page in damaged:
+            self._forget(page)
+        if damaged:
+            raise _damaged(self.block, damaged)
 
     def refuse_writers(self) -> None:
         """It is given up: whoever writes from now on gets BlockMissingError. Returns when nobody writes any more."""
@@ -337,6 +397,16 @@ def resume_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
 
 
 @contextmanager
+def open_cached(name: str, dir_fd: int) -> Iterator[int]:
+    """A descriptor that reads what other readers get: from the page cache, if it is there. Raises OSError."""
+    fd = os.open(name, READ_FLAGS, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
 def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
     """A descriptor that reads from the medium itself where the file system can do that.
 
@@ -357,6 +427,12 @@ def open_uncached(name: str, dir_fd: int) -> Iterator[int]:
 
 def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
     """Compare every page of a file with its checksum. Blocks on the disk. Raises BlockCorruptError, OSError."""
+    for page in damaged_pages(fd, expected):
+        raise _damaged(block, [page])
+
+
+def damaged_pages(fd: int, expected: sums.Sums) -> Iterator[int]:
+    """The pages of a file that do not match their checksums, as they are found. Blocks on the disk. Raises OSError."""
     geometry = expected.geometry
     buffer = scratch(min(expected.page_size, max(1, expected.length)))
     for page, checksum in enumerate(expected.checksums):
@@ -364,7 +440,12 @@ def verify_pages(block: BlockId, fd: int, expected: sums.Sums) -> None:
         with read_into(fd, buffer, offset, span) as found:
             good = checksum is not None and page_checksum(found) == checksum
         if not good:
-            raise BlockCorruptError(f"{block.filename}: page {page} on disk does not match its checksum")
+            yield page
+
+
+def _damaged(block: BlockId, pages: Sequence[int]) -> BlockCorruptError:
+    what = f"page {pages[0]}" if len(pages) == 1 else f"page {pages[0]} and {len(pages) - 1} more"
+    return BlockCorruptError(f"{block.filename}: {what} on disk: not what was written")
 
 
 _local = threading.local()

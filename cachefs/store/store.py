@@ -257,11 +257,11 @@ class Store:
         """Paths of the tiers whose blocks count as lost: nobody is to open them there."""
         return [tier.config.path for tier in self.tiers if tier not in self._served]
 
-    def failed(self, partial: Partial, error: OSError) -> None:
-        """Writing a partial failed for another reason than a full disk."""
+    def failed(self, partial: Partial, error: OSError, *, reading: bool = False) -> None:
+        """Writing a partial failed for another reason than a full disk, or reading it."""
         tier = self._homes.get(partial)
         if tier is not None:
-            self._disk_failed(tier, error, False)
+            self._disk_failed(tier, error, reading)
 
     def _disk_failed(self, tier: Tier, error: OSError, reading: bool) -> None:
         if is_of_the_process(error):
@@ -423,9 +423,9 @@ class Store:
                     self._cannot_remove(tier, error)
         return self.is_sealed(block)
 
-    def check(self, block: BlockId) -> bool:
+    def check(self, block: BlockId, *, as_read: bool = False) -> bool:
         """As `Tier.check`, of every copy. Blocks on the disk."""
-        return all(tier.check(block) for tier in self._served if tier.is_sealed(block))
+        return all(tier.check(block, as_read=as_read) for tier in self._served if tier.is_sealed(block))
 
     def sync_sealed(self) -> list[BlockId]:
         """As `Tier.sync_sealed`, of every tier."""

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CapacityError, Geometry
@@ -44,7 +44,14 @@ from cachefs.store.layout import (
     tier_errors,
     unlink_if_exists,
 )
-from cachefs.store.partial import Partial, create_partial, open_uncached, resume_partial, verify_pages
+from cachefs.store.partial import (
+    Partial,
+    create_partial,
+    open_cached,
+    open_uncached,
+    resume_partial,
+    verify_pages,
+)
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.probe import try_disk
 from cachefs.store.quotas import QuotaBook, Quotas
@@ -61,6 +68,9 @@ _COLD_AMONG = 4096
 """So many shared blocks are looked at for those that nobody read lately: it is done while others wait."""
 _NOTHING_TO_READ = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
 """Of opening a block: it is gone, or a symlink or socket is in its place; no reader has that."""
+
+Opened = Callable[[str, int], AbstractContextManager[int]]
+"""A descriptor of a file of that name below that directory."""
 
 
 class TierStatus(NamedTuple):
@@ -374,16 +384,17 @@ class Tier:
     def seal(self, partial: Partial) -> None:
         """Make a complete partial a sealed block: every page is read back and compared first. Blocks on the disk.
 
-        Does nothing to one that is sealed. Raises BlockCorruptError, having dropped the partial, when a page is not
-        what was written; BlockCorruptError too for one that is not complete or was dropped; CapacityError, OSError.
+        Does nothing to one that is sealed. Raises BlockCorruptError when a page is not what was written (it is absent
+        now, and may be written again), when the file is not the one that was opened (the partial is dropped), or when
+        the partial is not complete or was dropped; CapacityError, OSError.
         """
         with partial.seal_lock:
             if partial.sealed:
                 return
             if partial.dropped or not partial.complete:
                 raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
+            partial.verify()
             try:
-                partial.verify()
                 self._check_name(partial)
             except BlockCorruptError:
                 self._drop_partial(partial)
@@ -783,14 +794,17 @@ class Tier:
         with self._lock:
             return list(self._suspect)
 
-    def check(self, block: BlockId) -> bool:
-        """Read a sealed block from the medium and compare; False only if it is damaged. Blocks on the disk.
+    def check(self, block: BlockId, *, as_read: bool = False) -> bool:
+        """Read a sealed block from the medium and compare; False only if it is damaged. Blocks on the disk. With
+        `as_read`, what the page cache has of it is compared as well.
 
         Nothing is changed: `drop` it then. A block that goes meanwhile is not damaged, nor is one that cannot be read
         for want of descriptors or memory.
         """
         try:
             good = self._verify_in(self._layout.sealed_fd, block)
+            if good and as_read:
+                good = self._verify_in(self._layout.sealed_fd, block, open_cached)
         except OSError as error:
             logger.info("not checked block=%s error=%s", block.filename, error)
             return True
@@ -800,11 +814,11 @@ class Tier:
         """Of a sealed block. Raises BlockCorruptError, also when it is not sealed any more; OSError as `sums.read`."""
         return sums.read(block, sums_name(block), self._layout.sealed_fd)
 
-    def _verify_in(self, directory_fd: int, block: BlockId) -> bool:
+    def _verify_in(self, directory_fd: int, block: BlockId, opened: Opened = open_uncached) -> bool:
         """Raises OSError for want of descriptors or memory."""
         try:
             expected = sums.read(block, sums_name(block), directory_fd)
-            with open_uncached(data_name(block), directory_fd) as fd:
+            with opened(data_name(block), directory_fd) as fd:
                 found = os.fstat(fd)
                 if not stat.S_ISREG(found.st_mode) or found.st_size != expected.length:
                     raise BlockCorruptError(f"{block.filename}: has another length than its checksums")

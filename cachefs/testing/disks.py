@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from cachefs.model import MiB
 
@@ -48,6 +49,46 @@ def lying_disk(directory: Path, real_bytes: int) -> Iterator[Path]:
         _run("umount", "-l", str(backing))
 
 
+class Medium(NamedTuple):
+    """What a `small_disk` has below a file, changed behind the back of its file system."""
+
+    image: int
+    file: int
+    at: int
+    """Where the first block of the file is."""
+
+    def read(self, length: int) -> bytes:
+        return os.pread(self.image, length, self.at)
+
+    def rewrite(self, data: bytes) -> None:
+        """What the page cache has of the file stays."""
+        os.pwrite(self.image, data, self.at)
+        os.fsync(self.image)
+
+    def drop_cache(self) -> None:
+        os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def medium_of(directory: Path, file: Path) -> Iterator[Medium]:
+    """Of a file on the `small_disk` in `directory`."""
+    image, fd = os.open(directory / "disk.img", os.O_RDWR), os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        yield Medium(image, fd, _place_of(fd))
+    finally:
+        os.close(fd)
+        os.close(image)
+
+
+def _place_of(fd: int) -> int:
+    """Where the first data of a file is on its disk, bytes."""
+    size = os.fstatvfs(fd).f_bsize
+    first = os.lseek(fd, 0, os.SEEK_DATA) // size
+    (block,) = struct.unpack("i", fcntl.ioctl(fd, _FIBMAP, struct.pack("i", first)))
+    return int(block) * size
+
+
 @contextmanager
 def unreadable(directory: Path, file: Path) -> Iterator[None]:
     """Reading this file of the `small_disk` in `directory` from its medium fails with EIO; its page cache is empty.
@@ -59,9 +100,7 @@ def unreadable(directory: Path, file: Path) -> Iterator[None]:
     fd = os.open(file, os.O_RDONLY)
     try:
         os.fsync(fd)
-        first = os.lseek(fd, 0, os.SEEK_DATA) // os.fstatvfs(fd).f_bsize
-        (block,) = struct.unpack("i", fcntl.ioctl(fd, _FIBMAP, struct.pack("i", first)))
-        os.truncate(image, block * os.fstatvfs(fd).f_bsize)
+        os.truncate(image, _place_of(fd))
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)

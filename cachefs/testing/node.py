@@ -57,7 +57,7 @@ class Node:
 
     def start_mounts(self, *flags: str | Path, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         command = [*prefix, sys.executable, "-m", "cachefs", "node-mounts", "--keeper-socket", str(self.keeper_socket)]
-        command += ["--state-dir", str(self.state_dir), "--json", *self._flags, *map(str, flags)]
+        command += ["--state-dir", str(self.state_dir), "--json", "--log-level", "INFO", *self._flags, *map(str, flags)]
         return self._start(command, self.mounts_socket)
 
     def _start(self, command: list[str], socket: Path) -> subprocess.Popen[bytes]:

@@ -513,6 +513,8 @@ class FetchReply(msgspec.Struct, frozen=True, array_like=True):
     serial: int
     present: list[tuple[int, int]]
     """Half-open ranges of pages, ascending. They cover what was asked for."""
+    checksum: int | None = None
+    """xxh3_64 of the payload, over TCP. The worker compared what it has with the checksums of its pages before."""
 
 
 class Fetch(Request[FetchReply], frozen=True):

@@ -21,11 +21,14 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Capacit
 from cachefs.net import Answer, Flights, Session
 from cachefs.policy import Promote
 from cachefs.store import Partial, SealedReader, Store, Tier
+from cachefs.store.blame import is_of_the_process
+from cachefs.store.sums import Sums
 from cachefs.ufs.files import Claim
 from cachefs.wire.cluster import Unsettled
 from cachefs.wire.messages import BlockStatus, Fetch, FetchReply, FreeReply, PromoteReply
 from cachefs.wire.messages import Promote as PromoteRequest
 from cachefs.worker.admission import Admission
+from cachefs.worker.checked import CheckedReads
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.jobs import Filler, Job
@@ -53,6 +56,7 @@ class Blocks:
         geometry: Geometry,
         store: Store,
         suspects: Suspects,
+        checked: CheckedReads,
         sources: Sources,
         filler: Filler,
         supply: Supply,
@@ -64,6 +68,7 @@ class Blocks:
         self._geometry = geometry
         self._store = store
         self._suspects = suspects
+        self._checked = checked
         self._sources = sources
         self._filler = filler
         self._supply = supply
@@ -397,8 +402,61 @@ class Blocks:
 
     def doubt(self, block: BlockId) -> None:
         """Another worker got damaged bytes of it."""
+        partial = self.partial(block)
+        if partial is not None:
+            # Compared before anybody is told again that a page of it is here.
+            partial.distrust()
         if self._store.is_sealed(block):
             self._doubt(block, 0)
+
+    async def is_good(self, partial: Partial, page: int) -> bool:
+        """Whether a page is present, and what was written, as of a moment ago. One that is damaged is absent now; a
+        file that cannot be read is looked at.
+        """
+        job = self._jobs.get(partial.block)
+        if job is None or job.partial is not partial or not partial.has(page):
+            return False
+        if partial.is_fresh(page):
+            return True
+        job.users += 1
+        try:
+            good = await self._filler.compare(partial, page)
+            if not good and partial.sealed:
+                await self.drop_damaged(partial.block, f"page {page} is not what was written")
+            return good
+        except OSError as error:
+            logger.info("cannot be compared now block=%s page=%d error=%s", partial.block.filename, page, error)
+            if not is_of_the_process(error):
+                self._doubt(partial.block, partial.serial)
+            return False
+        finally:
+            job.users -= 1
+            self._end_if_done(job)
+
+    async def known_of(self, request: Fetch, serial: int) -> tuple[BlockId, Sums | Partial]:
+        """What was confirmed by `fetch`, and the checksums of its pages. Raises as `CheckedReads.sums_of`."""
+        source = await self._sources.resolve(request.ino)
+        block = BlockId(source.attr.key, request.block_index)
+        job = self._jobs.get(block)
+        if job is not None and job.partial.serial == serial:
+            return block, job.partial
+        return block, await self._checked.sums_of(block)
+
+    async def found_damaged(self, block: BlockId, known: Sums | Partial, pages: range, error: Exception) -> None:
+        """What was confirmed is not what was written: it is fetched again by whoever wants it next."""
+        if isinstance(known, Partial) and not known.sealed:
+            known.distrust()
+            for page in pages:
+                await self.is_good(known, page)
+        else:
+            await self.drop_damaged(block, error)
+
+    async def drop_damaged(self, block: BlockId, error: object) -> None:
+        """A sealed block was found to be damaged while it was read: it is fetched again by whoever wants it next."""
+        if self._store.is_sealed(block):
+            logger.warning("block dropped, it is damaged block=%s error=%s", block.filename, error)
+            self._counters.corrupt += 1
+            await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
 
     # ---- sealed ----------------------------------------------------------------------------------------------------
 
@@ -425,7 +483,7 @@ class Blocks:
             job = self._jobs.get(block)
             if job is not None and not job.ended and job.partial.serial == serial:
                 await self._give_up(job)
-            if not await trio.to_thread.run_sync(self._store.check, block, limiter=self._looking):
+            if not await trio.to_thread.run_sync(lambda: self._store.check(block, as_read=True), limiter=self._looking):
                 logger.warning("block dropped, its reader cannot read it block=%s", block.filename)
                 self._counters.corrupt += 1
                 await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
@@ -542,19 +600,22 @@ class Blocks:
         try:
             ahead = job.demand(reader, pages, self._config.readahead)
             self._filler.fetch_ahead(job, ahead)
+            for page in pages:
+                if job.partial.has(page) and not await self.is_good(job.partial, page) and job.partial.has(page):
+                    raise BlockMissingError(f"{job.block.filename}: page {page} cannot be read back")
             await self._filler.fetch(job, pages)
             if job.worth_filling:
                 self._fill_soon(job)
-            return self._confirm(job.partial, held)
+            return self._confirm(job.partial, pages, held)
         finally:
             job.users -= 1
             self._end_if_done(job)
 
-    def _confirm(self, partial: Partial, held: int) -> Answer[FetchReply]:
+    def _confirm(self, partial: Partial, pages: range, held: int) -> Answer[FetchReply]:
         # The descriptor binds the confirmation to the open file; duplicated, so that it outlives our partial while the
         # answer is under way.
         fds = () if held == partial.serial else (os.dup(partial.read_fd),)
-        return Answer(FetchReply(partial.serial, partial.present()), b"", fds, close_fds=True)
+        return Answer(FetchReply(partial.serial, partial.present(pages)), b"", fds, close_fds=True)
 
     def _fill_soon(self, job: Job) -> None:
         if not job.filling:

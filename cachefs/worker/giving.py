@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections import OrderedDict
 
 import trio
 
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, NamespaceChangedError
 from cachefs.net import Answer, FileSlice, Flights, Session
-from cachefs.store import SealedReader, Store, page_checksum
+from cachefs.store import Partial, SealedReader, Store, page_checksum
 from cachefs.store.blame import is_of_the_process
 from cachefs.store.sums import Sums
 from cachefs.wire.cluster import BlockBytes, DoubtBlock, ReadBlock
 from cachefs.wire.control import BlockLength, MeasureBlock
 from cachefs.wire.messages import Done
 from cachefs.worker.blocks import Blocks
+from cachefs.worker.checked import CheckedReads
 from cachefs.worker.counters import Counters
 from cachefs.worker.sources import Sources
 
-logger = logging.getLogger(__name__)
-
 PENDING_S = 2.0
 """After so long whoever asks is told that it takes a while: a worker that says nothing for longer is stuck."""
-_REMEMBERED_SUMS = 64
 
 
 class Giving:
     """Handlers of what other workers ask. Fetches for them run in `nursery`, whether they wait or not."""
 
     def __init__(
-        self, store: Store, blocks: Blocks, sources: Sources, counters: Counters, nursery: trio.Nursery
+        self,
+        store: Store,
+        blocks: Blocks,
+        checked: CheckedReads,
+        sources: Sources,
+        counters: Counters,
+        nursery: trio.Nursery,
     ) -> None:
         self._store = store
         self._blocks = blocks
+        self._checked = checked
         self._sources = sources
         self._counters = counters
         self._sealed_files = SealedReader(store.paths)
         self._fetches: Flights[tuple[BlockId, int], None] = Flights(nursery)
-        self._sums: OrderedDict[BlockId, Sums] = OrderedDict()
-        self._disk = trio.CapacityLimiter(4)
 
     async def read_block(self, request: ReadBlock, session: Session) -> Answer[BlockBytes]:
         """Raises as `ReadBlock` says."""
@@ -79,63 +80,74 @@ class Giving:
         partial = self._blocks.partial(block)
         if partial is None:
             return None
-        page, within = divmod(request.offset, self._blocks.page_size)
-        if page >= partial.page_count or within + request.length > partial.page_span(page)[1]:
-            raise BlockCorruptError(f"{block.filename}: no bytes at {request.offset}+{request.length}, within one page")
-        if not partial.has(page):
+        page = request.offset // self._blocks.page_size
+        _check_range(block, request, partial.page_span(page) if page < partial.page_count else (0, 0))
+        if not await self._blocks.is_good(partial, page):
             return None
-        whole = request.length == partial.page_span(page)[1]
-        return await self._send(os.dup(partial.read_fd), request, partial.checksum(page) if whole else None, session)
+        try:
+            fd = os.dup(partial.read_fd)
+            return await self._send(fd, block, request, partial, partial.checksum(page), session)
+        except (BlockCorruptError, OSError) as error:
+            if is_of_the_process(error):
+                raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error
+            await self._blocks.found_damaged(block, partial, range(page, page + 1), error)
+            return None
 
     async def _from_sealed(self, block: BlockId, request: ReadBlock, session: Session) -> Answer[BlockBytes] | None:
         try:
-            sums = await self._sums_of(block)
+            sums = await self._checked.sums_of(block)
         except (BlockCorruptError, BlockMissingError, OSError) as error:
             if is_of_the_process(error):
                 raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error
-            logger.warning("block dropped, its checksums cannot be read block=%s error=%s", block.filename, error)
-            await trio.to_thread.run_sync(self._store.drop, block, limiter=self._disk)
+            await self._blocks.drop_damaged(block, error)
             return None
         page = request.offset // sums.page_size
-        start, span = sums.geometry.page_span(sums.length, page)
-        if not start <= request.offset or request.offset + request.length > start + span:
-            raise BlockCorruptError(f"{block.filename}: no bytes at {request.offset}+{request.length}, within one page")
+        _check_range(block, request, sums.geometry.page_span(sums.length, page))
         self._sealed_files.avoid(self._store.down)
         fd = self._sealed_files.open(block, sums.length)
         if fd is None:
             return None
         self._store.visited(block)
-        return await self._send(fd, request, sums.checksums[page] if request.length == span else None, session)
+        try:
+            return await self._send(fd, block, request, sums, sums.checksums[page], session)
+        except BlockCorruptError as error:
+            await self._blocks.drop_damaged(block, error)
+        except OSError as error:
+            if is_of_the_process(error):
+                raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error
+            self._blocks.doubt(block)
+        return None
 
-    async def _sums_of(self, block: BlockId) -> Sums:
-        """An identifier names one content for good: what was read once stays right."""
-        sums = self._sums.get(block)
-        if sums is None:
-            sums = self._sums[block] = await trio.to_thread.run_sync(self._store.checksums, block, limiter=self._disk)
-            if len(self._sums) > _REMEMBERED_SUMS:
-                self._sums.popitem(last=False)
-        return sums
-
-    async def _send(self, fd: int, request: ReadBlock, checksum: int | None, session: Session) -> Answer[BlockBytes]:
-        """Takes over `fd`. Without the checksum of a whole page one of the part is made."""
-        if checksum is None:
-            try:
-                answer = await self._part(fd, request, session)
-            finally:
-                os.close(fd)
-        else:
+    async def _send(
+        self,
+        fd: int,
+        block: BlockId,
+        request: ReadBlock,
+        known: Sums | Partial,
+        checksum: int | None,
+        session: Session,
+    ) -> Answer[BlockBytes]:
+        """Takes over `fd`. A whole page goes as it is, with its checksum, for whoever gets it to compare; a part, whose
+        checksum can only be made here, is compared here. Raises BlockCorruptError, OSError.
+        """
+        if checksum is not None and request.length == _page_length(known, request.offset):
             slice_ = FileSlice(fd, request.offset, request.length)
             answer = Answer(BlockBytes(checksum), slice_, on_sent=lambda: os.close(fd))
+        else:
+            try:
+                answer = await self._part(fd, block, request, known, session)
+            finally:
+                os.close(fd)
         self._counters.served_reads += 1
         self._counters.served_bytes += request.length
         return answer
 
-    async def _part(self, fd: int, request: ReadBlock, session: Session) -> Answer[BlockBytes]:
+    async def _part(
+        self, fd: int, block: BlockId, request: ReadBlock, known: Sums | Partial, session: Session
+    ) -> Answer[BlockBytes]:
         sent = await session.room_for_payload(request.length)
         try:
-            data = await trio.to_thread.run_sync(os.pread, fd, request.length, request.offset, limiter=self._disk)
-            if len(data) != request.length:
-                raise BlockCorruptError("a block is cut off")
+            data = await self._checked.read(fd, block, known, request.offset, request.length)
             return Answer(BlockBytes(page_checksum(data)), data, on_sent=sent)
         except BaseException:
             sent()
@@ -145,9 +157,23 @@ class Giving:
         block = BlockId(request.key, request.block_index)
         if not await self._blocks.is_sealed(block):
             raise BlockMissingError(f"{block.filename}: not here")
-        return BlockLength((await self._sums_of(block)).length)
+        return BlockLength((await self._checked.sums_of(block)).length)
 
     async def doubt_block(self, request: DoubtBlock, session: Session) -> Done:
         """What we sent arrived damaged: look at it."""
         self._blocks.doubt(BlockId(request.key, request.block_index))
         return Done()
+
+
+def _check_range(block: BlockId, request: ReadBlock, span: tuple[int, int]) -> None:
+    """Raises BlockCorruptError for what is not within that page, (offset, length)."""
+    start, length = span
+    if not start <= request.offset or request.offset + request.length > start + length:
+        raise BlockCorruptError(f"{block.filename}: no bytes at {request.offset}+{request.length}, within one page")
+
+
+def _page_length(known: Sums | Partial, offset: int) -> int:
+    page = offset // known.page_size
+    if isinstance(known, Partial):
+        return known.page_span(page)[1]
+    return known.geometry.page_span(known.length, page)[1]

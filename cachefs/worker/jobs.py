@@ -7,6 +7,9 @@ has asked for it for a while; what a partial has on disk survives that.
                               from another worker or the under-store, as `Supply` says
                            -> write into the partial, with the checksum made from what the under-store sent
            all present?    -> seal once: every page is read back and compared, then renamed into place
+
+A page that is found to be damaged, when it is sealed or before somebody is told that it can be read, is a miss: it is
+absent from then on, and fetched again.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from time import perf_counter
 
 import trio
 
-from cachefs.model import BlockCorruptError, BlockId, CachefsError, CapacityError
+from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CachefsError, CapacityError
 from cachefs.net import Flights
 from cachefs.policy import Promote, Readahead, ReadaheadConfig
 from cachefs.store import Partial, Store, page_checksum
+from cachefs.store.blame import is_of_the_medium
 from cachefs.ufs.files import Claim, Data
 from cachefs.worker.counters import Counters
 from cachefs.worker.origin import Origin
@@ -29,6 +33,8 @@ from cachefs.worker.slots import SLOT_BYTES, Slots
 from cachefs.worker.supply import Route, Supply
 
 logger = logging.getLogger(__name__)
+
+_SEAL_ATTEMPTS = 3
 
 
 class Job:
@@ -106,6 +112,7 @@ class Filler:
         self._disk = trio.CapacityLimiter(4)
         self._pages: Flights[tuple[int, int], None] = Flights(nursery)
         self._seals: Flights[int, None] = Flights(nursery)
+        self._compared: Flights[tuple[int, int], bool] = Flights(nursery)
         self._on_sealed = on_sealed
         self.sealing = 0
         """Blocks, whether somebody waits for them still or not."""
@@ -141,18 +148,52 @@ class Filler:
     async def fill(self, job: Job) -> None:
         """Fetch what is missing, in order, and seal. Ends early, without an error, when the under-store fails."""
         try:
-            for page in list(job.partial.missing()):
-                if not job.partial.has(page):
-                    await self._join(job, page, self.background)
-            await self.seal(job)
+            for attempt in range(_SEAL_ATTEMPTS):
+                for page in list(job.partial.missing()):
+                    if not job.partial.has(page):
+                        await self._join(job, page, self.background)
+                try:
+                    await self.seal(job)
+                    return
+                except BlockCorruptError as error:
+                    logger.warning("fetching again block=%s attempt=%d error=%s", job.block.filename, attempt, error)
         except CachefsError as error:
             logger.info("filling stopped block=%s error=%s", job.block.filename, error)
+
+    async def compare(self, partial: Partial, page: int) -> bool:
+        """Read a page that was present a moment ago back, unless that was just done; whether it is what was written. If
+        not, it is absent, unless the block is sealed.
+
+        Raises OSError when it cannot be read.
+        """
+        if not partial.is_fresh(page):
+            return await self._compared.join((partial.serial, page), lambda: self._compare(partial, page))
+        return True
+
+    async def _compare(self, partial: Partial, page: int) -> bool:
+        try:
+            good = await trio.to_thread.run_sync(partial.compare, page, limiter=self._disk)
+        except BlockMissingError:
+            return False
+        except OSError as error:
+            if is_of_the_medium(error):
+                self._store.failed(partial, error, reading=True)
+            raise
+        if not good:
+            self._tell_damaged(partial, page)
+        return good
+
+    def _tell_damaged(self, partial: Partial, page: int) -> None:
+        self._counters.corrupt += 1
+        logger.warning(
+            "page of an incomplete file is damaged, fetched anew block=%s page=%d", partial.block.filename, page
+        )
 
     async def seal(self, job: Job) -> None:
         """Return when the block, of which every page is present, is sealed.
 
-        Raises BlockCorruptError when a page read back is not what was written (the partial is gone then), and
-        CapacityError.
+        Raises BlockCorruptError when a page read back is not what was written (it is absent then, or the partial is
+        gone), and CapacityError.
         """
         if not job.partial.sealed:
             await self._seals.join(job.partial.serial, lambda: self._seal(job))
@@ -294,10 +335,7 @@ class Filler:
 
     def _recall(self, partial: Partial, page: int) -> None:
         if not partial.recall(page) and not partial.remembers(page):
-            self._counters.corrupt += 1
-            logger.warning(
-                "page of an incomplete file is damaged, fetched anew block=%s page=%d", partial.block.filename, page
-            )
+            self._tell_damaged(partial, page)
 
     def _seal_now(self, partial: Partial) -> None:
         with self._failing(partial):
@@ -319,7 +357,7 @@ class Filler:
             self._count_sealed(job.block, job.partial.length)
         except BlockCorruptError:
             self._counters.corrupt += 1
-            job.ended = True
+            job.ended = job.ended or job.partial.dropped
             raise
         finally:
             self.sealing -= 1

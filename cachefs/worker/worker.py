@@ -22,6 +22,7 @@ from cachefs.worker.access import ACCESS
 from cachefs.worker.admission import Admission
 from cachefs.worker.blocks import Blocks
 from cachefs.worker.care import Care
+from cachefs.worker.checked import CheckedReads
 from cachefs.worker.config import WorkerConfig
 from cachefs.worker.counters import Counters
 from cachefs.worker.drops import Drops
@@ -58,6 +59,7 @@ class Worker:
         sources: Sources,
         store: Store,
         blocks: Blocks,
+        checked: CheckedReads,
         giving: Giving,
         suspects: Suspects,
         counters: Counters,
@@ -69,7 +71,7 @@ class Worker:
         self._suspects = suspects
         self._blocks = blocks
         self._giving = giving
-        self._outside = Outside(blocks, self._check_namespace, counters, nursery)
+        self._outside = Outside(blocks, checked, self._check_namespace, counters, nursery)
         self._counters = counters
         self.times: Times[str] | None = None
         """Of requests; None: nobody wants to know."""
@@ -309,15 +311,25 @@ async def run_worker(
                         nursery=background,
                     )
                     admission = Admission(geometry, store, members, supply, drops, quotas, counters)
-                    suspects = Suspects(store)
+                    suspects, checked = Suspects(store), CheckedReads(store)
                     blocks = Blocks(
-                        config, geometry, store, suspects, sources, filler, supply, admission, counters, background
+                        config,
+                        geometry,
+                        store,
+                        suspects,
+                        checked,
+                        sources,
+                        filler,
+                        supply,
+                        admission,
+                        counters,
+                        background,
                     )
                     background.start_soon(quotas.run)
                     background.start_soon(blocks.end_idle)
                     background.start_soon(Care(store, suspects, counters, config).run)
-                    giving = Giving(store, blocks, sources, counters, background)
-                    worker = Worker(config, sources, store, blocks, giving, suspects, counters, background)
+                    giving = Giving(store, blocks, checked, sources, counters, background)
+                    worker = Worker(config, sources, store, blocks, checked, giving, suspects, counters, background)
                     if monitor is not None:
                         worker.times = Times()
                         parts = WorkerParts(

@@ -266,7 +266,6 @@ def test_all_of_it_is_killed_and_comes_back_with_nobody_asking(node: Node, tmp_p
     service = node.start_mounts()
     node.ensure(one)
     node.ensure(two)
-    before = find_mount(one)
     for process in (service, node.keeper):
         assert process is not None
         process.kill()
@@ -284,7 +283,6 @@ def test_all_of_it_is_killed_and_comes_back_with_nobody_asking(node: Node, tmp_p
     node.start_mounts()
     until(lambda: node.is_serving(one))
     answers(one)
-    assert find_mount(one) != before
     assert list(node.states()) == [str(one)]
     assert record.with_name(record.name + ".unreadable").read_text() == "{"
     assert node.log.read_text().count("set aside") == 1
@@ -355,7 +353,9 @@ def get(node: Node, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-@pytest.mark.parametrize("what", ["the master is away", "the node-keeper is away"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("the master is away", marks=pytest.mark.slow), "the node-keeper is away"]
+)
 def test_what_it_waits_for_is_told(tmp_path: Path, shared: Shared, what: str) -> None:
     """In bounded time, and nothing is left."""
     mountpoint = tmp_path / "mnt"

@@ -143,7 +143,7 @@ def test_a_dead_mount_is_abnormal_and_replaced_at_publish(rig: Any, pods: Any) -
     first = pods.publish("first")
     rig.kill_mount(pods.staging)
     with pytest.raises(OSError) as dead:
-        os.stat(first)
+        os.statvfs(first)
     assert dead.value.errno == errno.ENOTCONN
     stats = rig.node.call("NodeGetVolumeStats", volume_id=pods.volume_id, volume_path=first)
     assert stats.volume_condition.abnormal and "not connected" in stats.volume_condition.message

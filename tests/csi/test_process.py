@@ -34,10 +34,13 @@ def test_a_call_that_runs_when_it_ends_is_finished(rig: Any, pods: Any) -> None:
     call = rig.node.future("NodeStageVolume", **fields, volume_context=pods.context)
     while not rig.mounted(Path(pods.staging)) and not call.done():
         pass
-    assert rig.node.process.send_signal(15) is None
-    call.result()
-    assert rig.node.end() == 0
-    rig.node.start()
+    rig.node.process.send_signal(15)
+    try:
+        call.result()
+        assert rig.node.process.wait(30) == 0
+    finally:
+        rig.node.end()
+        rig.node.start()
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,57 @@ def test_a_page_damaged_on_disk_is_never_sealed(config: TierConfig, store: Tier)
     with path.open("r+b") as file:
         file.seek(PAGE + 5)
         file.write(b"\xff\xff")
-    with pytest.raises(BlockCorruptError):
+    passed = os.dup(partial.read_fd)
+    for _ in range(2):
+        with pytest.raises(BlockCorruptError):
+            store.seal(partial)
+        assert read([config.path], block(1), len(data)) is None and list(partial.missing()) == [1]
+    # Only that page is written again, and who has the descriptor reads it.
+    assert not partial.write_page(0, pages(data)[0], page_checksum(pages(data)[0]))
+    assert partial.write_page(1, pages(data)[1], page_checksum(pages(data)[1]))
+    assert os.pread(passed, len(data), 0) == data
+    os.close(passed)
+    store.seal(partial)
+    store.close(partial)
+    assert read([config.path], block(1), len(data)) == data
+
+
+def test_a_page_that_is_not_fresh_is_compared_and_absent_if_damaged(
+    config: TierConfig, store: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(1, 3 * PAGE)
+    partial = some(store.open_partial(block(1), len(data)))
+    for number, page in enumerate(pages(data)[:2]):
+        partial.write_page(number, page, page_checksum(page))
+    assert partial.is_fresh(0) and partial.is_fresh(1) and not partial.is_fresh(2)
+    with pytest.raises(BlockMissingError):
+        partial.compare(2)
+    partial.distrust()
+    assert partial.present() == [(0, 2)] and partial.present(besides=[1]) == [(1, 2)] and not partial.is_fresh(1)
+    with (Path(config.path) / "partial" / data_name(block(1))).open("r+b") as file:
+        file.seek(PAGE)
+        file.write(bytes([data[PAGE] ^ 1]))
+    assert partial.compare(0) and partial.is_fresh(0)
+    assert not partial.compare(1) and partial.present() == [(0, 1)]
+    assert partial.write_page(1, pages(data)[1], page_checksum(pages(data)[1])) and partial.is_fresh(1)
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert not partial.is_fresh(1) and partial.compare(1) and partial.is_fresh(1)
+    store.close(partial)
+
+
+def test_a_partial_whose_file_was_replaced_is_dropped(config: TierConfig, store: Tier) -> None:
+    data = content(1, 3 * PAGE)
+    partial = some(store.open_partial(block(1), len(data)))
+    for number, page in enumerate(pages(data)):
+        partial.write_page(number, page, page_checksum(page))
+    path = Path(config.path) / "partial" / data_name(block(1))
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(BlockCorruptError, match="another file"):
         store.seal(partial)
     store.close(partial)
-    assert read([config.path], block(1), len(data)) is None and not path.exists()
-    assert store.status().reserved_bytes == store.status().used_bytes == 0
+    assert not path.exists() and store.status().reserved_bytes == store.status().used_bytes == 0
     seal(store, block(1), data)
     assert read([config.path], block(1), len(data)) == data
 

@@ -350,7 +350,11 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.FetchReply(-5, [(0, 3)]),
-        b"\x92\xfb\x91\x92\x00\x03",
+        b"\x93\xfb\x91\x92\x00\x03\xc0",
+    ),
+    (
+        m.FetchReply(0, [], 2**63),
+        b"\x93\x00\x90\xcf\x80\x00\x00\x00\x00\x00\x00\x00",
     ),
     (
         m.Fetch(Ino(7), 1, 4096, 65536, -5),
