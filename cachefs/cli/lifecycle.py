@@ -129,7 +129,8 @@ def run_service(
         raise SystemExit(1) from None
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # not set in Python
+                signal.signal(number, handler)
         if supervisor is not None:
             supervisor.close()
 

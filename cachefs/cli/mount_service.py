@@ -214,7 +214,7 @@ class MountService:
             with trio.move_on_after(_ANSWER_S):
                 while mount.state == "starting":
                     await mount.changed.wait()
-            mount.is_to_go = True
+            mount.is_to_go, was_served = True, mount.scope is not None
             if mount.scope is not None and mount.state != "serving":
                 # It would be mounted anew meanwhile.
                 mount.scope.cancel()
@@ -223,7 +223,7 @@ class MountService:
                 await self._unmount(mount)
             except BaseException:
                 mount.is_to_go = False
-                if mount.scope is None:
+                if was_served and mount.scope is None:
                     self._start(mount)
                 raise
             with trio.CancelScope(shield=True):

@@ -317,6 +317,25 @@ def test_one_that_somebody_unmounts_is_mounted_when_it_is_asked_for(node: Node, 
     answers(mountpoint)
 
 
+def test_without_its_files_it_finds_what_is_mounted(node: Node, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    service = node.start_mounts()
+    first = node.ensure(mountpoint, "/warm")
+    with open(mountpoint / "001", "rb") as held:
+        service.kill()
+        service.wait()
+        for record in node.state_dir.iterdir():
+            record.unlink()
+        node.start_mounts()
+        assert node.states() == {}
+        with pytest.raises(ExistsError, match="shows /warm"):
+            node.ensure(mountpoint, "/cold")
+        assert is_mounted(mountpoint) and node.states() == {}
+        again = node.ensure(mountpoint, "/warm")
+        assert (again.state, again.device) == ("serving", first.device)
+        assert len(held.read()) == 20_001
+
+
 def test_mounts_of_the_host_and_what_is_shown_of_it(node: Node, tmp_path: Path) -> None:
     host, asked = node.watch(tmp_path / "host"), tmp_path / "asked"
     service = node.start_mounts("--mount", f"/warm={host}", "--http", "127.0.0.1:0")
