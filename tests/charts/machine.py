@@ -10,7 +10,8 @@ something else, in command lines and probes:
 | 0.0.0.0, the address of the pod, the name of the master's Service | one address of 127.0.0.0/8 |
 | the image | the commands of this Python |
 
-And everybody is root: the users of containers are checked in test_consistency.py.
+A container that is not privileged has no capability, cannot get one, and does not see the node's directories that it
+does not mount. And everybody is root: the users of containers are checked in test_consistency.py.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tests.charts.rendered import (
 )
 
 LIMIT_S = 60.0
+_HIDE = 'while [ "$1" != -- ]; do [ ! -d "$1" ] || mount -t tmpfs none "$1"; shift; done; shift; exec "$@"'
 
 
 def until(holds: Any, what: str) -> None:
@@ -146,7 +148,24 @@ class Machine:
 
     def command(self, component: str, spec: dict[str, Any]) -> list[str]:
         container = Container(component, {"args": [], **spec}, False)
-        return self._elsewhere(component, spec, expanded(container))
+        words = self._elsewhere(component, spec, expanded(container))
+        security = spec["securityContext"]
+        if security.get("privileged"):
+            return words
+        assert security["capabilities"] == {"drop": ["ALL"]} and security["allowPrivilegeEscalation"] is False
+        alone = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _HIDE, "sh", *self._hidden(component)]
+        return [*alone, "--", "setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *words]
+
+    def _hidden(self, component: str) -> list[str]:
+        """Directories of the node that other pods have."""
+        own, others = (
+            {volume["hostPath"]["path"] for volume in volumes if "hostPath" in volume}
+            for volumes in (
+                self._pods[component]["volumes"],
+                [volume for spec in self._pods.values() for volume in spec["volumes"]],
+            )
+        )
+        return [str(self.of_node(path)) for path in sorted(others - own)]
 
     def _elsewhere(self, component: str, spec: dict[str, Any], words: Sequence[str]) -> list[str]:
         volumes = {each["name"]: each for each in self._pods[component]["volumes"]}

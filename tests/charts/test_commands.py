@@ -138,11 +138,11 @@ def test_mounts_of_the_host_are_those_of_the_values() -> None:
 @pytest.mark.parametrize(
     ("cell", "driver"), [("another kubelet", "csi.cachefs.io"), ("everything", "two.csi.cachefs.io")]
 )
-def test_mounts_of_single_pods_are_where_the_keepers_mount_too(cell: str, driver: str) -> None:
+def test_mounts_of_single_pods_are_where_the_mount_service_mounts_too(cell: str, driver: str) -> None:
     kubelet = "/data/kubelet" if cell == "another kubelet" else "/var/lib/kubelet"
     _, told = parsed(expanded(container(cell, "csi-node", "csi")))
     assert told["inline_dir"] == f"{kubelet}/plugins/{driver}/inline"
-    for component, name in (("csi-node", "csi"), ("mounts", "mounts"), ("keeper", "keeper")):
+    for component, name in (("csi-node", "csi"), ("mounts", "mounts")):
         mounts = container(cell, component, name).spec["volumeMounts"]
         (found,) = [each for each in mounts if each["mountPath"] == kubelet]
         assert found["mountPropagation"] == "Bidirectional"

@@ -203,7 +203,14 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
         server = wait_for("mount-server", Path(cluster.staging("one")))
         os.kill(server, signal.SIGKILL)
         wait_for("mount-server", Path(cluster.staging("one")), other_than=server)
-        # As a container that is killed: all of its processes at once.
+        # As containers are killed: all of their processes at once.
+        keepers = {claim: wait_for("mount-keeper", Path(cluster.staging(claim))) for claim in CLAIMS}
+        machine.kill("keeper")
+        for pid in keepers.values():
+            os.kill(pid, signal.SIGKILL)
+        cluster.start("keeper")
+        for claim, pid in keepers.items():
+            wait_for("mount-keeper", Path(cluster.staging(claim)), other_than=pid)
         servers = [wait_for("mount-server", Path(cluster.staging(claim))) for claim in CLAIMS]
         machine.kill("mounts")
         for pid in servers:
