@@ -300,11 +300,10 @@ securityContext:
   mountPath: {{ .Values.kubeletDir }}
   mountPropagation: Bidirectional
 {{- end }}
-{{- if .Values.mounts.host }}
+{{- /* Also when there are none any more: what was mounted is to be unmounted. */}}
 - name: host-mounts
   mountPath: {{ .Values.mounts.hostDir }}
   mountPropagation: Bidirectional
-{{- end }}
 {{- end -}}
 
 {{- define "cachefs.mountpointVolumes" -}}
@@ -314,12 +313,10 @@ securityContext:
     path: {{ .Values.kubeletDir }}
     type: Directory
 {{- end }}
-{{- if .Values.mounts.host }}
 - name: host-mounts
   hostPath:
     path: {{ .Values.mounts.hostDir }}
     type: DirectoryOrCreate
-{{- end }}
 {{- end -}}
 
 {{- define "cachefs.livenessSidecar" -}}
