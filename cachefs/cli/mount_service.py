@@ -186,16 +186,16 @@ class MountService:
                 if await _answers(record.mountpoint, mount.device):
                     return mount.told()
                 await self._wait_for_its_end(mount)
-            is_new = mount.scope is None
+            is_new, was_mounted = mount.scope is None, True
             try:
                 if is_new:
-                    await trio.to_thread.run_sync(self._prepare, record)
+                    was_mounted = await trio.to_thread.run_sync(self._prepare, record)
                     self._start(mount, is_asked=True)
                 await self._wait_until_serving(mount)
             except BaseException:
                 if is_new:
                     with trio.CancelScope(shield=True):
-                        await self._give_up(mount)
+                        await self._give_up(mount, drop=not was_mounted)
                 raise
             return mount.told()
 
@@ -229,8 +229,11 @@ class MountService:
             with trio.CancelScope(shield=True):
                 await self._give_up(mount)
 
-    def _prepare(self, record: MountRecord) -> None:
-        """Raises ExistsError when somebody else mounted something there, NamespaceError."""
+    def _prepare(self, record: MountRecord) -> bool:
+        """Whether it is mounted there already, and lives, though we know nothing of it.
+
+        Raises ExistsError when somebody else mounted something there, NamespaceError.
+        """
         self._clear(record.mountpoint)
         found = find_mount(record.mountpoint)
         if found is not None and found.fs_type != FS_TYPE:
@@ -248,6 +251,7 @@ class MountService:
                 raise NamespaceError(f"{record.mountpoint} cannot be mounted on: {error.strerror}") from error
             allow_left_below(record.mountpoint)
         self._records.save(record)
+        return found is not None
 
     def _check_same(self, known: MountRecord, wanted: MountRecord) -> None:
         for name in ("id", "path", "options"):
@@ -300,18 +304,20 @@ class MountService:
             with trio.move_on_after(_ANSWER_S):
                 await mount.ended.wait()
 
-    async def _give_up(self, mount: _Mount) -> None:
-        """Nothing of it stays. The mount itself is away, or never was there."""
+    async def _give_up(self, mount: _Mount, *, drop: bool = True) -> None:
+        """Nothing of it stays. The mount itself is away, or never was there; or (`drop`: False) is not ours to end."""
         if mount.scope is not None:
             mount.scope.cancel()
             await mount.ended.wait()
         mountpoint = mount.record.mountpoint
-        with suppress(MountError, TransportError, OSError):
-            await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
-            await self._wait_for_the_end_of(mount.keeper_socket)
-        with suppress(MountError, OSError):
-            await trio.to_thread.run_sync(self._clear, mountpoint)
-            allow_left_below(mountpoint)
+        if drop:
+            with suppress(MountError, TransportError, OSError):
+                await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
+                await self._wait_for_the_end_of(mount.keeper_socket)
+            with suppress(MountError, OSError):
+                await trio.to_thread.run_sync(self._clear, mountpoint)
+                if find_mount(mountpoint) is None:  # looking at one without a server would take for ever
+                    allow_left_below(mountpoint)
         self._records.remove(mountpoint)
         if self._mounts.get(mountpoint) is mount:
             del self._mounts[mountpoint]
