@@ -98,6 +98,8 @@ class NodeKeeper:
         try:
             if word == "keep" and arguments:
                 return self.keep(arguments[0], dict(each.split("=", 1) for each in arguments[1:]))
+            if word == "adopt" and len(fds) >= 3 and is_over(fds[PASSED.index("server")]):
+                return "failed whoever asked waits no more"  # and may have a keeper by now
             if word == "adopt" and len(arguments) > 1 and len(fds) >= 3:
                 values = dict(each.split("=", 1) for each in arguments[1:])
                 values.update((name, str(fd)) for name, fd in zip(PASSED, fds, strict=False))
@@ -138,7 +140,11 @@ class NodeKeeper:
     def start(self, mountpoint: str, values: dict[str, str], fds: list[int]) -> int:
         nothing = os.memfd_create("cachefs-server", 0)  # servers connect, none is started
         arguments = [f"{name}={value}" for name, value in {**values, "command": str(nothing)}.items()]
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(nothing)
+            raise
         if pid == 0:
             try:
                 os.setsid()
@@ -167,10 +173,21 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
+def is_over(link: int) -> bool:
+    """Whether the other end is closed: we were away for long, and a message waited here."""
+    poll = select.poll()
+    poll.register(link, 0)
+    return bool(poll.poll(0))
+
+
 def log(message: str) -> None:
     now = time.time()
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-    os.write(2, f"{stamp},{int(now * 1000) % 1000:03} INFO node-keeper {message}\n".encode(errors="surrogateescape"))
+    line = f"{stamp},{int(now * 1000) % 1000:03} INFO node-keeper {message}\n"
+    try:
+        os.write(2, line.encode(errors="surrogateescape"))
+    except OSError:
+        pass  # nobody reads it any more
 
 
 def main(arguments: list[str]) -> int:
