@@ -168,7 +168,7 @@ class Attaching:
         async with self._lock:
             path = await self._namespace.check_free(tried.path)
             self._check_fits(tried)
-            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep(), along=along)
+            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep, along=along)
         logger.info("under-store attached path=%s origin=%s", path, tried.ufs.origin)
         return mounted
 
