@@ -411,8 +411,8 @@ class Namespace:
         keep: Callable[[], Callable[[], None]],
         along: Along | None = None,
     ) -> MountedStore:
-        """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it. `keep` is called
-        when it is about to be written, and returns what closes the store: the caller's until then.
+        """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it. `keep` is
+        called when it is about to be written, and returns what closes the store: the caller's until then.
         """
 
         def attached(mount: Mount) -> None:
