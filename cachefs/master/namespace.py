@@ -188,7 +188,7 @@ class Namespace:
                 return known.attr
         elif self._is_fresh(self._denied.get((parent, name), 0)):
             return None
-        elif (parent, name) in self._denied and mounted.health.is_failing:
+        elif (parent, name) in self._denied and mounted.health.is_away:
             # Nobody waits for a store that is away only to hear what he was told before.
             mounted.serving_stale += 1
             self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
