@@ -36,6 +36,7 @@ from cachefs.net import Role, Security, TcpAddress, Tokens
 from cachefs.testing.cluster import TestCluster, running_cluster
 from cachefs.testing.counting_s3 import running_counting_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.testing.hanging import hanging_directory
 from cachefs.ufs import UnderStore, open_under_store
 from cachefs.wire.quotas import ListQuotas, RemoveQuota, SetQuota
 
@@ -617,6 +618,38 @@ async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
         async with scene(tmp_path, "/") as (_, client, _):
             assert 1.9 < trio.current_time() - began < 15
             assert len(await attached(client)) == 11
+
+
+@pytest.mark.expect_warnings("a store that hangs is told by the master and the worker")
+async def test_a_file_server_that_hangs_holds_up_neither_a_start_nor_others(
+    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
+    for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
+        monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
+    with hanging_directory(tmp_path / "hanging") as hanging:
+        with open_meta_store(str(tmp_path / "master")) as meta:
+            meta.attach([])
+            meta.add_mount("/volumes/hangs", hanging.as_uri(), hanging.as_uri(), AT_ONCE)
+        with trio.fail_after(60):
+            async with scene(tmp_path, "/") as (_, client, volumes):
+                assert await attached(client) == ["/", "/volumes/hangs"]
+                async with trio.open_nursery() as nursery:
+
+                    async def refused() -> None:
+                        with pytest.raises(UnavailableError, match="no answer within"):
+                            await volumes.create("hangs too", url=hanging.as_uri(), options=AT_ONCE)
+
+                    nursery.start_soon(refused)
+                    made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
+                    assert await read(client, f"{made.path}/deep/file") == OWN
+                await volumes.delete(made.id)
+        async with open_under_store(own.as_uri(), AT_ONCE) as store:
+            own.rename(tmp_path / "elsewhere")
+            own.symlink_to(hanging)
+            with trio.move_on_after(0.2) as scope:
+                await store.stat("")
+            assert scope.cancelled_caught
 
 
 async def test_a_master_that_restarts_is_waited_for_and_one_that_is_gone_is_not_for_ever(tmp_path: Path) -> None:
