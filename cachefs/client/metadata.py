@@ -62,7 +62,6 @@ class _Whole(NamedTuple):
     expires: float
     generation: int
     names: int
-    """How many; -1: not known any more."""
 
 
 class ChangedName(NamedTuple):
@@ -247,8 +246,6 @@ class Metadata:
             self._overtaken.discard(key)
         self._touch(parent)
         attr = reply.attr
-        if (attr is not None) != (found is not None and not is_missing):
-            self._names_differ(parent)
         if attr is None:
             self._remember_name(parent, name, NO_INO)
         else:
@@ -342,14 +339,6 @@ class Metadata:
         if whole is None or whole.generation != self._generation:
             return False
         return self._now() < whole.expires or self.reach.is_away
-
-    def _names_differ(self, directory: Ino) -> None:
-        """From what was told of all of it, or some are forgotten: how many there are does not say any longer whether
-        all are remembered.
-        """
-        whole = self._whole.get(directory)
-        if whole is not None:
-            self._whole[directory] = whole._replace(names=-1)
 
     def was_told_whole(self, directory: Ino) -> bool:
         """Whether anybody was, as far as is known."""

@@ -275,22 +275,3 @@ async def test_what_was_served_past_its_time_is_asked_for_anew(tmp_path: Path) -
         assert told
         found = await client.metadata.lookup(ROOT_INO, "absent")
         assert found is not None and found.size_bytes == len(b"not any more")
-
-
-@pytest.mark.expect_warnings("the outage may be told")
-async def test_as_many_names_as_were_told_are_not_all_of_them_where_one_was_forgotten_and_one_is_new(
-    tmp_path: Path,
-) -> None:
-    async with (
-        scene(tmp_path, files=5, sync_interval_s=0, patience_s=0.3) as (cluster, client, data),
-        open_background() as nursery,
-    ):
-        metadata = client.metadata
-        assert len(await listed(DirReader(metadata, ROOT_INO, nursery))) == 6
-        metadata._remembered.forget_name(ROOT_INO, "00003")
-        (data / "new").write_bytes(b"new")
-        assert await metadata.lookup(ROOT_INO, "new") is not None
-        await cluster.stop("master")
-        await until_away(client.reach)
-        with pytest.raises(TransportError), trio.fail_after(20):
-            await listed(DirReader(metadata, ROOT_INO, nursery))
