@@ -525,6 +525,18 @@ async def test_a_volume_whose_store_was_displaced_is_repaired_by_the_same_call(t
         assert await attached(client) == ["/"] and await quotas(client) == {}
 
 
+async def test_a_volume_that_another_one_is_in_is_removed_after_it(tmp_path: Path, own: Path) -> None:
+    async with scene(tmp_path, "/") as (_, client, volumes):
+        outer = await volumes.create("outer", url=own.as_uri(), options=AT_ONCE)
+        inner = await volumes.create("inner", path=f"{outer.path}/deep", quota_bytes=MiB)
+        with pytest.raises(ConfigError, match=f"remove {inner.id}"):
+            await volumes.delete(outer.id)
+        assert await read(client, f"{inner.path}/file") == OWN and await quotas(client) == {inner.path: MiB}
+        await volumes.delete(inner.id)
+        await volumes.delete(outer.id)
+        assert await attached(client) == ["/"] and await quotas(client) == {}
+
+
 class FullDisk:
     """Of the database: what is made of `MetaStore.NAME` fails while `is_full`."""
 

@@ -200,10 +200,13 @@ async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypat
     full = True
 
     def report(*arguments: Any) -> Any:
+        nonlocal refused
         if full:
+            refused += 1
             raise sqlite3.OperationalError("database or disk is full")
         return written(*arguments)
 
+    refused = 0
     written = MetaStore.report
     async with scene(tmp_path, ["second"]) as found:
         monkeypatch.setattr(MetaStore, "report", report)
@@ -212,6 +215,10 @@ async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypat
         with trio.fail_after(20):
             while (await found.clients["worker"].master_status()).workers[1].epoch < 4:
                 await trio.sleep(0.05)
+        # Not faster and faster: three pauses of 0.4 s and more fit into this.
+        before = refused
+        await trio.sleep(1.5)
+        assert refused - before <= 12
         full = False
         await found.until_known(len(SMALL))
         await read_all(found.clients["second"], SMALL)
