@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -32,11 +33,15 @@ from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
 from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.open_store import OpenStore
 
 logger = logging.getLogger(__name__)
 _limited = LogLimiter(logger)
 
 R = TypeVar("R")
+
+_ASK_AGAIN_S = 5.0
+"""Between two questions whether an under-store that refuses has other options now; also how long an answer may take."""
 
 _REMEMBERED = 100_000
 """Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
@@ -63,7 +68,9 @@ class Sources:
         """Called with what counts for a quota, the innermost one."""
         self._master = master
         self._nursery = nursery
-        self._open: dict[int, UnderStore] = {}
+        self._open: dict[int, OpenStore] = {}
+        self._asked_at = -math.inf
+        """When the master was last asked for options because a store refused or did not answer."""
         self._opening = trio.Lock()
         self.health: dict[str, StoreHealth] = {}
         """By origin, of all that were ever read from."""
@@ -73,7 +80,7 @@ class Sources:
         self._neighbours = Neighbours()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
-        """Open those that are not open yet. Numbers of inodes and stores never change their meaning under one master's
+        """Open those that are not open yet, and those that have other options now. Numbers of inodes and stores never change their meaning under one master's
         database; with another one, everything known by number is forgotten. What is being read goes on.
         """
         if namespace_id != self.namespace_id:
@@ -83,22 +90,42 @@ class Sources:
             self.namespace_id = namespace_id
         async with self._opening:
             for store in stores:
-                if store.store_id in self._open or self.namespace_id != namespace_id:
+                known = self._open.get(store.store_id)
+                if (known is not None and known.info == store) or self.namespace_id != namespace_id:
                     continue
+                let_go = trio.Event()
                 try:
-                    ufs = await self._nursery.start(self._hold, store)
-                    if self.namespace_id == namespace_id:
-                        self._open[store.store_id] = ufs
+                    ufs = await self._nursery.start(self._hold, store, let_go)
+                    if self.namespace_id != namespace_id or (known is not None and known.origin != ufs.origin):
+                        let_go.set()
+                    elif known is not None:
+                        known.reopened(store, ufs, let_go.set)
+                        logger.info("under-store has other options origin=%s", ufs.origin)
+                    else:
+                        self._open[store.store_id] = OpenStore(store, ufs, let_go.set, self._is_renewed)
                 except ConfigError as error:
                     # A package that is missing here must not take the other stores away.
                     logger.warning(
                         "under-store cannot be opened url=%s error=%s", without_credentials(store.url), error
                     )
 
-    async def _hold(self, store: StoreInfo, task_status: trio.TaskStatus[UnderStore]) -> None:
+    async def _hold(
+        self, store: StoreInfo, let_go: trio.Event, task_status: trio.TaskStatus[UnderStore] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         async with open_under_store(store.url, store.options) as ufs:
             task_status.started(ufs)
-            await trio.sleep_forever()
+            await let_go.wait()
+
+    async def _is_renewed(self, ufs: OpenStore, before: StoreInfo) -> bool:
+        """Whether the store has other options than those that were refused; the master is asked, but not all the time.
+        An object may be refused for itself.
+        """
+        if ufs.info == before and trio.current_time() >= self._asked_at + _ASK_AGAIN_S:
+            self._asked_at = trio.current_time()
+            namespace_id = self.namespace_id
+            with suppress(CachefsError):
+                await self.add(namespace_id, (await self._ask(GetStores(), namespace_id, _ASK_AGAIN_S)).stores)
+        return ufs.info != before
 
     @property
     def master_away_s(self) -> float:
@@ -155,7 +182,7 @@ class Sources:
         if self.namespace_id != namespace_id:
             raise NamespaceChangedError("these inode numbers are of a namespace that the master no longer has")
 
-    async def _store(self, location: ObjectLocation, namespace_id: str) -> UnderStore:
+    async def _store(self, location: ObjectLocation, namespace_id: str) -> OpenStore:
         """Where that object is. One that was attached since this worker registered is opened now.
 
         Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.

@@ -286,6 +286,32 @@ def test_a_static_volume_with_a_url(rig: Any, pods: Any) -> None:
     assert pods.shown(pods.publish("pod")) == b"of the bucket"
 
 
+def test_a_static_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: Any, pods: Any) -> None:
+    pods.context = {"url": rig.s3_url}
+    pods.stage(secrets=rig.secrets)
+    wrong = {**rig.secrets, "secret": "not-that-secret"}
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_capability": rig.READER}
+    code, message = rig.node.refused("NodeStageVolume", **ask, volume_context=pods.context, secrets=wrong)
+    assert code == "PERMISSION_DENIED" and "not-that-secret" not in message
+    assert pods.shown(pods.publish("pod")) == b"of the bucket"
+    pods.stage(secrets=rig.new_secrets)
+    assert pods.shown(pods.target("pod")) == b"of the bucket"
+
+
+def test_a_caller_that_gives_up_is_told_so_and_may_come_again(rig: Any, pods: Any) -> None:
+    fields = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_capability": rig.READER}
+    assert rig.service is not None
+    os.kill(rig.service.pid, signal.SIGSTOP)  # nothing is answered, so that the call is under way for sure
+    try:
+        call = rig.node.future("NodeStageVolume", **fields, volume_context=pods.context)
+        call.cancel()
+        until(lambda: "method=NodeStageVolume code=CANCELLED" in rig.node.log())
+    finally:
+        os.kill(rig.service.pid, signal.SIGCONT)
+    pods.stage()
+    assert pods.shown(pods.staging) == b"one"
+
+
 def test_an_inline_volume_is_a_mount_of_its_own(rig: Any, pods: Any) -> None:
     """Kubernetes says that it is written, as its description has no access mode."""
     ask = {"staging_target_path": "", "volume_capability": rig.capability("SINGLE_NODE_WRITER")}
