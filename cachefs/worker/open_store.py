@@ -80,6 +80,6 @@ class OpenStore:
         with self._in_use() as ufs:
             outcomes = await ufs.read_files(infos, keep, at_once, claim)
         if any(isinstance(each, _MAY_BE_RENEWED) for each in outcomes):
-            # For those that come next. These were claimed, and are read one by one by who needs them.
+            # For those that come next: these were claimed, and are read again when somebody needs them.
             await self._is_renewed(self, before)
         return outcomes

@@ -69,6 +69,7 @@ class Sources:
         self._master = master
         self._nursery = nursery
         self._open: dict[int, OpenStore] = {}
+        self._asking = trio.Lock()
         self._asked_at = -math.inf
         """When the master was last asked for options because a store refused or did not answer."""
         self._opening = trio.Lock()
@@ -120,11 +121,12 @@ class Sources:
         """Whether the store has other options than those that were refused; the master is asked, but not all the time.
         An object may be refused for itself.
         """
-        if ufs.info == before and trio.current_time() >= self._asked_at + _ASK_AGAIN_S:
-            self._asked_at = trio.current_time()
-            namespace_id = self.namespace_id
-            with suppress(CachefsError):
-                await self.add(namespace_id, (await self._ask(GetStores(), namespace_id, _ASK_AGAIN_S)).stores)
+        async with self._asking:  # those that are refused at the same time wait for the one answer
+            if ufs.info == before and trio.current_time() >= self._asked_at + _ASK_AGAIN_S:
+                self._asked_at = trio.current_time()
+                namespace_id = self.namespace_id
+                with suppress(CachefsError):
+                    await self.add(namespace_id, (await self._ask(GetStores(), namespace_id, _ASK_AGAIN_S)).stores)
         return ufs.info != before
 
     @property

@@ -176,6 +176,10 @@ class Rig:
 
     # ---- one test's ------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def until(holds: Any) -> None:
+        until(holds)
+
     def mounted(self, below: Path) -> list[str]:
         return [each.mountpoint for each in all_mounts() if each.mountpoint.startswith(str(below))]
 

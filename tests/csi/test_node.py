@@ -305,7 +305,7 @@ def test_a_caller_that_gives_up_is_told_so_and_may_come_again(rig: Any, pods: An
     try:
         call = rig.node.future("NodeStageVolume", **fields, volume_context=pods.context)
         call.cancel()
-        until(lambda: "method=NodeStageVolume code=CANCELLED" in rig.node.log())
+        rig.until(lambda: "method=NodeStageVolume code=CANCELLED" in rig.node.log())
     finally:
         os.kill(rig.service.pid, signal.SIGCONT)
     pods.stage()
