@@ -81,8 +81,9 @@ class Sources:
         self._neighbours = Neighbours()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
-        """Open those that are not open yet, and those that have other options now. Numbers of inodes and stores never change their meaning under one master's
-        database; with another one, everything known by number is forgotten. What is being read goes on.
+        """Open those that are not open yet, and those that have other options now. Numbers of inodes and stores never
+        change their meaning under one master's database; with another one, everything known by number is forgotten.
+        What is being read goes on.
         """
         if namespace_id != self.namespace_id:
             self._known.clear()

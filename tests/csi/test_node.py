@@ -90,7 +90,10 @@ def test_the_plugin_is_killed_between_and_during_calls(rig: Any, pods: Any, mome
     def killed_during(method: str, **fields: Any) -> None:
         if moment_s is not None:
             call = rig.node.future(method, **fields)
-            time.sleep(moment_s)  # the moment that is tried
+            # Steps of a call take from under a millisecond (a bind mount) to a few tenths of a second (a server that
+            # starts), and are no events that are seen from here: these moments fall into different ones of them. The
+            # test holds at whichever.
+            time.sleep(moment_s)
             rig.node.end(signal.SIGKILL)
             with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)) if not call.done() else noted(call):
                 call.result()
