@@ -250,7 +250,11 @@ def test_unknown_volumes(rig: Any, tmp_path: Path) -> None:
     assert rig.node.refused("NodeGetVolumeStats", **unknown, volume_path=where)[0] == "NOT_FOUND"
 
 
-@pytest.mark.parametrize("mode", ["SINGLE_NODE_WRITER", "MULTI_NODE_MULTI_WRITER"])
+@pytest.mark.parametrize(
+    "mode",
+    ["SINGLE_NODE_WRITER", "SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_MULTI_WRITER", "MULTI_NODE_SINGLE_WRITER",
+     "MULTI_NODE_MULTI_WRITER"],
+)  # fmt: skip
 def test_who_wants_to_write_is_told_what_to_ask_for(rig: Any, pods: Any, mode: str) -> None:
     ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_context": pods.context}
     code, message = rig.node.refused("NodeStageVolume", volume_capability=rig.capability(mode), **ask)
@@ -299,6 +303,23 @@ def test_a_static_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: An
     assert pods.shown(pods.publish("pod")) == b"of the bucket"
     pods.stage(secrets=rig.new_secrets)
     assert pods.shown(pods.target("pod")) == b"of the bucket"
+
+
+def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Path) -> None:
+    asked = ("--master", rig.master, "--insecure", "--node-id", "n", "--mounts-socket", rig.directory / "m.sock")
+    node = type(rig.node)(tmp_path / "s", rig.directory / "may-not.log", "node", *asked)
+    node.start()
+    try:
+        ask = {"volume_capability": rig.READER, "staging_target_path": pods.staging, "secrets": rig.secrets}
+        url = {"url": rig.s3_url}
+        code, message = node.refused("NodeStageVolume", volume_id=pods.volume_id, volume_context=url, **ask)
+        assert code == "INVALID_ARGUMENT" and "--may-attach is not given" in message
+        fields = pods.publish_fields("pod", volume_context={**INLINE, **url}, secrets=rig.secrets)
+        code, message = node.refused("NodePublishVolume", **fields)
+        assert code == "INVALID_ARGUMENT" and "--inline-urls is not given" in message
+        assert not os.path.lexists(pods.target("pod")) and pods.mounted() == []
+    finally:
+        node.end()
 
 
 def test_a_caller_that_gives_up_is_told_so_and_may_come_again(rig: Any, pods: Any) -> None:
