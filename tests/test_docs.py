@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cachefs_csi.metrics_reference import metrics_reference as csi_metrics_reference
 
 from cachefs.cli.metrics_reference import metrics_reference
 from cachefs.cli.reference import reference
@@ -71,4 +72,5 @@ def test_the_reference_is_that_of_the_commands() -> None:
 
 def test_the_table_of_metrics_is_that_of_their_declarations() -> None:
     written = (DOCS / "metrics.md").read_text()
-    assert written == metrics_reference(), "run: python -m cachefs.cli.metrics_reference > docs/metrics.md"
+    both = "(python -m cachefs.cli.metrics_reference; python -m cachefs_csi.metrics_reference)"
+    assert written == metrics_reference() + csi_metrics_reference(), f"run: {both} > docs/metrics.md"

@@ -20,7 +20,8 @@ PROCESSES: dict[str, Sequence[Metric[Any]]] = {
 
 HEAD = f"""# Reference: metrics
 
-Made by `python -m cachefs.cli.metrics_reference > docs/metrics.md`; a test keeps it in step. How to get at them, and
+Made by `(python -m cachefs.cli.metrics_reference; python -m cachefs_csi.metrics_reference) > docs/metrics.md`; a test
+keeps it in step. How to get at them, and
 what to look at, is in [operations.md](operations.md#reading-the-metrics).
 
 Every process has `cachefs_build_info` with the labels `version` and `process` (master, worker, mount or node-mounts),

@@ -46,9 +46,11 @@ class Volumes:
         options: Mapping[str, str] | None = None,
         quota_bytes: int = 0,
         context: Mapping[str, str] | None = None,
+        replaces_options: bool = False,
     ) -> VolumeInfo:
         """As `CreateVolume`."""
-        request = CreateVolume(name, url, path, dict(options or {}), quota_bytes, dict(context or {}))
+        its = dict(options or {})
+        request = CreateVolume(name, url, path, its, quota_bytes, dict(context or {}), replaces_options)
         return await self._ask(request)
 
     async def delete(self, volume_id: str) -> None:

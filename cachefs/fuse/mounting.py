@@ -13,12 +13,12 @@ import errno
 import logging
 import os
 import stat
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachefs.fuse import fusermount
+from cachefs.fuse.bounded import within
 from cachefs.fuse.fusermount import FusermountError
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
 from cachefs.fuse.places import check_apart
@@ -354,19 +354,15 @@ def is_dead(info: MountInfo) -> bool:
 
     Takes up to a second, asked about a mount that the calling thread serves.
     """
-    found: list[bool] = []
 
-    def ask() -> None:
+    def ask() -> bool:
         try:
             os.statvfs(info.mountpoint)  # unlike stat(2), never answered from the kernel's memory
         except OSError as exc:
-            found.append(exc.errno in (errno.ENOTCONN, errno.ECONNABORTED))
+            return exc.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        return False
 
-    # A daemon: what waits for a server that hangs must not keep this process from ending.
-    thread = threading.Thread(target=ask, name="is the mount dead", daemon=True)
-    thread.start()
-    thread.join(_DEAD_ANSWER_LIMIT_S)
-    return found == [True]
+    return within(_DEAD_ANSWER_LIMIT_S, ("dead", info.device, info.mountpoint), ask, False)
 
 
 def abort(connection: int) -> bool:

@@ -18,6 +18,7 @@ from cachefs.model import (
     CachefsError,
     CapacityError,
     ConfigError,
+    ExistsError,
     MiB,
     NotFoundError,
     UnavailableError,
@@ -193,8 +194,35 @@ class Attaching:
         logger.info("under-store attached path=%s origin=%s", path, tried.ufs.origin)
         return mounted
 
+    @asynccontextmanager
+    async def tried_again(self, path: str, url: str, options: dict[str, str]) -> AsyncGenerator[Tried, None]:
+        """As `tried`, for one that is attached there and gets other options within the block.
+
+        Raises ExistsError when they make another store of it.
+        """
+        origin = self._namespace.mounted_at(path).mount.origin
+        ufs, close = await self._holder.open(url, options)
+        with ExitStack() as stack:
+            stack.callback(close)
+            if ufs.origin != origin:
+                raise ExistsError(f"{path} is {origin}, and with these options it is {ufs.origin}")
+            await _try_out(ufs)
+            yield Tried(path, url, options, ufs, lambda: stack.pop_all().close)
+
+    async def reopen(self, tried: Tried, along: Along) -> None:
+        """Raises ConfigError, StaleError when it was removed meanwhile; CapacityError."""
+        async with self._lock:
+            self._check_fits(tried)
+            mounted = self._namespace.mounted_at(tried.path)
+            await self._namespace.reopen(mounted, tried.url, tried.options, tried.ufs, tried.keep(), along)
+        logger.info("under-store has other options path=%s origin=%s", tried.path, tried.ufs.origin)
+
     def _check_fits(self, tried: Tried) -> None:
-        known = [StoreInfo(each.mount.mount_id, each.url, each.options) for each in self._namespace.mounted()]
+        known = [
+            StoreInfo(each.mount.mount_id, each.url, each.options)
+            for each in self._namespace.mounted()
+            if each.mount.path != tried.path
+        ]
         told = [*known, StoreInfo(0, tried.url, tried.options)]
         if sum(len(msgspec.msgpack.encode(each)) for each in told) > MOST_TOLD_BYTES:
             raise CapacityError(

@@ -36,20 +36,22 @@ class MountedStore:
     """As looks at it went."""
     is_told: bool = False
     """Whether it is in the log that it fails: an outage is logged once."""
-    _users: int = 0
+    _users: list[int] = field(default_factory=lambda: [0])
+    """How many look at the store as it is open now; in a list, as those who look at the one before count for that."""
     _removed: bool = False
     _let_go: bool = False
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """It stays open for as long as the block lasts, also if it is removed meanwhile."""
-        self._users += 1
+        users, close = self._users, self.close
+        users[0] += 1
         try:
             yield
         finally:
-            self._users -= 1
-            if self._let_go and not self._users:
-                self.close()
+            users[0] -= 1
+            if not users[0] and (self._let_go or self._users is not users):
+                close()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -83,8 +85,15 @@ class MountedStore:
     def let_go(self) -> None:
         """It is removed for good, and closed as soon as nobody looks at it."""
         self._let_go = True
-        if not self._users:
+        if not self._users[0]:
             self.close()
+
+    def reopened(self, url: str, options: dict[str, str], ufs: UnderStore, close: Callable[[], None]) -> None:
+        """It is asked with these options from now on. The one before stays open for who looks at it."""
+        users, close_before = self._users, self.close
+        self.url, self.options, self.ufs, self.close, self._users = url, options, ufs, close, [0]
+        if not users[0]:
+            close_before()
 
 
 class Holder:

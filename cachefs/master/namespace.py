@@ -438,6 +438,29 @@ class Namespace:
             mount = await self._writer.run(write, then=attached, otherwise=close)
         return self._mounted[mount.mount_id]
 
+    async def reopen(
+        self,
+        mounted: MountedStore,
+        url: str,
+        options: dict[str, str],
+        ufs: UnderStore,
+        close: Callable[[], None],
+        along: Along,
+    ) -> None:
+        """Ask an under-store that was attached by hand with other options from now on, for good. Its names stay."""
+
+        def write() -> None:
+            along.write()
+            self._store.add_mount(mounted.mount.path, mounted.mount.origin, url, options)
+
+        def reopened(_: None) -> None:
+            mounted.reopened(url, options, ufs, close)
+            along.then()
+
+        async with self._attaching:
+            mounted.check_attached()
+            await self._writer.run(write, then=reopened)
+
     def _first_missing(self, path: str) -> tuple[Ino, str] | None:
         """(directory, name) of the first part of a path that does not exist, as far as is known."""
         ino = ROOT_INO

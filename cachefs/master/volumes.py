@@ -70,11 +70,14 @@ class Volumes:
         async with self._alone(wanted.volume_id):
             known = self._store.volume(wanted.volume_id)
             if known is not None:
-                _check_same(known, wanted)
+                renewed = replace(known, options=wanted.options) if request.replaces_options else known
+                _check_same(renewed, wanted)
+                if renewed != known and self._is_attached(known.path):
+                    return await self._reopen(known, renewed)
                 if not known.url or self._is_attached(known.path):
                     return self._info(known)
                 # The master was told of another store at its path, and is not told any more.
-                wanted = known
+                wanted = renewed
             if wanted.url:
                 async with (
                     self._attaching.tried(wanted.path, wanted.url, wanted.options) as tried,
@@ -87,6 +90,16 @@ class Volumes:
                     await self._writer.run(along.write, lambda _: along.then())
             logger.info("volume made id=%s path=%s quota=%d", made.volume_id, made.path, made.quota_bytes)
             return self._info(made)
+
+    async def _reopen(self, known: Volume, renewed: Volume) -> v.VolumeInfo:
+        """Workers are told when the options they have do not do any more."""
+        async with (
+            self._attaching.tried_again(known.path, renewed.url, renewed.options) as tried,
+            self._changing(known, renewed) as (made, along),
+        ):
+            await self._attaching.reopen(tried, along)
+        logger.info("volume has other options id=%s names=%s", made.volume_id, sorted(made.options))
+        return self._info(made)
 
     async def delete(self, request: v.DeleteVolume, session: Session) -> Done:
         async with self._alone(request.id):

@@ -25,6 +25,8 @@ class CountingS3:
     def __init__(self, endpoint: str, server: ProxyServer) -> None:
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         self.upstream = urlsplit(endpoint)
+        self.revoked: set[str] = set()
+        """Access keys: requests that are signed with one are refused."""
         self._lock = threading.Lock()
         self._bytes: Counter[str] = Counter()
         self._reads: Counter[str] = Counter()
@@ -92,6 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        signed_by = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
+        if signed_by in self.counting.revoked:
+            self._refuse()
+            return
         if self._upstream is None:
             there = self.counting.upstream
             self._upstream = http.client.HTTPConnection(there.hostname or "", there.port)
@@ -121,6 +127,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(content, counted)
         while piece := response.read(_PIECE):
             self._send(piece, counted)
+
+    def _refuse(self) -> None:
+        content = b"<Error><Code>InvalidAccessKeyId</Code><Message>revoked</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _object(self) -> str:
         """bucket/key of a GET of an object; empty for anything else, such as a listing."""

@@ -44,6 +44,9 @@ _PORTS = (
 )
 
 
+_NEW = "new"
+
+
 @dataclass(frozen=True)
 class S3Server:
     endpoint: str
@@ -57,6 +60,11 @@ class S3Server:
     def ufs_options(self) -> dict[str, str]:
         """What `cachefs … --ufs-option` needs to reach it."""
         return {"endpoint_url": self.endpoint, "key": self.key, "secret": self.secret}
+
+    @property
+    def new_ufs_options(self) -> dict[str, str]:
+        """The same with other credentials, which are as good: those that somebody renews them to."""
+        return {**self.ufs_options, "key": self.key + _NEW, "secret": self.secret + _NEW}
 
     def client(self) -> Any:
         """A plain S3 client, to put objects there behind the back of cachefs. Usable from several threads."""
@@ -99,7 +107,7 @@ def running_s3_server(data_dir: Path, flags: Sequence[str] = ()) -> Iterator[S3S
     data_dir.mkdir(parents=True, exist_ok=True)
     ports = free_ports(len(_PORTS))
     key, secret = "cachefs-test", "cachefs-test-secret"
-    credentials = [{"accessKey": key, "secretKey": secret}]
+    credentials = [{"accessKey": key + new, "secretKey": secret + new} for new in ("", _NEW)]
     (data_dir / "s3.json").write_text(
         json.dumps({"identities": [{"name": "test", "credentials": credentials, "actions": _ACTIONS}]})
     )

@@ -61,6 +61,9 @@ class CreateVolume(Request[VolumeInfo], frozen=True):
     """What its contents may take in all caches together; 0: no bound of its own."""
     context: dict[str, str] = msgspec.field(default_factory=dict)
     """Kept for the asker, and told to everybody: nothing secret."""
+    replaces_options: bool = False
+    """Where one of that name differs in its options alone, it gets these, once the under-store is seen to list with
+    them: its credentials were renewed. Until then, and when they will not do, those it has stay in force."""
 
 
 class DeleteVolume(Request[Done], frozen=True):

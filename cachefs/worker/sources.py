@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -31,11 +32,15 @@ from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
 from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
 from cachefs.worker.master_link import MasterLink
+from cachefs.worker.open_store import OpenStore
 
 logger = logging.getLogger(__name__)
 _limited = LogLimiter(logger)
 
 R = TypeVar("R")
+
+_ASK_AGAIN_S = 5.0
+"""Between two questions whether an under-store that refuses has other options now; also how long an answer may take."""
 
 _REMEMBERED = 100_000
 """Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
@@ -55,8 +60,9 @@ _OPEN_S = 10.0
 
 
 class _Begun(NamedTuple):
-    """A store that is being opened."""
+    """A store that is being opened, or is open."""
 
+    info: StoreInfo
     done: trio.Event
     give_up: float
 
@@ -73,9 +79,12 @@ class Sources:
         """Called with what counts for a quota, the innermost one."""
         self._master = master
         self._nursery = nursery
-        self._open: dict[int, UnderStore] = {}
+        self._open: dict[int, OpenStore] = {}
         self._begun: dict[int, _Begun] = {}
-        """Those that are open, too."""
+        """Those that are open, too, and what is opened in their place."""
+        self._asking = trio.Lock()
+        self._asked_at = -math.inf
+        """When the master was last asked for options because a store refused or did not answer."""
         self.health: dict[str, StoreHealth] = {}
         """By origin, of all that were ever read from."""
         self._known: OrderedDict[Ino, Source] = OrderedDict()
@@ -84,7 +93,8 @@ class Sources:
         self._neighbours = Neighbours()
 
     async def add(self, namespace_id: str, stores: list[StoreInfo], wanted: int | None = None) -> None:
-        """Open those that are not open yet, and wait for them, or for that one alone; not for one that hangs.
+        """Open those that are not open yet, and those that have other options now; and wait for them, or for that one
+        alone; not for one that hangs.
 
         Numbers of inodes and stores never change their meaning under one master's database; with another one,
         everything known by number is forgotten. What is being read goes on.
@@ -98,8 +108,9 @@ class Sources:
         waited_for = []
         for store in stores:
             begun = self._begun.get(store.store_id)
-            if begun is None:
-                begun = self._begun[store.store_id] = _Begun(trio.Event(), trio.current_time() + _OPEN_S)
+            if begun is None or begun.info != store:
+                begun = _Begun(store, trio.Event(), trio.current_time() + _OPEN_S)
+                self._begun[store.store_id] = begun
                 self._nursery.start_soon(self._hold, store, namespace_id, begun)
             if wanted in (None, store.store_id):
                 waited_for.append((store, begun))
@@ -114,10 +125,19 @@ class Sources:
         url = without_credentials(store.url)
         try:
             async with open_under_store(store.url, store.options) as ufs:
-                if self.namespace_id == namespace_id:
-                    self._open[store.store_id] = ufs
+                let_go = trio.Event()
+                known = self._open.get(store.store_id)
+                if self.namespace_id != namespace_id or self._begun.get(store.store_id) is not begun:
+                    let_go.set()  # it is out of date
+                elif known is None:
+                    self._open[store.store_id] = OpenStore(store, ufs, let_go.set, self._is_renewed)
+                elif known.origin == ufs.origin:
+                    known.reopened(store, ufs, let_go.set)
+                    logger.info("under-store has other options origin=%s", ufs.origin)
+                else:
+                    let_go.set()
                 begun.done.set()
-                await trio.sleep_forever()
+                await let_go.wait()
         except CachefsError as error:
             # A package that is missing here must not take the other stores away.
             logger.warning("under-store cannot be opened url=%s error=%s", url, error)
@@ -126,6 +146,19 @@ class Sources:
                 del self._begun[store.store_id]
         finally:
             begun.done.set()
+
+    async def _is_renewed(self, ufs: OpenStore, before: StoreInfo) -> bool:
+        """Whether the store has other options than those that were refused; the master is asked, but not all the time.
+        An object may be refused for itself.
+        """
+        async with self._asking:  # those that are refused at the same time wait for the one answer
+            if ufs.info == before and trio.current_time() >= self._asked_at + _ASK_AGAIN_S:
+                self._asked_at = trio.current_time()
+                namespace_id = self.namespace_id
+                with suppress(CachefsError):
+                    stores = (await self._ask(GetStores(), namespace_id, _ASK_AGAIN_S)).stores
+                    await self.add(namespace_id, stores, before.store_id)
+        return ufs.info != before
 
     @property
     def master_away_s(self) -> float:
@@ -182,7 +215,7 @@ class Sources:
         if self.namespace_id != namespace_id:
             raise NamespaceChangedError("these inode numbers are of a namespace that the master no longer has")
 
-    async def _store(self, location: ObjectLocation, namespace_id: str) -> UnderStore:
+    async def _store(self, location: ObjectLocation, namespace_id: str) -> OpenStore:
         """Where that object is. One that was attached since this worker registered is opened now.
 
         Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.

@@ -16,10 +16,10 @@ import errno
 import logging
 import os
 import stat
-import threading
 from contextlib import suppress
 
 from cachefs.fuse import FS_TYPE, MountError, MountInfo, all_mounts, find_mount, is_dead, unmount
+from cachefs.fuse.bounded import within
 from cachefs.model import ConfigError, DeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -115,27 +115,24 @@ def check(path: str, limit_s: float = CHECK_S) -> None:
 
     Raises UnavailableError saying why not, DeadlineError for one that hangs.
     """
-    answers: list[OSError | None] = []
 
-    def ask() -> None:
+    def ask() -> OSError | None:
         try:
             with os.scandir(path) as entries:
                 next(entries, None)
             if os.stat(path).st_dev == os.stat(os.path.dirname(path)).st_dev:
                 raise OSError(errno.EINVAL, "nothing is mounted there")
         except OSError as error:
-            answers.append(error)
-        else:
-            answers.append(None)
+            return error
+        return None
 
-    # A daemon: what waits for a server that hangs must not keep this process from ending.
-    thread = threading.Thread(target=ask, name="does the mount answer", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if not answers:
+    found = find_mount(path)
+    late: OSError | None = OSError(errno.ETIMEDOUT, "")
+    failure = within(limit_s, ("check", found and found.device, path), ask, late)
+    if failure is late:
         raise DeadlineError(f"the mount at {path} did not answer within {limit_s:g} s")
-    if answers[0] is not None:
-        raise UnavailableError(f"the mount at {path} cannot be read: {answers[0].strerror}") from answers[0]
+    if failure is not None:
+        raise UnavailableError(f"the mount at {path} cannot be read: {failure.strerror}") from failure
 
 
 def binds_of(device: str, mountpoint: str) -> list[str]:

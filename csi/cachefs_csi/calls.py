@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 import traceback
@@ -68,6 +69,10 @@ def secrets_in(message: Message) -> set[str]:
     return given | secret_values(secrets)
 
 
+class _CallerLeft(Exception):
+    """Or its connection is gone."""
+
+
 class Calls(grpc.GenericRpcHandler):
     """What answers the calls. Made in trio; called by the threads of a gRPC server.
 
@@ -106,6 +111,8 @@ class Calls(grpc.GenericRpcHandler):
                 code, message = Code.UNAVAILABLE, "the driver ends"
             except (TimeoutError, trio.TooSlowError):
                 code, message = Code.DEADLINE_EXCEEDED, "it took longer than the caller waits"
+            except _CallerLeft:
+                code, message = Code.CANCELLED, "the caller gave up"
             except CachefsError as error:
                 code, message = code_of(error), str(error)
             except Exception as error:
@@ -133,15 +140,16 @@ class Calls(grpc.GenericRpcHandler):
     async def _run(
         self, function: Callable[[Any], Awaitable[Any]], request: Message, context: grpc.ServicerContext
     ) -> Any:
-        """Raises TimeoutError, and what `function` raises."""
+        """Raises TimeoutError, _CallerLeft, and what `function` raises."""
         remaining_s = context.time_remaining()
-        with trio.CancelScope() as scope:
-            if remaining_s is not None:
-                scope.deadline = trio.current_time() + remaining_s
+        deadline = math.inf if remaining_s is None else trio.current_time() + remaining_s
+        with trio.CancelScope(deadline=deadline) as scope:
             if not context.add_callback(lambda: self._from_any_thread(scope.cancel)):
                 scope.cancel()  # it is over already
             return await function(request)
-        raise TimeoutError
+        if trio.current_time() >= deadline:
+            raise TimeoutError
+        raise _CallerLeft
 
     def _from_any_thread(self, function: Callable[[], object]) -> None:
         try:

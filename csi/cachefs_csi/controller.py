@@ -55,6 +55,8 @@ class Controller:
             options=source.options,
             quota_bytes=quota_bytes,
             context=context,
+            # The provisioner's Secret may have been renewed since it asked first.
+            replaces_options=True,
         )
         return pb.CreateVolumeResponse(volume=volume_of(info))
 

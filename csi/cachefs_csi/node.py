@@ -151,10 +151,14 @@ class Node:
         if not self._config.may_attach:
             accepted = "a path, as this driver may attach no under-store (--may-attach is not given)"
             raise invalid("volumeAttributes.url", "given", accepted)
-        return await self._attached(f"static/{volume_id}", source)
+        # Its Secret may have been renewed since it was staged at first, here or on another node.
+        return await self._attached(f"static/{volume_id}", source, replaces_options=True)
 
-    async def _attached(self, name: str, source: Source) -> str:
-        return (await self._volumes.create(name, url=source.url, options=source.options)).path
+    async def _attached(self, name: str, source: Source, *, replaces_options: bool = False) -> str:
+        made = await self._volumes.create(
+            name, url=source.url, options=source.options, replaces_options=replaces_options
+        )
+        return made.path
 
     async def _with_group(
         self, staging: str, capability: pb.VolumeCapability, options: dict[str, str]

@@ -194,7 +194,14 @@ class NodeVolumes:
 def _ours(path: str) -> MountInfo | None:
     """The cachefs mount that is seen on exactly this directory; links are not followed."""
     found = find_mount(path)
-    return found if found is not None and found.fs_type == FS_TYPE and not os.path.islink(path) else None
+    return found if found is not None and found.fs_type == FS_TYPE and not _is_link_to_mount(path) else None
+
+
+def _is_link_to_mount(path: str) -> bool:
+    """Of a path where `find_mount` finds one. Never asks the mount, which may hang: in the table are no links."""
+    found = find_mount(path)
+    parent, name = os.path.split(path.rstrip("/"))
+    return found is not None and found.mountpoint != os.path.join(os.path.realpath(parent), name)
 
 
 async def _is_dead(info: MountInfo) -> bool:
@@ -205,6 +212,8 @@ def _check_path(field: str, path: str) -> None:
     """Raises ConfigError."""
     if not os.path.isabs(path) or os.path.normpath(path) != path.rstrip("/") or "\0" in path:
         raise ConfigError(field, path, "an absolute path without . and ..")
+    if find_mount(path) is not None and not _is_link_to_mount(path):
+        return  # a link is no mountpoint; and one that hangs would have all calls wait
     try:
         is_link = stat.S_ISLNK(os.lstat(path).st_mode)
     except OSError as error:

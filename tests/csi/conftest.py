@@ -114,6 +114,8 @@ class Rig:
         self.s3_url = f"s3://{BUCKET}/csi"
         self.secrets = dict(server.ufs_options)
         """As of a Secret."""
+        self.new_secrets = dict(server.new_ufs_options)
+        """As of the same one, renewed."""
         self.master = ""
         self.service: subprocess.Popen[bytes] | None = None
         self.keeper: subprocess.Popen[bytes] | None = None
@@ -173,6 +175,10 @@ class Rig:
             process.wait(30)
 
     # ---- one test's ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def until(holds: Any) -> None:
+        until(holds)
 
     def mounted(self, below: Path) -> list[str]:
         return [each.mountpoint for each in all_mounts() if each.mountpoint.startswith(str(below))]

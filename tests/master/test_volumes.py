@@ -685,3 +685,69 @@ async def test_a_master_that_restarts_is_waited_for_and_one_that_is_gone_is_not_
         async with open_volumes(TcpAddress(*nobody.getsockname()), patience_s=0.2) as volumes:
             with pytest.raises(TransportError):
                 await volumes.get("vol-x")
+
+
+# ---- renewed credentials -------------------------------------------------------------------------------------------
+
+
+async def test_renewed_credentials_are_put_in_place_and_read_with_by_who_had_the_revoked_ones(
+    tmp_path: Path, s3_bucket: Bucket
+) -> None:
+    s3_bucket.put({"before": OWN, "after": OWN[::-1]})
+    with running_counting_s3(s3_bucket.server.endpoint) as proxy:
+        first = {**s3_bucket.options, "endpoint_url": proxy.endpoint}
+        renewed = {**s3_bucket.server.new_ufs_options, "endpoint_url": proxy.endpoint}
+        async with scene(tmp_path, "/") as (cluster, client, volumes):
+            made = await volumes.create("a", url=s3_bucket.url, options=first, quota_bytes=10 * MiB)
+            assert await read(client, f"{made.path}/before") == OWN
+            # The same is nothing new, and who does not ask for it does not get it.
+            assert await volumes.create(
+                "a", url=s3_bucket.url, options=first, quota_bytes=10 * MiB, replaces_options=True
+            )
+            with pytest.raises(ExistsError, match="option key, option secret"):
+                await volumes.create("a", url=s3_bucket.url, options=renewed, quota_bytes=10 * MiB)
+            proxy.revoked = {first["key"]}
+            info = await volumes.create(
+                "a", url=s3_bucket.url, options=renewed, quota_bytes=10 * MiB, replaces_options=True
+            )
+            assert (info.id, info.path, info.created_s) == (made.id, made.path, made.created_s)
+            with trio.fail_after(30):
+                # The worker holds the old ones until it is refused.
+                assert await read(client, f"{made.path}/after") == OWN[::-1]
+            assert await quotas(client) == {made.path: 10 * MiB}
+            await restart(cluster)
+            assert await read(client, f"{made.path}/before") == OWN
+            s3_bucket.put({"later": b"later"})
+            await client.refresh(made.path)
+            assert await read(client, f"{made.path}/later") == b"later"
+            again = await volumes.create("a", url=s3_bucket.url, options=renewed, quota_bytes=10 * MiB)
+            assert again.created_s == made.created_s
+
+
+async def test_wrong_new_credentials_are_refused_and_the_old_ones_stay_in_force(
+    tmp_path: Path, s3_bucket: Bucket
+) -> None:
+    s3_bucket.put({"file": OWN})
+    with running_counting_s3(s3_bucket.server.endpoint) as proxy:
+        options = {**s3_bucket.options, "endpoint_url": proxy.endpoint}
+        wrong = {**options, "key": "revoked", "secret": SECRET}
+        elsewhere = {**options, "endpoint_url": s3_bucket.server.endpoint}
+        proxy.revoked = {"revoked"}
+        async with scene(tmp_path, "/") as (cluster, client, volumes):
+            made = await volumes.create("a", url=s3_bucket.url, options=options)
+            for other, error, says in (
+                (wrong, DeniedError, "cannot attach"),
+                (elsewhere, ExistsError, "with these options it is"),
+                ({**options, "colour": SECRET}, ConfigError, "'colour' is not accepted"),
+            ):
+                with pytest.raises(error, match=says) as caught:
+                    await volumes.create("a", url=s3_bucket.url, options=other, replaces_options=True)
+                assert SECRET not in str(caught.value)
+            with pytest.raises(ExistsError, match="quota is"):
+                await volumes.create("a", url=s3_bucket.url, options=wrong, quota_bytes=1, replaces_options=True)
+            assert await read(client, f"{made.path}/file") == OWN
+            await restart(cluster)
+            assert await volumes.create("a", url=s3_bucket.url, options=options) == await volumes.get(made.id)
+            s3_bucket.put({"later": b"later"})
+            await client.refresh(made.path)
+            assert await read(client, f"{made.path}/later") == b"later"

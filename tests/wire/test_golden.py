@@ -536,14 +536,14 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\n\xaaused_bytes\t\xa7context\x81\xa1a\xa1b\xa9created_s\xcb?\xf8\x00\x00\x00\x00\x00\x00",
     ),
     (
-        v.CreateVolume("pvc-1", "s3://b", "", {"key": "value"}, 10, {"a": "b"}),
-        b"\x87\xa1q\xacCreateVolume\xa4name\xa5pvc-1\xa3url\xa6s3://b\xa4path\xa0\xa7options\x81\xa3key"
-        b"\xa5value\xabquota_bytes\n\xa7context\x81\xa1a\xa1b",
+        v.CreateVolume("pvc-1", "s3://b", "", {"key": "value"}, 10, {"a": "b"}, True),
+        b"\x88\xa1q\xacCreateVolume\xa4name\xa5pvc-1\xa3url\xa6s3://b\xa4path\xa0\xa7options\x81\xa3key"
+        b"\xa5value\xabquota_bytes\n\xa7context\x81\xa1a\xa1b\xb0replaces_options\xc3",
     ),
     (
         v.CreateVolume("pvc-2", path="/a"),
-        b"\x87\xa1q\xacCreateVolume\xa4name\xa5pvc-2\xa3url\xa0\xa4path\xa2/a\xa7options\x80\xabquota_byt"
-        b"es\x00\xa7context\x80",
+        b"\x88\xa1q\xacCreateVolume\xa4name\xa5pvc-2\xa3url\xa0\xa4path\xa2/a\xa7options\x80\xabquota_byt"
+        b"es\x00\xa7context\x80\xb0replaces_options\xc2",
     ),
     (
         v.DeleteVolume("vol-1"),
