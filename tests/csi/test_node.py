@@ -326,10 +326,17 @@ def test_a_caller_that_gives_up_is_told_so_and_may_come_again(rig: Any, pods: An
     fields = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_capability": rig.READER}
     assert rig.service is not None
     os.kill(rig.service.pid, signal.SIGSTOP)  # nothing is answered, so that the call is under way for sure
-    try:
+
+    def is_told() -> bool:
+        """One that is cancelled before the driver has read it is no call."""
         call = rig.node.future("NodeStageVolume", **fields, volume_context=pods.context)
+        with pytest.raises(grpc.FutureTimeoutError):
+            call.result(timeout=0.5)
         call.cancel()
-        rig.until(lambda: "method=NodeStageVolume code=CANCELLED" in rig.node.log())
+        return "method=NodeStageVolume code=CANCELLED" in rig.node.log()
+
+    try:
+        rig.until(is_told)
     finally:
         os.kill(rig.service.pid, signal.SIGCONT)
     pods.stage()
