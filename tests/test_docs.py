@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from cachefs.cli.metrics_reference import metrics_reference
 from cachefs.cli.reference import reference
 
@@ -18,11 +20,19 @@ def failures() -> str:
     return (DOCS / "operations.md").read_text().partition("## What fails, ")[2].partition("\n## ")[0]
 
 
+def on_kubernetes() -> str:
+    """The part of kubernetes.md with what is tested."""
+    return (DOCS / "kubernetes.md").read_text().partition("## What is tested")[2].partition("\n## ")[0]
+
+
+HEADS = ("|---", "| promise |", "| what fails |", "| csi-sanity |", "| what else |")
+
+
 def test_every_promise_names_its_test() -> None:
-    lines = [*SEMANTICS.read_text().splitlines(), *failures().splitlines()]
-    assert len(failures().splitlines()) > 25
+    lines = [*SEMANTICS.read_text().splitlines(), *failures().splitlines(), *on_kubernetes().splitlines()]
+    assert len(failures().splitlines()) > 25 and len(on_kubernetes().splitlines()) > 20
     for line in lines:
-        if not line.startswith("|") or line.startswith(("|---", "| promise |", "| what fails |")):
+        if not line.startswith("|") or line.startswith(HEADS):
             continue
         _, named = line.strip("| ").rsplit(" | ", 1)
         names = re.findall(r"`([^`]+)`", named)
@@ -41,11 +51,17 @@ def test_every_promise_names_its_test() -> None:
                 assert re.search(rf"^\s*(async def|def|class) {part}\b", text, re.MULTILINE), f"{name}: {line}"
 
 
-def test_links_within_the_operations_lead_somewhere() -> None:
-    text = (DOCS / "operations.md").read_text()
-    titles = re.findall(r"^##+ (.+)$", text, re.MULTILINE)
-    known = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= known
+def anchors(document: Path) -> set[str]:
+    titles = re.findall(r"^##+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["operations.md", "kubernetes.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (DOCS / name).read_text()):
+        document = DOCS / path if path else DOCS / name
+        assert document.exists(), path
+        assert not anchor or anchor in anchors(document), f"{path}#{anchor}"
 
 
 def test_the_reference_is_that_of_the_commands() -> None:

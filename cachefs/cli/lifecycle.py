@@ -34,6 +34,8 @@ readers a worker held 440 MB, and so 270. Python's threads seldom allocate at th
 LEAST_OPEN_FILES = 256
 """For connections, the database, and the libraries of an under-store."""
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
 ENDED_WELL = b'{"ended": 0}\n'
 """What a supervisor is told by a service whose process it may not be able to wait for."""
 
@@ -114,6 +116,7 @@ def run_service(
             await service(report)
             nursery.cancel_scope.cancel()
 
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
     try:
         raise_open_files(role, least_open_files)
         trio.run(main)
@@ -125,6 +128,9 @@ def run_service(
             supervisor.sendall(json.dumps({"error": message}).encode() + b"\n")
         raise SystemExit(1) from None
     finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # not set in Python
+                signal.signal(number, handler)
         if supervisor is not None:
             supervisor.close()
 
@@ -146,8 +152,16 @@ def raise_open_files(role: str, least: int) -> None:
 async def cancel_on_signal(
     scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    """Cancel the scope at the first SIGINT or SIGTERM. Later ones change nothing: ending is under way. Nor does one
+    that comes after the scope was cancelled by somebody else, until the caller puts the handlers back.
+    """
+    early: list[int] = []
+    for each in _ENDING:
+        # What the receiver puts back when it ends, while others still clean up.
+        signal.signal(each, lambda number, frame: early.append(number))
+    with trio.open_signal_receiver(*_ENDING) as signals:
+        if early:
+            scope.cancel()
         async for number in signals:
             logging.getLogger(__name__).info("ending signal=%s", signal.Signals(number).name)
             scope.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cachefs.cli.node import NODE_METRICS
 from cachefs.fuse.metrics import MOUNT_METRICS
 from cachefs.master.metrics import MASTER_METRICS
 from cachefs.metrics import BOUNDS_S, Metric
@@ -14,6 +15,7 @@ PROCESSES: dict[str, Sequence[Metric[Any]]] = {
     "master": MASTER_METRICS,
     "worker": WORKER_METRICS,
     "mount": MOUNT_METRICS,
+    "node-mounts": NODE_METRICS,
 }
 
 HEAD = f"""# Reference: metrics
@@ -21,8 +23,8 @@ HEAD = f"""# Reference: metrics
 Made by `python -m cachefs.cli.metrics_reference > docs/metrics.md`; a test keeps it in step. How to get at them, and
 what to look at, is in [operations.md](operations.md#reading-the-metrics).
 
-Every process has `cachefs_build_info` with the labels `version` and `process` (master, worker or mount), and what
-Prometheus' own library tells of a process: `process_resident_memory_bytes`, `process_virtual_memory_bytes`,
+Every process has `cachefs_build_info` with the labels `version` and `process` (master, worker, mount or node-mounts),
+and what Prometheus' own library tells of a process: `process_resident_memory_bytes`, `process_virtual_memory_bytes`,
 `process_cpu_seconds_total`, `process_open_fds`, `process_max_fds`, `process_start_time_seconds`.
 
 Counters begin at 0 when their process starts. A label's value is shown from its first event on. A histogram NAME is

@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
@@ -33,7 +33,7 @@ from cachefs.fuse import (
 )
 from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts
 from cachefs.model import CachefsError, ConfigError, ExistsError, NamespaceError, TransportError, UnavailableError
-from cachefs.net import Service, Session
+from cachefs.net import Service, Session, open_background
 from cachefs.wire import mounts as m
 from cachefs.wire.messages import Done
 
@@ -47,6 +47,8 @@ _LONGEST_PAUSE_S = 5.0
 _LIVED_S = 30.0
 _LOOK_S = 2.0
 _ANSWER_S = 10.0
+_OF_THE_HOST = "host:"
+"""What the ids of mounts begin with that nobody asks for but this service itself."""
 _BUSY_TRIES, _BUSY_PAUSE_S = 20, 0.1
 
 
@@ -66,6 +68,8 @@ class _Mount:
         """Of the task that has servers running."""
         self.ended = trio.Event()
         self.changed = trio.Event()
+        self.is_to_go = False
+        """No server is started any more."""
 
     def become(self, state: Literal["serving", "starting", "dead"], why: str = "") -> None:
         self.state, self.why = state, why
@@ -102,6 +106,8 @@ class MountService:
         self._is_replaced = is_replaced
         self._nursery = nursery
         self._mounts: dict[str, _Mount] = {}
+        self.restarts = 0
+        """Servers that were started in the place of one that ended."""
 
     @property
     def mounts(self) -> list[m.MountState]:
@@ -131,18 +137,30 @@ class MountService:
     def degraded(self) -> list[str]:
         return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
 
-    async def have(self, request: m.EnsureMount) -> None:
-        """Ask ourselves, until it is there. One that was mounted there with something else is not changed."""
-        pause_s = 1.0
+    def have(self, host_mounts: Mapping[str, str]) -> None:
+        """Ask ourselves for these, a directory of the namespace for each mountpoint, and no others any more."""
+        earlier = {each.mountpoint for each in self.mounts if each.id.startswith(_OF_THE_HOST)}
+        for mountpoint in {*host_mounts, *earlier}:
+            self._nursery.start_soon(self._have, mountpoint, host_mounts.get(mountpoint))
+
+    async def _have(self, mountpoint: str, path: str | None) -> None:
+        """Until it is so. `path`: None for one that is not wanted any more."""
+        pause_s, told = 1.0, ""
         while not self._is_replaced():
+            mount = self._mounts.get(mountpoint)
             try:
-                await self._ensure(request)
+                if mount is not None and mount.record.id.startswith(_OF_THE_HOST) and mount.record.path != path:
+                    await self._remove(mountpoint)
+                if path is not None:
+                    await self._ensure(m.EnsureMount(_OF_THE_HOST + mountpoint, mountpoint, path))
                 return
             except (ConfigError, ExistsError) as error:
-                logger.error("not mounted mountpoint=%s error=%s", request.mountpoint, error)
+                logger.error("not mounted mountpoint=%s error=%s", mountpoint, error)
                 return
             except CachefsError as error:
-                logger.warning("not mounted yet mountpoint=%s error=%s", request.mountpoint, error)
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("not as it is to be yet mountpoint=%s error=%s", mountpoint, told)
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
@@ -168,37 +186,62 @@ class MountService:
                 if await _answers(record.mountpoint, mount.device):
                     return mount.told()
                 await self._wait_for_its_end(mount)
-            is_new = mount.scope is None
+            is_new, was_mounted = mount.scope is None, True
             try:
                 if is_new:
-                    await trio.to_thread.run_sync(self._prepare, record)
+                    was_mounted = await trio.to_thread.run_sync(self._prepare, record)
                     self._start(mount, is_asked=True)
                 await self._wait_until_serving(mount)
             except BaseException:
                 if is_new:
                     with trio.CancelScope(shield=True):
-                        await self._give_up(mount)
+                        await self._give_up(mount, drop=not was_mounted)
                 raise
             return mount.told()
 
     async def remove(self, request: m.RemoveMount, session: Session) -> Done:
-        mountpoint = _checked("mountpoint", request.mountpoint)
-        mount = self._mounts.get(mountpoint)
-        if mount is None:
-            return Done()
-        async with mount.lock:
-            if self._mounts.get(mountpoint) is mount:
-                await self._unmount(mount)
-                with trio.CancelScope(shield=True):
-                    await self._give_up(mount)
+        await self._remove(_checked("mountpoint", request.mountpoint))
         return Done()
 
-    def _prepare(self, record: MountRecord) -> None:
-        """Raises ExistsError when somebody else mounted something there, NamespaceError."""
+    async def _remove(self, mountpoint: str) -> None:
+        mount = self._mounts.get(mountpoint)
+        if mount is None:
+            return
+        async with mount.lock:
+            if self._mounts.get(mountpoint) is not mount:
+                return
+            # Who reads there without a server waits, and uses the mount.
+            with trio.move_on_after(_ANSWER_S):
+                while mount.state == "starting":
+                    await mount.changed.wait()
+            mount.is_to_go, was_served = True, mount.scope is not None
+            if mount.scope is not None and mount.state != "serving":
+                # It would be mounted anew meanwhile.
+                mount.scope.cancel()
+                await mount.ended.wait()
+            try:
+                await self._unmount(mount)
+            except BaseException:
+                mount.is_to_go = False
+                if was_served and mount.scope is None:
+                    self._start(mount)
+                raise
+            with trio.CancelScope(shield=True):
+                await self._give_up(mount)
+
+    def _prepare(self, record: MountRecord) -> bool:
+        """Whether it is mounted there already, and lives, though we know nothing of it.
+
+        Raises ExistsError when somebody else mounted something there, NamespaceError.
+        """
         self._clear(record.mountpoint)
         found = find_mount(record.mountpoint)
         if found is not None and found.fs_type != FS_TYPE:
             raise ExistsError(f"{record.mountpoint}: {found.fs_type} {found.source} is mounted there")
+        if found is not None and found.source != f"cachefs:{record.path}":
+            raise ExistsError(
+                f"{record.mountpoint} is mounted already, and shows {found.source.removeprefix('cachefs:')}"
+            )
         if found is None:
             try:
                 os.makedirs(record.mountpoint, 0o755, exist_ok=True)
@@ -208,6 +251,7 @@ class MountService:
                 raise NamespaceError(f"{record.mountpoint} cannot be mounted on: {error.strerror}") from error
             allow_left_below(record.mountpoint)
         self._records.save(record)
+        return found is not None
 
     def _check_same(self, known: MountRecord, wanted: MountRecord) -> None:
         for name in ("id", "path", "options"):
@@ -260,19 +304,30 @@ class MountService:
             with trio.move_on_after(_ANSWER_S):
                 await mount.ended.wait()
 
-    async def _give_up(self, mount: _Mount) -> None:
-        """Nothing of it stays. The mount itself is away, or never was there."""
+    async def _give_up(self, mount: _Mount, *, drop: bool = True) -> None:
+        """Nothing of it stays. The mount itself is away, or never was there; or (`drop`: False) is not ours to end."""
         if mount.scope is not None:
             mount.scope.cancel()
             await mount.ended.wait()
         mountpoint = mount.record.mountpoint
-        with suppress(MountError, TransportError, OSError):
-            await trio.to_thread.run_sync(self._clear, mountpoint)
-            await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
-            allow_left_below(mountpoint)
+        if drop:
+            with suppress(MountError, TransportError, OSError):
+                await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
+                await self._wait_for_the_end_of(mount.keeper_socket)
+            with suppress(MountError, OSError):
+                await trio.to_thread.run_sync(self._clear, mountpoint)
+                if find_mount(mountpoint) is None:  # looking at one without a server would take for ever
+                    allow_left_below(mountpoint)
         self._records.remove(mountpoint)
         if self._mounts.get(mountpoint) is mount:
             del self._mounts[mountpoint]
+
+    async def _wait_for_the_end_of(self, keeper_socket: str) -> None:
+        """It ends the connection of what was mounted and never answered, though it may not see where that is."""
+        with trio.move_on_after(_ANSWER_S), suppress(TransportError):
+            while keeper_socket:
+                await trio.to_thread.run_sync(ask, keeper_socket, "who", _LOOK_S)
+                await trio.sleep(0.02)
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +343,7 @@ class MountService:
         in_a_row = 0
         try:
             with scope:
-                while not self._is_replaced():
+                while not (self._is_replaced() or mount.is_to_go):
                     began = trio.current_time()
                     why = "its server ended"
                     try:
@@ -308,12 +363,13 @@ class MountService:
                         return
                     in_a_row = in_a_row + 1 if trio.current_time() < began + _LIVED_S else 1
                     mount.restarts += 1
+                    self.restarts += 1
                     mount.become("starting", why)
                     if not self._is_replaced():
                         message = "a server ended, another is started mountpoint=%s count=%d reason=%s"
                         logger.warning(message, mount.record.mountpoint, in_a_row, why)
                     await trio.sleep(0 if in_a_row == 1 else min(_LONGEST_PAUSE_S, 0.05 * 2**in_a_row))
-                mount.become("dead", "another service has taken over")
+                mount.become("dead", "another service has taken over" if not mount.is_to_go else "it is unmounted")
         finally:
             mount.scope = None
             mount.ended.set()
@@ -329,28 +385,33 @@ class MountService:
         arguments = [*self._arguments_of(record), "--keeper-socket", mount.keeper_socket]
         async with child_of("mount", arguments) as child:
             mount.child = child
-            await child.wait_ready()
+            async with open_background() as nursery:
+                nursery.start_soon(self._kill_if_hung, mount, child)
+                await child.wait_ready()
             found = await trio.to_thread.run_sync(find_mount, record.mountpoint)
             mount.device = found.device if found is not None else ""
             mount.become("serving")
             yield child
 
     async def _watch(self, mount: _Mount, child: Child) -> None:
-        """Until it ends. One that the keeper cannot kill, in another pid namespace, we can: it is ours."""
-        async with trio.open_nursery() as nursery:
+        """Until it ends."""
+        async with open_background() as nursery:
+            nursery.start_soon(self._kill_if_hung, mount, child)
+            await child.wait_end()
 
-            async def wait() -> None:
-                await child.wait_end()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(wait)
-            while True:
-                await trio.sleep(_LOOK_S)
-                with suppress(TransportError, ConfigError):
-                    answer = await trio.to_thread.run_sync(ask, mount.keeper_socket, "who", _LOOK_S)
-                    values, _ = parse_facts(answer.removeprefix("keeper "))
-                    if values.get("state") == "killed":
-                        child.kill()
+    async def _kill_if_hung(self, mount: _Mount, child: Child) -> None:
+        """One that the keeper cannot kill, in another pid namespace, we can: it is ours. While it is starting, the
+        keeper may mean the one before it, of which an earlier service takes care at once.
+        """
+        seen = 0
+        while True:
+            await trio.sleep(_LOOK_S)
+            with suppress(TransportError, ConfigError):
+                answer = await trio.to_thread.run_sync(ask, mount.keeper_socket, "who", _LOOK_S)
+                values, _ = parse_facts(answer.removeprefix("keeper "))
+                seen = seen + 1 if values.get("state") == "killed" else 0
+                if seen >= (1 if mount.state == "serving" else 2):
+                    child.kill()
 
     def _clear(self, mountpoint: str) -> None:
         """Take a dead mount away, of which the keeper may not see the mountpoint: it may be in another namespace."""

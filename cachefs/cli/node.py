@@ -25,7 +25,6 @@ from cachefs.metrics import Metric, counter, gauge
 from cachefs.model import ConfigError
 from cachefs.net import Address, Hello, Role, Service, serve_on, taking_over
 from cachefs.policy import Promote
-from cachefs.wire.mounts import EnsureMount
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ NODE_METRICS: tuple[Metric[MountService], ...] = (
     counter(
         "cachefs_node_mount_restarts_total",
         "Servers of mounts that were started in the place of one that ended.",
-        lambda service: sum(each.restarts for each in service.mounts),
+        lambda service: service.restarts,
     ),
 )
 
@@ -150,8 +149,7 @@ def node_mounts(
                 shown.monitor.ready_if(mounts.why_not_ready)
                 shown.monitor.degraded_by(mounts.degraded)
             mounts.go_on()
-            for shows, mountpoint in static:
-                nursery.start_soon(mounts.have, EnsureMount(f"host:{mountpoint}", mountpoint, shows))
+            mounts.have({mountpoint: shows for shows, mountpoint in static})
             report({"socket": path, **shown.facts})
             await serve_on(service, [listener], hello=Hello(role="mounts"))
 

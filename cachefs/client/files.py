@@ -101,13 +101,16 @@ class ContentReader:
 
     async def _read_slice(self, piece: BlockSlice) -> Data:
         view = self._views.setdefault(piece.block_index, _BlockView())
-        if not self._covers(view, piece):
+        while not self._covers(view, piece):
             request = Fetch(
                 self.attr.ino, piece.block_index, piece.offset, piece.length, view.serial, promote=self._promote
             )
             answer = await self._ask(request)
-            if answer.message.serial == 0:
+            serial = answer.message.serial
+            if serial == 0:
                 return answer.payload  # type: ignore[return-value]
+            if not answer.fds and serial == request.held != view.serial:
+                continue  # what we had when we asked was given up meanwhile, for want of descriptors
             self._learn(view, answer)
             if not self._covers(view, piece):
                 raise RemoteProtocolError("worker confirmed other pages than those asked for")

@@ -73,16 +73,21 @@ class MasterReach:
 
     async def ask(self, call: Callable[[], Awaitable[T]], patience_s: float) -> T:
         """As `patiently`. While the master is known to be away, TransportError comes after `patience_s` at the latest,
-        whatever becomes of the request; at once with 0.
+        whatever becomes of the request; at once with 0. A connection that was lost does not say that it is away: also
+        with 0 the request is made again until that is known.
         """
         if self.is_away and patience_s <= 0:
             raise TransportError(self.why())
-        with self.waiting(patience_s):
+
+        async def doubting() -> T:
             try:
-                found = await patiently(call, patience_s)
+                return await call()
             except TransportError:
                 self.doubt()
                 raise
+
+        with self.waiting(patience_s):
+            found = await patiently(doubting, patience_s if patience_s > 0 else _SLOW_S + _ANSWER_S)
         self._answered()
         return found
 
@@ -148,7 +153,6 @@ class MasterReach:
         if self._since is None:
             self._since = now
             self.outages += 1
-            self._stale_before = self.served_stale
             for scope, (_, patience_s) in self._waiting.items():
                 scope.deadline = now + patience_s
         if not self._is_told and self.away_s >= _WORTH_TELLING_S:
@@ -159,12 +163,14 @@ class MasterReach:
             )
 
     def _answered(self) -> None:
-        if self._since is None:
-            return
+        # Some may have been given though it was there again already: whoever gave them had not heard of it yet.
         stale = self.served_stale - self._stale_before
+        if self._since is None and not stale:
+            return
         if self._is_told:
             logger.info("the master is back away_s=%.1f served_stale=%d", self.away_s, stale)
         self._since, self._is_told = None, False
+        self._stale_before = self.served_stale
         for scope in self._waiting:
             scope.deadline = float("inf")
         if stale:

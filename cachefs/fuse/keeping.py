@@ -34,6 +34,8 @@ _PAUSE_S = 1.0
 _HOME_S = 30.0
 """How long a server waits for the process that has the keepers of its node, before it starts a keeper itself."""
 _ADOPTION_S = 5.0
+_LEAVING_S = 15.0
+"""The same for a server that is told to end: less than whoever told it waits."""
 
 
 class MountFacts(msgspec.Struct, frozen=True):
@@ -91,6 +93,11 @@ class KeeperLink:
         self._link = _as_trio(link)
         self._keeper: subprocess.Popen[bytes] | None = None
         self._is_mounted = self.fuse_fd >= 0
+        self._threads = trio.CapacityLimiter(1)
+        """Not those that wait for reads."""
+        self._adopting = trio.Lock()
+        self._is_alone = False
+        """There is no keeper, as far as we have noticed."""
 
     @property
     def has_server(self) -> bool:
@@ -198,12 +205,13 @@ class KeeperLink:
         return self.has_server and (self.connects or os.path.exists(f"/proc/{self.values['server']}"))
 
     async def _start_keeper(self) -> None:
+        self._is_alone = True
         self._link.close()
         if self._keeper is not None:
             # The second one that dies: not in a hurry.
             await trio.sleep(_PAUSE_S)
             self._keeper.poll()
-        if "home" not in self.values or not await self._find_home():
+        if not await self._find_home(_HOME_S):
             while True:
                 try:
                     self._begin_keeper()
@@ -214,24 +222,51 @@ class KeeperLink:
         if self._phase is not None:
             self._send(self._phase)
 
-    async def _find_home(self) -> bool:
-        """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
-        be started again.
+    async def leave(self) -> None:
+        """Before a server ends that leaves the mount to the next: somebody has to hold it meanwhile. It takes a while
+        if the keeper is gone as well.
         """
-        give_up_at = trio.current_time() + _HOME_S
-        while True:
+        if self._phase != "ready" or self._is_done or not (self.connects and self._is_mounted):
+            return
+        while not self._is_alone:
             try:
-                pid = self._be_adopted()
-                logger.info("the keeper was gone, the node has another one pid=%s", pid)
-                return True
-            except OSError as error:
-                if trio.current_time() > give_up_at:
-                    logger.warning("no node-keeper takes the mount over socket=%s error=%s", self.values["home"], error)
-                    return False
-            await trio.sleep(_PAUSE_S / 4)
+                self._is_alone = not self._raw.recv(_MESSAGE)  # what it told us before does not matter any more
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                pass  # told once
+        logger.info("the keeper is gone, and this server is to end: it waits until another one holds the mount")
+        if not await self._find_home(_LEAVING_S):
+            with suppress(OSError):
+                self._begin_keeper()
 
-    def _be_adopted(self) -> str:
-        """The process id of the new keeper. Inline, as that one answers at once. Raises OSError."""
+    def _has_keeper(self, link: socket.socket) -> None:
+        self._raw, self._link = link, _as_trio(link)
+        self._is_alone = False
+
+    async def _find_home(self, limit_s: float) -> bool:
+        """Hand over what we hold to the process that has the keepers of this node, which is to outlive us. It may just
+        be started again, or hang.
+        """
+        if "home" not in self.values:
+            return False
+        give_up_at = trio.current_time() + limit_s
+        async with self._adopting:
+            while self._is_alone:
+                try:
+                    ours, pid = await trio.to_thread.run_sync(self._be_adopted, limiter=self._threads)
+                    self._has_keeper(ours)
+                    logger.info("the keeper was gone, the node has another one pid=%s", pid)
+                except OSError as error:
+                    if trio.current_time() > give_up_at:
+                        message = "no node-keeper takes the mount over socket=%s error=%s"
+                        logger.warning(message, self.values["home"], error)
+                        return False
+                    await trio.sleep(_PAUSE_S / 4)
+        return True
+
+    def _be_adopted(self) -> tuple[socket.socket, str]:
+        """Our end of the link to the new keeper, and its process id. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as opened:
             opened.enter_context(theirs)
@@ -248,8 +283,7 @@ class KeeperLink:
             if not answer.startswith("ok "):
                 raise OSError(answer)
             on_failure.pop_all()
-        self._raw, self._link = ours, _as_trio(ours)
-        return answer.removeprefix("ok ")
+        return ours, answer.removeprefix("ok ")
 
     def _values_for_keeper(self) -> dict[str, str]:
         return {key: value for key, value in self.values.items() if key not in ("keeper", "server", "state")}
@@ -282,7 +316,7 @@ class KeeperLink:
                 start_new_session=True,
             )
             on_failure.pop_all()
-        self._raw, self._link = ours, _as_trio(ours)
+        self._has_keeper(ours)
         logger.info("the keeper was gone, another one is started pid=%d", self._keeper.pid)
 
     def close(self) -> None:

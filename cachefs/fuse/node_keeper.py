@@ -16,6 +16,7 @@ Messages, on sockets of whole messages, words of ASCII with `\\0` between them:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import select
@@ -36,6 +37,8 @@ class NodeKeeper:
         self.listener = listen(path)
         self.keepers: dict[int, str] = {}
         """Mountpoint, by process."""
+        self.adopted: dict[int, int] = {}
+        """Inode number of the memfd, by process of a keeper that has taken over from another."""
         self.wake, waker = os.pipe()
         for fd in (self.wake, waker):
             os.set_blocking(fd, False)
@@ -63,6 +66,7 @@ class NodeKeeper:
     def reap(self) -> None:
         for pid in list(self.keepers):
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                self.adopted.pop(pid, None)
                 log(f"keeper ended pid={pid} mountpoint={self.keepers.pop(pid)}")
 
     def accept(self) -> None:
@@ -94,10 +98,12 @@ class NodeKeeper:
         try:
             if word == "keep" and arguments:
                 return self.keep(arguments[0], dict(each.split("=", 1) for each in arguments[1:]))
+            if word == "adopt" and len(fds) >= 3 and is_over(fds[PASSED.index("server")]):
+                return "failed whoever asked waits no more"  # and may have a keeper by now
             if word == "adopt" and len(arguments) > 1 and len(fds) >= 3:
                 values = dict(each.split("=", 1) for each in arguments[1:])
                 values.update((name, str(fd)) for name, fd in zip(PASSED, fds, strict=False))
-                return f"ok {self.start(arguments[0], values, fds)}"
+                return f"ok {self.adopt(arguments[0], values, fds)}"
             if word == "drop" and arguments:
                 for pid, mountpoint in self.keepers.items():
                     if mountpoint == arguments[0]:
@@ -113,17 +119,32 @@ class NodeKeeper:
         name = f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
         path = os.path.join(os.path.dirname(self.path), name)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            if probe.connect_ex(path) == 0:
+            probe.setblocking(False)  # a server may hold the listener whose keeper died, and wait for us
+            if probe.connect_ex(path) in (0, errno.EAGAIN):
                 return f"ok {path}"
         with listen(path) as listener:
             pinned = {"listen": str(listener.fileno()), "path": path, "mode": "keep", "home": self.path}
             self.start(mountpoint, {**values, **pinned}, [listener.fileno()])
         return f"ok {path}"
 
+    def adopt(self, mountpoint: str, values: dict[str, str], fds: list[int]) -> int:
+        """A server that asks again, as it heard no answer, knows nothing of the keeper that it was given then."""
+        kept = os.fstat(fds[PASSED.index("memfd")]).st_ino
+        for pid, ino in self.adopted.items():
+            if ino == kept:
+                os.kill(pid, signal.SIGKILL)
+        pid = self.start(mountpoint, values, fds)
+        self.adopted[pid] = kept
+        return pid
+
     def start(self, mountpoint: str, values: dict[str, str], fds: list[int]) -> int:
         nothing = os.memfd_create("cachefs-server", 0)  # servers connect, none is started
         arguments = [f"{name}={value}" for name, value in {**values, "command": str(nothing)}.items()]
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(nothing)
+            raise
         if pid == 0:
             try:
                 os.setsid()
@@ -152,10 +173,21 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
+def is_over(link: int) -> bool:
+    """Whether the other end is closed: we were away for long, and a message waited here."""
+    poll = select.poll()
+    poll.register(link, 0)
+    return bool(poll.poll(0))
+
+
 def log(message: str) -> None:
     now = time.time()
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-    os.write(2, f"{stamp},{int(now * 1000) % 1000:03} INFO node-keeper {message}\n".encode(errors="surrogateescape"))
+    line = f"{stamp},{int(now * 1000) % 1000:03} INFO node-keeper {message}\n"
+    try:
+        os.write(2, line.encode(errors="surrogateescape"))
+    except OSError:
+        pass  # nobody reads it any more
 
 
 def main(arguments: list[str]) -> int:

@@ -211,11 +211,16 @@ class _Serving:
                     opened.callback(os.close, fd)
                     await self._serve(fd, operations, nursery, ready)
             except BaseException as error:
-                if not self._stays_for_another(error):
-                    await self._end()
+                await self._leave_or_end(error)
                 raise
-            if not self._stays_for_another(None):
-                await self._end()
+            await self._leave_or_end(None)
+
+    async def _leave_or_end(self, error: BaseException | None) -> None:
+        if not self._stays_for_another(error):
+            await self._end()
+        elif self._keeper is not None:
+            with trio.CancelScope(shield=True):
+                await self._keeper.leave()
 
     def _stays_for_another(self, error: BaseException | None) -> bool:
         """Whether a server after us goes on with the mount."""

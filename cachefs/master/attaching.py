@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -23,6 +23,7 @@ from cachefs.model import (
     UnavailableError,
     UnderStoreError,
     format_size,
+    without_credentials,
 )
 from cachefs.ufs import UnderStore, at_most
 from cachefs.wire.messages import StoreInfo
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 FIRST_CONTACT_S = 8.0
 """How long an under-store may take to answer at first; later requests have their store's deadline."""
+
+_OPEN_S = 30.0
+"""How long opening one may take: it asks nobody, but a path of this machine may be on a file server that hangs."""
+_MARGIN_S = 2.0
+"""For requests that have deadlines to end by themselves, and to say why."""
 
 _OPENED_AT_ONCE = 32
 """At the start: there is a store for each volume, and each that is away takes as long."""
@@ -52,7 +58,7 @@ async def open_mounts(
     opened: dict[str, tuple[str, dict[str, str], UnderStore, Callable[[], None], CachefsError | None]] = {}
     pairs = []
     for path, url in told:
-        ufs, close = await holder.open(url, options)
+        ufs, close = await _open(holder, url, options)
         path = normalise_mount_path(path)
         pairs.append((path, ufs.origin))
         if (path, ufs.origin) in gone:
@@ -85,12 +91,27 @@ async def open_mounts(
     return attached
 
 
+async def _open(holder: Holder, url: str, options: dict[str, str]) -> tuple[UnderStore, Callable[[], None]]:
+    """Raises ConfigError, UnavailableError."""
+    with _in_time(_OPEN_S, without_credentials(url)):
+        return await holder.open(url, options)
+
+
+@contextmanager
+def _in_time(seconds: float, what: str) -> Iterator[None]:
+    """Whatever hangs in the block is left alone after so long, and a margin. Raises UnavailableError."""
+    with trio.move_on_after(seconds + _MARGIN_S) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise UnavailableError(f"{what}: no answer within {seconds + _MARGIN_S:g} s, of the system or a file server")
+
+
 async def _open_added(
     url: str, options: dict[str, str], origin: str, holder: Holder
 ) -> tuple[UnderStore, Callable[[], None], CachefsError | None]:
     """With why it does not answer."""
     try:
-        ufs, close = await holder.open(url, options)
+        ufs, close = await _open(holder, url, options)
     except CachefsError as error:
         logger.warning("under-store cannot be opened, serving what is known origin=%s error=%s", origin, error)
         return UnopenedStore(origin, error), lambda: None, error
@@ -108,7 +129,7 @@ async def _first_contact(ufs: UnderStore, *, is_known: bool) -> CachefsError | N
     answer, if so. Raises NotFoundError, UnderStoreError.
     """
     try:
-        with at_most(FIRST_CONTACT_S):
+        with _in_time(FIRST_CONTACT_S, ufs.origin), at_most(FIRST_CONTACT_S):
             await ufs.stat("")
         return None
     except UnavailableError as error:
@@ -157,7 +178,7 @@ class Attaching:
         store does not answer as it should.
         """
         path = await self._namespace.check_free(path)
-        ufs, close = await self._holder.open(url, options)
+        ufs, close = await _open(self._holder, url, options)
         with ExitStack() as stack:
             stack.callback(close)
             await _try_out(ufs)
@@ -168,7 +189,7 @@ class Attaching:
         async with self._lock:
             path = await self._namespace.check_free(tried.path)
             self._check_fits(tried)
-            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep(), along=along)
+            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep, along=along)
         logger.info("under-store attached path=%s origin=%s", path, tried.ufs.origin)
         return mounted
 
@@ -212,7 +233,7 @@ class Attaching:
 async def _try_out(ufs: UnderStore) -> None:
     """Raises NotFoundError, UnderStoreError and its kinds."""
     try:
-        with at_most(FIRST_CONTACT_S):
+        with _in_time(FIRST_CONTACT_S, ufs.origin), at_most(FIRST_CONTACT_S):
             await ufs.stat("")
             async with ufs.list_dir("") as chunks:
                 async for _ in chunks:

@@ -38,6 +38,7 @@ class MountedStore:
     """Whether it is in the log that it fails: an outage is logged once."""
     _users: int = 0
     _removed: bool = False
+    _let_go: bool = False
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -47,7 +48,7 @@ class MountedStore:
             yield
         finally:
             self._users -= 1
-            if self._removed and not self._users:
+            if self._let_go and not self._users:
                 self.close()
 
     @contextmanager
@@ -72,8 +73,16 @@ class MountedStore:
             raise StaleError(f"nothing is attached at {self.mount.path} any more")
 
     def remove(self) -> None:
-        """Nothing is to be written for it from now on."""
+        """Nothing is to be written for it from now on, until `stay`."""
         self._removed = True
+
+    def stay(self) -> None:
+        """That it is removed could not be written: it is not."""
+        self._removed = False
+
+    def let_go(self) -> None:
+        """It is removed for good, and closed as soon as nobody looks at it."""
+        self._let_go = True
         if not self._users:
             self.close()
 

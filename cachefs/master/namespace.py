@@ -188,7 +188,7 @@ class Namespace:
                 return known.attr
         elif self._is_fresh(self._denied.get((parent, name), 0)):
             return None
-        elif (parent, name) in self._denied and mounted.health.is_failing:
+        elif (parent, name) in self._denied and mounted.health.is_away:
             # Nobody waits for a store that is away only to hear what he was told before.
             mounted.serving_stale += 1
             self._checks.start((parent, name), lambda: self._check(directory, name, mounted))
@@ -408,10 +408,12 @@ class Namespace:
         url: str,
         options: dict[str, str],
         ufs: UnderStore,
-        close: Callable[[], None],
+        keep: Callable[[], Callable[[], None]],
         along: Along | None = None,
     ) -> MountedStore:
-        """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it."""
+        """Attach an under-store at a path that `check_free` has checked, for good. Watchers hear of it. `keep` is
+        called when it is about to be written, and returns what closes the store: the caller's until then.
+        """
 
         def attached(mount: Mount) -> None:
             self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
@@ -432,7 +434,8 @@ class Namespace:
 
         async with self._attaching:
             new = self._first_missing(path)
-            mount = await self._writer.run(write, then=attached)
+            close = keep()
+            mount = await self._writer.run(write, then=attached, otherwise=close)
         return self._mounted[mount.mount_id]
 
     def _first_missing(self, path: str) -> tuple[Ino, str] | None:
@@ -451,6 +454,7 @@ class Namespace:
         """
 
         def detached(_: None) -> None:
+            mounted.let_go()
             self.watchers.tell_everything()
             self._note_change(None)
             if along is not None:
@@ -461,10 +465,15 @@ class Namespace:
                 along.write()
             self._store.remove_mount(mounted.mount.mount_id)
 
+        def kept() -> None:
+            # It is there after a restart: asked again, whoever removes it has to find it.
+            mounted.stay()
+            self._mounted[mounted.mount.mount_id] = mounted
+
         async with self._attaching:
             del self._mounted[mounted.mount.mount_id]
             mounted.remove()
-            await self._writer.run(write, then=detached)
+            await self._writer.run(write, then=detached, otherwise=kept)
 
     async def _settled(self, ino: Ino) -> tuple[Inode, MountedStore | None]:
         """A directory, and the store it is in; None above the mounts. One that is just being attached or removed is

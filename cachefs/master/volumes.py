@@ -93,6 +93,8 @@ class Volumes:
             known = self._store.volume(request.id)
             if known is None:
                 return Done()
+            if known.url:
+                self._check_none_inside(known)
             async with self._changing(known, None) as (_, along):
                 if known.url and self._is_attached(known.path):
                     await self._attaching.remove(known.path, dry_run=False, even_last=True, along=along)
@@ -129,6 +131,13 @@ class Volumes:
             if each.url:
                 accepted = f"one that belongs to no volume; cachefs volume remove {each.volume_id} takes this one away"
                 raise ConfigError("PATH", path, accepted)
+
+    def _check_none_inside(self, outer: Volume) -> None:
+        """Raises ConfigError where another volume is a directory of this one's store: it would be gone with it."""
+        inside = self._store.volume_below(outer.path)
+        if inside is not None:
+            accepted = f"one that no other volume is in: remove {inside.volume_id} ({inside.path}) first"
+            raise ConfigError("id", outer.volume_id, accepted)
 
     @asynccontextmanager
     async def _alone(self, of_id: str) -> AsyncGenerator[None, None]:

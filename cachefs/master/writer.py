@@ -20,9 +20,12 @@ _WRITES_AT_ONCE = 64
 
 
 class _Write:
-    def __init__(self, function: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
+    def __init__(
+        self, function: Callable[[], Any], then: Callable[[Any], None] | None, otherwise: Callable[[], None] | None
+    ) -> None:
         self.function = function
         self.then = then
+        self.otherwise = otherwise
         self.done = trio.Event()
         self.result: outcome.Outcome[Any] | None = None
 
@@ -41,13 +44,19 @@ class Writer:
         """Writes that the transaction in progress does not have."""
         return len(self._queue)
 
-    async def run(self, function: Callable[[], T], then: Callable[[T], None] | None = None) -> T:
+    async def run(
+        self,
+        function: Callable[[], T],
+        then: Callable[[T], None] | None = None,
+        otherwise: Callable[[], None] | None = None,
+    ) -> T:
         """The result of `function`, committed. Cancelling does not undo what was asked: it may still be written.
 
         `then` is called with the result once that is committed, in the event loop's thread, whether anybody waits or
-        not: what is in memory must not differ from the database because an asker left. It must not raise.
+        not: what is in memory must not differ from the database because an asker left. `otherwise` is called so when it
+        could not be written. They must not raise. What is asked for is queued without a checkpoint.
         """
-        write = _Write(function, then)
+        write = _Write(function, then, otherwise)
         self._queue.append(write)
         self._wanted.set()
         await write.done.wait()
@@ -65,11 +74,14 @@ class Writer:
                 self._wanted.set()
             await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
             for write in writes:
-                if write.then is not None and isinstance(write.result, outcome.Value):
-                    try:
-                        write.then(write.result.value)
-                    except Exception:
-                        logger.exception("what was written is not known in memory")
+                try:
+                    if isinstance(write.result, outcome.Value):
+                        if write.then is not None:
+                            write.then(write.result.value)
+                    elif write.otherwise is not None:
+                        write.otherwise()
+                except Exception:
+                    logger.exception("what was written, or could not be, is not known in memory")
                 write.done.set()
 
     def _commit(self, writes: list[_Write]) -> None:

@@ -93,6 +93,10 @@ class MetaStore:
         """All whose path is this one."""
         return volumes.at(self._reader, path)
 
+    def volume_below(self, path: str) -> Volume | None:
+        """One whose path is below this one, which is not the root."""
+        return volumes.below(self._reader, path)
+
     def count_volumes(self) -> int:
         return volumes.count(self._reader)
 

@@ -41,6 +41,13 @@ def at(db: sqlite3.Connection, path: str) -> list[Volume]:
     return [_volume(row) for row in db.execute(f"{_SELECT} WHERE path = ? ORDER BY volume_id", (path,))]
 
 
+def below(db: sqlite3.Connection, path: str) -> Volume | None:
+    # "0" comes after "/": all that begin with the path and a slash, by the index.
+    query = f"{_SELECT} WHERE path > ? AND path < ? ORDER BY path LIMIT 1"
+    row = db.execute(query, (f"{path}/", f"{path}0")).fetchone()
+    return _volume(row) if row else None
+
+
 def after(db: sqlite3.Connection, volume_id: str, limit: int) -> list[Volume]:
     rows = db.execute(f"{_SELECT} WHERE volume_id > ? ORDER BY volume_id LIMIT ?", (volume_id, limit))
     return [_volume(row) for row in rows]

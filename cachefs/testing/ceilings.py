@@ -141,6 +141,7 @@ async def _stand(peer: Peer, directory: Ino) -> None:
 
 async def _list(peer: Peer, directory: Ino, asked: Counter[str]) -> None:
     while True:
+        await trio.lowlevel.checkpoint()  # when all is over, that comes before an error of the connection
         count = 0
         async with peer.stream(ListDir(directory)) as chunks:
             async for chunk in chunks:
@@ -152,6 +153,7 @@ async def _list(peer: Peer, directory: Ino, asked: Counter[str]) -> None:
 async def _look_up(peer: Peer, directory: Ino, asked: Counter[str]) -> None:
     number = 0
     while True:
+        await trio.lowlevel.checkpoint()
         number = (number + 7919) % NAMES
         assert (await peer.call(Lookup(directory, f"{number:05d}"))).message.attr is not None
         asked["look-ups"] += 1

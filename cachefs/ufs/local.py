@@ -33,8 +33,12 @@ from cachefs.ufs.files import Claim, Keep, read_one_by_one
 
 T = TypeVar("T")
 
+_opening: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("opening_threads")
+
 _CHUNK = 1000
 _THREADS = 32
+_OPENING_THREADS = 256
+"""In which paths are looked up: what hangs in the kernel keeps one, so it is not one of those that all others share."""
 OPTIONS = {"settle": settle.MEANING}
 
 
@@ -50,7 +54,8 @@ class LocalStore:
         self._threads = trio.CapacityLimiter(_THREADS)
 
     async def stat(self, path: str) -> ObjectInfo:
-        return await self._in_thread(path, lambda: self._stat(path))
+        """Cancelled, it does not wait for a file server that hangs."""
+        return await self._in_thread(path, lambda: self._stat(path), abandon=True)
 
     def _stat(self, path: str) -> ObjectInfo:
         info = _info(path, os.stat(self._full(path)))
@@ -133,9 +138,10 @@ class LocalStore:
     def _full(self, path: str) -> str:
         return os.path.join(self._root, path) if path else self._root
 
-    async def _in_thread(self, path: str, function: Callable[[], T]) -> T:
+    async def _in_thread(self, path: str, function: Callable[[], T], *, abandon: bool = False) -> T:
+        """`abandon`: cancelled, it is left alone with what it does, and its thread is free when it has done that."""
         try:
-            return await trio.to_thread.run_sync(function, limiter=self._threads)
+            return await trio.to_thread.run_sync(function, limiter=self._threads, abandon_on_cancel=abandon)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{self._full(path)}: {error.strerror}") from error
         except PermissionError as error:
@@ -179,4 +185,17 @@ async def open_local(url: str, options: Mapping[str, str]) -> AsyncGenerator[Loc
     """Raises ConfigError for a wrong URL or option."""
     opts.check_names("file", options, OPTIONS)
     settled_s = settle.settled_s(options)
-    yield LocalStore(os.path.realpath(directory_of(url)), settle.Settling(settled_s))
+    # In a thread, since a file server that hangs would keep everybody else from being answered.
+    root = await trio.to_thread.run_sync(
+        os.path.realpath, directory_of(url), limiter=_opening_limiter(), abandon_on_cancel=True
+    )
+    yield LocalStore(root, settle.Settling(settled_s))
+
+
+def _opening_limiter() -> trio.CapacityLimiter:
+    """The one of this event loop."""
+    try:
+        return _opening.get()
+    except LookupError:
+        _opening.set(trio.CapacityLimiter(_OPENING_THREADS))
+        return _opening.get()

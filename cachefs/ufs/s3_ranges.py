@@ -56,16 +56,12 @@ class RangeReader:
             options["if_match"] = f'"{info.tag}"'
         try:
             result = await obstore.get_async(self._store, key, options=options)  # type: ignore[arg-type]
-            # Some servers ignore If-Match: what came is believed, not what was asked for.
-            etag = (result.meta["e_tag"] or "").strip('"')
-            if info.tag and etag != info.tag:
-                raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
-            if tuple(result.range) != (offset, offset + length) or result.meta["size"] != info.size_bytes:
-                raise ContentChangedError(
-                    f"{info.path}: got {result.range} of {result.meta['size']} for"
-                    f" {offset}-{offset + length} of {info.size_bytes}"
-                )
-            data = memoryview(await result.bytes_async())
+            try:
+                _check(result, info, offset, length)
+                data = memoryview(await result.bytes_async())
+            finally:
+                # An answer that is not read to its end keeps its connection, and an error keeps this frame.
+                del result
         except CachefsError:
             raise
         except (BaseError, OSError, ValueError) as error:
@@ -109,6 +105,19 @@ class RangeReader:
             for _ in range(min(at_once, len(wanted))):
                 tasks.create_task(work())
         return outcomes
+
+
+def _check(result: Any, info: ObjectInfo, offset: int, length: int) -> None:
+    """Some servers ignore If-Match: what came is believed, not what was asked for. Raises ContentChangedError."""
+    etag = (result.meta["e_tag"] or "").strip('"')
+    came, size = tuple(result.range), result.meta["size"]
+    del result
+    if info.tag and etag != info.tag:
+        raise ContentChangedError(f"{info.path}: etag is {etag} now, it was {info.tag}")
+    if came != (offset, offset + length) or size != info.size_bytes:
+        raise ContentChangedError(
+            f"{info.path}: got {came} of {size} for {offset}-{offset + length} of {info.size_bytes}"
+        )
 
 
 def _translate(path: str, error: Exception) -> CachefsError:

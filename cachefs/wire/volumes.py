@@ -67,7 +67,8 @@ class DeleteVolume(Request[Done], frozen=True):
     """Take away the under-store that was attached for it, and its quota. No object is touched, and what is cached
     stays. One that is not there is no error.
 
-    Raises ConfigError when another under-store is attached in it: nothing is changed then.
+    Raises ConfigError when another under-store is attached in it, or another volume is a directory of it: nothing is
+    changed then.
     """
 
     id: str

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+_FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 REPORT_EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -84,6 +85,7 @@ class MasterLink:
         """Set once there is something to report; until then the worker is only known to be alive."""
         self._began = trio.Event()
         self._away_since: float | None = trio.current_time()
+        self._pause_s = _FIRST_PAUSE_S
 
     def begin(self, reporting: Reporting) -> None:
         """From now on report."""
@@ -155,7 +157,6 @@ class MasterLink:
         with each connection, for as long as that lasts. Raises ConfigError when another worker has this one's name.
         """
         hello = Hello(role="worker", name=self._registration.name)
-        pause_s = 0.05
         first = True
         give_up = trio.current_time() + _NAME_TAKEN_S
         while True:
@@ -170,7 +171,6 @@ class MasterLink:
                     self._up.set()
                     self._away_since = None
                     logger.info("registered master=%s epoch=%d", self._address, registered.epoch)
-                    pause_s = 0.05
                     async with open_background() as following:
                         following.start_soon(follow, peer)
                         await self._report(peer, registered.epoch)
@@ -178,11 +178,12 @@ class MasterLink:
                 if error.key != "--name" or trio.current_time() > give_up:
                     raise
                 logger.warning("not registered yet error=%s", error)
-                pause_s = 1.0
+                self._pause_s = 1.0
             except TransportError as error:
                 if first and isinstance(error, HandshakeError):
                     raise
-                logger.log(logging.DEBUG if pause_s > 0.05 else logging.INFO, "master away error=%s", error)
+                level = logging.DEBUG if self._pause_s > _FIRST_PAUSE_S else logging.INFO
+                logger.log(level, "master away error=%s", error)
             except CachefsError as error:
                 # Of an older epoch, or the master has trouble of its own, such as a full disk.
                 if first:
@@ -195,13 +196,14 @@ class MasterLink:
                 if self._up.is_set():
                     # Not otherwise: whoever waits has this one.
                     self._up = trio.Event()
-            await trio.sleep(pause_s)
-            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+            await trio.sleep(self._pause_s)
+            self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
 
     async def _report(self, peer: Peer, epoch: int) -> None:
         """Everything once, and then what changes, every second, until the connection is lost."""
         while not self._began.is_set() and not peer.closed.is_set():
             await self._send(peer, ReportBlocks(epoch, [], []))
+            self._pause_s = _FIRST_PAUSE_S
             with trio.move_on_after(REPORT_EVERY_S):
                 await self._began.wait()
         reporting = self.reporting
@@ -215,6 +217,9 @@ class MasterLink:
             part = held[start : start + _FULL_BLOCKS]
             more = start + _FULL_BLOCKS < len(held)
             await self._tell(peer, epoch, reporting, dict(part), [], full=True, more=more)
+        # Not before: one that takes registrations and no reports, with a disk that is full, must not be asked for more
+        # and more of them.
+        self._pause_s = _FIRST_PAUSE_S
         while not peer.closed.is_set():
             with trio.move_on_after(REPORT_EVERY_S):
                 await peer.closed.wait()

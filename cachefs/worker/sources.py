@@ -13,7 +13,6 @@ import trio
 from cachefs.model import (
     Attr,
     CachefsError,
-    ConfigError,
     DeniedError,
     Ino,
     Kind,
@@ -51,6 +50,17 @@ class Source(NamedTuple):
     """Not the number that the master gives it: that means something else under another database."""
 
 
+_OPEN_S = 10.0
+"""How long a store that is just opened is waited for: a path of this machine may be on a file server that hangs."""
+
+
+class _Begun(NamedTuple):
+    """A store that is being opened."""
+
+    done: trio.Event
+    give_up: float
+
+
 class Sources:
     """Opened with the stores of each registration; `nursery` holds them until the worker ends."""
 
@@ -64,7 +74,8 @@ class Sources:
         self._master = master
         self._nursery = nursery
         self._open: dict[int, UnderStore] = {}
-        self._opening = trio.Lock()
+        self._begun: dict[int, _Begun] = {}
+        """Those that are open, too."""
         self.health: dict[str, StoreHealth] = {}
         """By origin, of all that were ever read from."""
         self._known: OrderedDict[Ino, Source] = OrderedDict()
@@ -72,33 +83,49 @@ class Sources:
         """Of those, which came along with another one and were not asked for yet."""
         self._neighbours = Neighbours()
 
-    async def add(self, namespace_id: str, stores: list[StoreInfo]) -> None:
-        """Open those that are not open yet. Numbers of inodes and stores never change their meaning under one master's
-        database; with another one, everything known by number is forgotten. What is being read goes on.
+    async def add(self, namespace_id: str, stores: list[StoreInfo], wanted: int | None = None) -> None:
+        """Open those that are not open yet, and wait for them, or for that one alone; not for one that hangs.
+
+        Numbers of inodes and stores never change their meaning under one master's database; with another one,
+        everything known by number is forgotten. What is being read goes on.
         """
         if namespace_id != self.namespace_id:
             self._known.clear()
             self._unused.clear()
             self._open = {}
+            self._begun = {}
             self.namespace_id = namespace_id
-        async with self._opening:
-            for store in stores:
-                if store.store_id in self._open or self.namespace_id != namespace_id:
-                    continue
-                try:
-                    ufs = await self._nursery.start(self._hold, store)
-                    if self.namespace_id == namespace_id:
-                        self._open[store.store_id] = ufs
-                except ConfigError as error:
-                    # A package that is missing here must not take the other stores away.
-                    logger.warning(
-                        "under-store cannot be opened url=%s error=%s", without_credentials(store.url), error
-                    )
+        waited_for = []
+        for store in stores:
+            begun = self._begun.get(store.store_id)
+            if begun is None:
+                begun = self._begun[store.store_id] = _Begun(trio.Event(), trio.current_time() + _OPEN_S)
+                self._nursery.start_soon(self._hold, store, namespace_id, begun)
+            if wanted in (None, store.store_id):
+                waited_for.append((store, begun))
+        for store, begun in waited_for:
+            with trio.move_on_at(begun.give_up):
+                await begun.done.wait()
+            if not begun.done.is_set():
+                url = without_credentials(store.url)
+                _limited.log(logging.WARNING, url, "under-store is not opened yet, it hangs url=%s", url)
 
-    async def _hold(self, store: StoreInfo, task_status: trio.TaskStatus[UnderStore]) -> None:
-        async with open_under_store(store.url, store.options) as ufs:
-            task_status.started(ufs)
-            await trio.sleep_forever()
+    async def _hold(self, store: StoreInfo, namespace_id: str, begun: _Begun) -> None:
+        url = without_credentials(store.url)
+        try:
+            async with open_under_store(store.url, store.options) as ufs:
+                if self.namespace_id == namespace_id:
+                    self._open[store.store_id] = ufs
+                begun.done.set()
+                await trio.sleep_forever()
+        except CachefsError as error:
+            # A package that is missing here must not take the other stores away.
+            logger.warning("under-store cannot be opened url=%s error=%s", url, error)
+            if self._begun.get(store.store_id) is begun:
+                # Whoever wants it next tries again.
+                del self._begun[store.store_id]
+        finally:
+            begun.done.set()
 
     @property
     def master_away_s(self) -> float:
@@ -161,7 +188,8 @@ class Sources:
         Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.
         """
         if location.store_id not in self._open:
-            await self.add(namespace_id, (await self._ask(GetStores(), namespace_id)).stores)
+            stores = (await self._ask(GetStores(), namespace_id)).stores
+            await self.add(namespace_id, stores, location.store_id)
             self._check_namespace(namespace_id)
         ufs = self._open.get(location.store_id)
         if ufs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,16 @@ RELEASE = "fast"
 NAMESPACE = "storage"
 
 Manifest = dict[str, Any]
+
+OTHERS = {"provisioner", "resizer", "registrar", "liveness-probe", "tokens", "tmpfs"}
+"""Containers that do not run us."""
+
+FIELDS = {
+    "spec.nodeName": "node-7.example",
+    "status.podIP": "10.1.2.3",
+    "metadata.labels['topology.kubernetes.io/zone']": "eu-1a",
+}
+"""Of a pod, for its environment."""
 
 MANAGED_TLS = {"enabled": True, "certManager": {"enabled": True}}
 GIVEN_TOKENS = {"existingSecrets": {role: f"my-{role}-tokens" for role in ("master", "worker", "client", "admin")}}
@@ -53,6 +64,7 @@ MOUNT_OPTIONS = {
     "umask": "022",
     "xattr": True,
     "hung-after": "20s",
+    "patience": "1m",
 }
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -89,6 +101,11 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "warm-up": {"warmup": LOADS},
     "ipv6": {"listenAddress": "[::]", "fullnameOverride": "kv", "worker": {"hostNetwork": True}},
+    "another kubelet": {
+        "kubeletDir": "/data/kubelet",
+        "runDir": "/run/two",
+        "mounts": {"stateDir": "/data/mounts", "hostDir": "/data/mnt", "host": [{"name": "a-1", "path": "/a b's"}]},
+    },
     "everything": {
         "tls": MANAGED_TLS,
         "monitoring": MONITORING,
@@ -171,17 +188,26 @@ class Container(NamedTuple):
         return found[0] if found else None
 
 
+def render(values: dict[str, Any]) -> dict[str, str]:
+    """Name -> text."""
+    with helm.Chart.load(CHART) as chart:
+        rendered: dict[str, str] = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    return rendered
+
+
+def manifests_in(rendered: dict[str, str]) -> list[Manifest]:
+    found = [each for name, text in rendered.items() if name.endswith(".yaml") for each in yaml.safe_load_all(text)]
+    return [each for each in found if each]
+
+
 @cache
 def files(cell: str) -> dict[str, str]:
-    with helm.Chart.load(CHART) as chart:
-        rendered: dict[str, str] = chart.render(CELLS[cell], name=RELEASE, namespace=NAMESPACE)
-    return rendered
+    return render(CELLS[cell])
 
 
 @cache
 def _manifests(cell: str) -> str:
-    found = [each for name, text in files(cell).items() if name.endswith(".yaml") for each in yaml.safe_load_all(text)]
-    return json.dumps([each for each in found if each])
+    return json.dumps(manifests_in(files(cell)))
 
 
 def manifests(cell: str) -> list[Manifest]:
@@ -201,7 +227,11 @@ def one(cell: str, kind: str, name: str) -> Manifest:
 
 def workloads(cell: str) -> Iterator[tuple[Manifest, Manifest]]:
     """(workload, template of its pods)."""
-    for each in manifests(cell):
+    return workloads_in(manifests(cell))
+
+
+def workloads_in(found: list[Manifest]) -> Iterator[tuple[Manifest, Manifest]]:
+    for each in found:
         if each["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job"):
             yield each, each["spec"]["template"]
         elif each["kind"] == "CronJob":
@@ -229,3 +259,26 @@ def container(cell: str, component: str, name: str) -> Container:
     pod = pod_of(cell, component)
     (found,) = [each for each in pod["spec"]["containers"] if each["name"] == name]
     return Container(component, found, False)
+
+
+def environment(each: Container) -> dict[str, str]:
+    """As kubelet makes it."""
+    return {
+        variable["name"]: FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        for variable in each.spec.get("env", [])
+    }
+
+
+def expanded(each: Container) -> list[str]:
+    """Command and arguments with their $(VARIABLES). What is not known kubelet leaves as it is."""
+    known = environment(each)
+
+    def value(match: re.Match[str]) -> str:
+        assert match[1] in known, f"{each.spec['name']}: {match[0]} is not in its environment"
+        return known[match[1]]
+
+    words = [*each.spec["command"], *each.spec["args"]]
+    if words[:2] == ["/bin/sh", "-c"]:
+        # Of a shell's $( ) kubelet takes nothing: no name of a variable follows.
+        return words[:3] + [re.sub(r"\$\((\w+)\)", value, word) for word in words[3:]]
+    return [re.sub(r"\$\((\w+)\)", value, word) for word in words]

@@ -15,40 +15,19 @@ from cachefs_csi.main import main as csi_main
 from cachefs.cli.main import main as cachefs_main
 from cachefs.model import CachefsError
 from cachefs.net import TcpAddress
-from tests.charts.rendered import CELLS, Container, container, containers, pod_of
+from tests.charts.rendered import (
+    CELLS,
+    FIELDS,
+    OTHERS,
+    Container,
+    container,
+    containers,
+    environment,
+    expanded,
+    pod_of,
+)
 
 PROGRAMS = {"cachefs": cachefs_main, "cachefs-csi": csi_main}
-OTHERS = {"provisioner", "resizer", "registrar", "liveness-probe", "tokens", "tmpfs"}
-"""Containers that do not run us."""
-
-FIELDS = {
-    "spec.nodeName": "node-7.example",
-    "status.podIP": "10.1.2.3",
-    "metadata.labels['topology.kubernetes.io/zone']": "eu-1a",
-}
-
-
-def environment(each: Container) -> dict[str, str]:
-    """As kubelet makes it."""
-    return {
-        variable["name"]: FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-        for variable in each.spec.get("env", [])
-    }
-
-
-def expanded(each: Container) -> list[str]:
-    """Command and arguments with their $(VARIABLES). What is not known kubelet leaves as it is."""
-    known = environment(each)
-
-    def value(match: re.Match[str]) -> str:
-        assert match[1] in known, f"{each.spec['name']}: {match[0]} is not in its environment"
-        return known[match[1]]
-
-    words = [*each.spec["command"], *each.spec["args"]]
-    if words[:2] == ["/bin/sh", "-c"]:
-        # Of a shell's $( ) kubelet takes nothing: no name of a variable follows.
-        return words[:3] + [re.sub(r"\$\((\w+)\)", value, word) for word in words[3:]]
-    return [re.sub(r"\$\((\w+)\)", value, word) for word in words]
 
 
 def run_by_shell(words: list[str], each: Container, directory: Path) -> list[str]:
@@ -149,6 +128,29 @@ def test_a_master_is_told_its_under_stores() -> None:
     assert told["ufs_options"] == (("endpoint_url", "http://minio:9000"),)
     assert told["sync_interval"] == -1
     assert (told["page_size"], told["block_size"]) == (4 * 2**20, 2**30)
+
+
+def test_mounts_of_the_host_are_those_of_the_values() -> None:
+    _, told = parsed(expanded(container("no csi", "mounts", "mounts")))
+    assert told["static"] == (("/data", "/mnt/cachefs/data"), ("/", "/mnt/cachefs/all"))
+    # Without any the service sees the directory as well, and unmounts those that there were.
+    for cell in ("no csi", "defaults"):
+        mounts = container(cell, "mounts", "mounts").spec["volumeMounts"]
+        (found,) = [each for each in mounts if each["mountPath"] == "/mnt/cachefs"]
+        assert found["mountPropagation"] == "Bidirectional"
+
+
+@pytest.mark.parametrize(
+    ("cell", "driver"), [("another kubelet", "csi.cachefs.io"), ("everything", "two.csi.cachefs.io")]
+)
+def test_mounts_of_single_pods_are_where_the_mount_service_mounts_too(cell: str, driver: str) -> None:
+    kubelet = "/data/kubelet" if cell == "another kubelet" else "/var/lib/kubelet"
+    _, told = parsed(expanded(container(cell, "csi-node", "csi")))
+    assert told["inline_dir"] == f"{kubelet}/plugins/{driver}/inline"
+    for component, name in (("csi-node", "csi"), ("mounts", "mounts")):
+        mounts = container(cell, component, name).spec["volumeMounts"]
+        (found,) = [each for each in mounts if each["mountPath"] == kubelet]
+        assert found["mountPropagation"] == "Bidirectional"
 
 
 def test_loads_are_jobs_of_the_master() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.charts.rendered import CELLS, NAMESPACE, Manifest, containers, manifests, of_kind, one, pod_of, workloads
 
-PRIVILEGED = {"keeper", "mounts", "csi", "tmpfs"}
+PRIVILEGED = {"mounts", "csi", "tmpfs"}
 """Containers that mount for their node."""
 
 
@@ -184,7 +184,7 @@ def test_only_who_mounts_is_privileged(cell: str) -> None:
         if component(pod) in ("master", "csi-controller", "warmup"):
             assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 65532
         assert spec["automountServiceAccountToken"] is (component(pod) == "csi-controller")
-        assert spec.get("hostPID", False) is (component(pod) in ("keeper", "mounts"))
+        assert not {"hostPID", "hostIPC"} & spec.keys()
         # Variables such as CACHEFS_MASTER_PORT would be taken for settings.
         assert spec["enableServiceLinks"] is False
 

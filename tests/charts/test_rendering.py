@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +58,7 @@ KINDS = {
     "network policy": _STANDARD + Counter({"NetworkPolicy": 5}),
     "warm-up": _STANDARD + _WARMUP,
     "ipv6": _STANDARD,
+    "another kubelet": _STANDARD,
     "everything": _STANDARD
     + _TLS
     + _OWN_AUTHORITY
@@ -72,12 +72,6 @@ def oldest_and_newest() -> tuple[str, str]:
     supported = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
     assert supported.startswith(">=") and supported.endswith("-0")
     return supported.removeprefix(">=").removesuffix("-0"), kubernetes_validate.latest_version()
-
-
-@pytest.fixture
-def schemas_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    utils = kubernetes_validate.utils
-    monkeypatch.setattr(utils, "schema_contents", cache(utils.schema_contents))
 
 
 def unlike(many: Iterator[Manifest]) -> list[Manifest]:

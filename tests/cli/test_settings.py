@@ -59,6 +59,7 @@ def test_every_setting_can_be_set_in_the_file_and_in_the_environment(tmp_path: P
     examples = {"SIZE": "64K", "DURATION": "7s", "HOST:PORT": "127.0.0.1:99", "KIND:DIR:SIZE": "ssd:/x:1G"}
     examples |= {
         "PATH=URL": "/=file:///x",
+        "PATH=MOUNTPOINT": "/x=/mnt/x",
         "NAME=VALUE": "rack=r7",
         "OCTAL": "022",
         "text": "some",

@@ -93,6 +93,39 @@ def test_one_that_looks_at_a_slow_store_is_waited_for() -> None:
     run(main)
 
 
+def test_a_connection_that_is_lost_is_no_outage() -> None:
+    """What is remembered is not served past its time by a master that is there."""
+
+    async def main() -> None:
+        master = Master()
+        failures = ["lost", "lost again"]
+
+        async def lost() -> str:
+            if failures:
+                raise TransportError(failures.pop())
+            return "the answer"
+
+        async with reach_of(master) as reach:
+            assert await reach.ask(lost, 0.0) == "the answer"
+            assert reach.outages == 0 and not reach.is_away and master.asked
+
+    run(main)
+
+
+def test_what_was_served_past_its_time_just_when_it_was_back_is_doubted_too() -> None:
+    async def main() -> None:
+        master = Master()
+        async with reach_of(master) as reach:
+            backs = list[int]()
+            reach.on_back = lambda: backs.append(reach.served_stale)
+            reach.count_stale()
+            for _ in range(2):
+                await reach.ask(master.answer, 0.0)
+                assert backs == [1]
+
+    run(main)
+
+
 @TOLD
 def test_who_began_to_wait_before_it_was_back_gets_an_answer() -> None:
     async def main() -> None:
@@ -135,7 +168,7 @@ def test_an_outage_is_two_lines_and_a_restart_is_none(caplog: pytest.LogCaptureF
 
             await fail_for(0.4)
             assert caplog.messages == []
-            reach.count_stale()  # before the outage
+            reach.count_stale()  # just before it is known to be away
             master.is_gone = True
             reach.doubt()
             await trio.sleep(1)
@@ -143,7 +176,7 @@ def test_an_outage_is_two_lines_and_a_restart_is_none(caplog: pytest.LogCaptureF
             await fail_for(100)
             told = [message.partition(",")[0].partition(" away_s")[0] for message in caplog.messages]
             assert told == ["the master is away", "the master is back"]
-            assert "error=cannot connect" in caplog.messages[0] and "served_stale=1" in caplog.messages[1]
+            assert "error=cannot connect" in caplog.messages[0] and "served_stale=2" in caplog.messages[1]
             assert len(backs) == 1 and reach.served_stale == 2 and reach.outages == 2
 
     run(main)

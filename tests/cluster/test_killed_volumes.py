@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import trio
 
 from cachefs.client import Client, Volumes, open_volumes
@@ -86,6 +87,7 @@ async def test_killed_between_and_during_calls_it_is_repaired_by_the_same_call(t
         assert (tmp_path / "own/file").read_bytes() == CONTENT
 
 
+@pytest.mark.expect_warnings("the master is away for a moment")
 async def test_killed_while_it_is_asked_and_not_asked_again_it_has_made_it_or_not(tmp_path: Path) -> None:
     for name in ("data/dir/file", "own/file"):
         (tmp_path / name).parent.mkdir(parents=True)

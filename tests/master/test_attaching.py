@@ -214,7 +214,7 @@ async def test_whoever_asks_may_leave_and_what_is_known_is_what_was_written(tmp_
             closed = trio.Event()
             with namespace.watchers.watch() as watcher:
                 async with trio.open_nursery() as asking:
-                    asking.start_soon(namespace.attach, "/more", more.as_uri(), {}, ufs, closed.set)
+                    asking.start_soon(namespace.attach, "/more", more.as_uri(), {}, ufs, lambda: closed.set)
                     await trio.testing.wait_all_tasks_blocked()
                     asking.cancel_scope.cancel()
                 assert namespace.mounted() == []

@@ -20,6 +20,7 @@ from cachefs.model import (
     NO_INO,
     ROOT_INO,
     ConfigError,
+    DeniedError,
     Ino,
     IsADirectory,
     NotADirectory,
@@ -140,6 +141,30 @@ async def test_an_outage_serves_what_is_known(tmp_path: Path) -> None:
         it.store.down = False
         (it.root / "b").write_bytes(b"x")
         assert sorted(await it.names()) == ["a", "b"]
+
+
+async def test_a_store_that_failed_once_is_asked_again_for_what_it_said_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked it since: whether it is still away is not known."""
+    async with scene(tmp_path, sync_interval_s=0) as it:
+        assert await it.namespace.lookup(ROOT_INO, "late") is None
+        (mounted,) = it.namespace.mounted()
+        for away_s, error in ((0.0, UnavailableError), (100.0, DeniedError)):
+            monkeypatch.setattr("cachefs.ufs.health._AWAY_S", away_s)
+            mounted.health.failed(error("some while ago"))
+            assert mounted.health.is_failing
+            (it.root / "late").write_bytes(b"x")
+            assert await it.namespace.lookup(ROOT_INO, "late") is not None
+            (it.root / "late").unlink()
+            assert await it.namespace.lookup(ROOT_INO, "late") is None
+        # Away now: nobody waits, and it is looked at meanwhile.
+        mounted.health.failed(UnavailableError("now"))
+        (it.root / "late").write_bytes(b"x")
+        assert await it.namespace.lookup(ROOT_INO, "late") is None
+        with trio.fail_after(10):
+            while await it.namespace.lookup(ROOT_INO, "late") is None:
+                await trio.sleep(0.01)
 
 
 async def test_interval_0_sees_every_change(tmp_path: Path) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from cachefs.client import Client, Volumes, open_volumes
-from cachefs.meta import open_meta_store
+from cachefs.meta import MetaStore, open_meta_store
 from cachefs.model import (
     ROOT_INO,
     AuthenticationError,
+    CachefsError,
     CapacityError,
     ConfigError,
     DeniedError,
@@ -33,6 +36,8 @@ from cachefs.net import Role, Security, TcpAddress, Tokens
 from cachefs.testing.cluster import TestCluster, running_cluster
 from cachefs.testing.counting_s3 import running_counting_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.testing.hanging import hanging_directory
+from cachefs.ufs import UnderStore, open_under_store
 from cachefs.wire.quotas import ListQuotas, RemoveQuota, SetQuota
 
 AT_ONCE = {"settle": "0"}
@@ -520,6 +525,84 @@ async def test_a_volume_whose_store_was_displaced_is_repaired_by_the_same_call(t
         assert await attached(client) == ["/"] and await quotas(client) == {}
 
 
+async def test_a_volume_that_another_one_is_in_is_removed_after_it(tmp_path: Path, own: Path) -> None:
+    async with scene(tmp_path, "/") as (_, client, volumes):
+        outer = await volumes.create("outer", url=own.as_uri(), options=AT_ONCE)
+        inner = await volumes.create("inner", path=f"{outer.path}/deep", quota_bytes=MiB)
+        with pytest.raises(ConfigError, match=f"remove {inner.id}"):
+            await volumes.delete(outer.id)
+        assert await read(client, f"{inner.path}/file") == OWN and await quotas(client) == {inner.path: MiB}
+        await volumes.delete(inner.id)
+        await volumes.delete(outer.id)
+        assert await attached(client) == ["/"] and await quotas(client) == {}
+
+
+class FullDisk:
+    """Of the database: what is made of `MetaStore.NAME` fails while `is_full`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.is_full = True
+        written = getattr(MetaStore, name)
+
+        def write(*arguments: Any) -> Any:
+            if self.is_full:
+                raise sqlite3.OperationalError("database or disk is full")
+            return written(*arguments)
+
+        monkeypatch.setattr(MetaStore, name, write)
+
+
+@pytest.mark.expect_warnings("a master that cannot write is worth an error")
+async def test_a_volume_that_could_not_be_removed_is_there_and_removed_whole_when_it_is_asked_again(
+    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene(tmp_path, "/") as (cluster, client, volumes):
+        made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE, quota_bytes=MiB)
+        disk = FullDisk(monkeypatch, "remove_mount")
+        for _ in range(2):
+            with pytest.raises(CachefsError):
+                await volumes.delete(made.id)
+            assert await attached(client) == ["/", made.path] and await quotas(client) == {made.path: MiB}
+        assert await read(client, f"{made.path}/deep/file") == OWN
+        disk.is_full = False
+        await volumes.delete(made.id)
+        assert await attached(client) == ["/"] and await quotas(client) == {}
+        await restart(cluster)
+        assert await attached(client) == ["/"]
+
+
+@pytest.mark.expect_warnings("a master that cannot write is worth an error")
+async def test_a_volume_that_could_not_be_made_leaves_no_store_open(
+    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_now = 0
+
+    @asynccontextmanager
+    async def counted(url: str, options: Mapping[str, str]) -> AsyncIterator[UnderStore]:
+        nonlocal open_now
+        async with open_under_store(url, options) as store:
+            open_now += 1
+            try:
+                yield store
+            finally:
+                open_now -= 1
+
+    monkeypatch.setattr("cachefs.master.mounted.open_under_store", counted)
+    async with scene(tmp_path, "/") as (_, client, volumes):
+        disk = FullDisk(monkeypatch, "add_mount")
+        for _ in range(3):
+            with pytest.raises(CachefsError):
+                await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await attached(client) == ["/"] and open_now == 1
+        disk.is_full = False
+        made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
+        assert open_now == 2
+        await volumes.delete(made.id)
+        await trio.testing.wait_all_tasks_blocked()
+        assert open_now == 1
+
+
 async def test_more_stores_than_workers_can_be_told_of_are_refused(
     tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,6 +630,38 @@ async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
         async with scene(tmp_path, "/") as (_, client, _):
             assert 1.9 < trio.current_time() - began < 15
             assert len(await attached(client)) == 11
+
+
+@pytest.mark.expect_warnings("a store that hangs is told by the master and the worker")
+async def test_a_file_server_that_hangs_holds_up_neither_a_start_nor_others(
+    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
+    for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
+        monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
+    with hanging_directory(tmp_path / "hanging") as hanging:
+        with open_meta_store(str(tmp_path / "master")) as meta:
+            meta.attach([])
+            meta.add_mount("/volumes/hangs", hanging.as_uri(), hanging.as_uri(), AT_ONCE)
+        with trio.fail_after(60):
+            async with scene(tmp_path, "/") as (_, client, volumes):
+                assert await attached(client) == ["/", "/volumes/hangs"]
+                async with trio.open_nursery() as nursery:
+
+                    async def refused() -> None:
+                        with pytest.raises(UnavailableError, match="no answer within"):
+                            await volumes.create("hangs too", url=hanging.as_uri(), options=AT_ONCE)
+
+                    nursery.start_soon(refused)
+                    made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
+                    assert await read(client, f"{made.path}/deep/file") == OWN
+                await volumes.delete(made.id)
+        async with open_under_store(own.as_uri(), AT_ONCE) as store:
+            own.rename(tmp_path / "elsewhere")
+            own.symlink_to(hanging)
+            with trio.move_on_after(0.2) as scope:
+                await store.stat("")
+            assert scope.cancelled_caught
 
 
 async def test_a_master_that_restarts_is_waited_for_and_one_that_is_gone_is_not_for_ever(tmp_path: Path) -> None:

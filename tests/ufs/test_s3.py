@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from cachefs.model import (
     ContentChangedError,
     DeniedError,
     Kind,
+    MiB,
     NotFoundError,
     ObjectInfo,
     ThrottledError,
@@ -234,6 +237,37 @@ async def test_one_answer_of_another_version_is_looked_at_again(
     kept = []
     assert await through.read_files([info], lambda number, data: kept.append(bytes(data)), 4, lambda _: True) == [None]
     assert kept == [b"content"]
+
+
+async def test_answers_of_another_version_keep_no_connection(
+    through: UnderStore, faulty: FaultyS3, behind: Bucket
+) -> None:
+    """They are not read to their end. No garbage collection is waited for: services seldom do one."""
+    size = 8 * MiB
+    behind.put({"file": bytes(size)})
+    info = await through.stat("file")
+    await through.read_range(info, 0, size // 2)
+    gc.disable()
+    try:
+        before = _sockets()
+        for _ in range(10):
+            faulty.inject("other-etag", part="/file", times=1)
+            await through.read_range(info, 0, size // 2)
+            faulty.inject("other-etag", part="/file", times=1)
+            assert await through.read_files([info], lambda number, data: None, 4, lambda _: True) == [None]
+        with trio.fail_after(10):
+            while _sockets() > before + 4:
+                await trio.sleep(0.05)
+    finally:
+        gc.enable()
+
+
+def _sockets() -> int:
+    found = 0
+    for fd in os.scandir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.readlink(fd.path).startswith("socket:")
+    return found
 
 
 @FAILS_SOON

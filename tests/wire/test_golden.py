@@ -20,6 +20,7 @@ from cachefs.wire import Kind as FrameKind
 from cachefs.wire import cluster as c
 from cachefs.wire import control as k
 from cachefs.wire import messages as m
+from cachefs.wire import mounts as n
 from cachefs.wire import quotas as q
 from cachefs.wire import volumes as v
 
@@ -27,6 +28,9 @@ GEOMETRY = Geometry(1 << 20, 1 << 16)
 CLUSTER = m.ClusterInfo("c", "n", GEOMETRY, 60.0)
 KEY = ContentKey(b"k" * 16)
 ATTR = Attr(Ino(7), Kind.FILE, 1000, 5, 0o644, 0, 0, KEY)
+MOUNT = n.MountState(
+    *("vol-1", "/mnt/a", "/volumes/vol-1", {"gid": "7"}, "starting", "its server ended", "0:52", 7, "/run/k", 2)
+)
 VOLUME = v.VolumeInfo("vol-1", "pvc-1", "/volumes/vol-1", "s3://b", 10, 9, {"a": "b"}, 1.5)
 
 MESSAGES: list[tuple[Any, bytes]] = [
@@ -563,10 +567,33 @@ MESSAGES: list[tuple[Any, bytes]] = [
         v.SetVolumeQuota("vol-1", 1 << 40),
         b"\x83\xa1q\xaeSetVolumeQuota\xa2id\xa5vol-1\xabquota_bytes\xcf\x00\x00\x01\x00\x00\x00\x00\x00",
     ),
+    (
+        MOUNT,
+        b"\x8a\xa2id\xa5vol-1\xaamountpoint\xa6/mnt/a\xa4path\xae/volumes/vol-1\xa7options\x81\xa3gid\xa17\xa5state"
+        b"\xa8starting\xa3why\xb0its server ended\xa6device\xa40:52\xaaserver_pid\x07\xadkeeper_socket\xa6/run/k"
+        b"\xa8restarts\x02",
+    ),
+    (
+        n.EnsureMount("vol-1", "/mnt/a", "/volumes/vol-1", {"gid": "7"}),
+        b"\x85\xa1q\xabEnsureMount\xa2id\xa5vol-1\xaamountpoint\xa6/mnt/a\xa4path\xae/volumes/vol-1\xa7options\x81\xa3"
+        b"gid\xa17",
+    ),
+    (
+        n.RemoveMount("/mnt/a"),
+        b"\x82\xa1q\xabRemoveMount\xaamountpoint\xa6/mnt/a",
+    ),
+    (
+        n.ListMounts(),
+        b"\x81\xa1q\xaaListMounts",
+    ),
+    (
+        n.MountList([]),
+        b"\x81\xa6mounts\x90",
+    ),
 ]
 
 ALL = pytest.mark.parametrize(("message", "golden"), MESSAGES, ids=[type(each).__name__ for each, _ in MESSAGES])
-MODULES = (m, c, k, q, v)
+MODULES = (m, c, k, q, v, n)
 CLASSES = [
     each
     for module in MODULES

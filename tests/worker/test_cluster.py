@@ -144,14 +144,16 @@ async def test_caches_that_together_are_large_enough_hold_all_of_it(tmp_path: Pa
     files = {f"f{number:03}": random.Random(number).randbytes(PAGE) for number in range(100)}
     held = 17 * 4096
     async with scene(tmp_path, ["b", "c", "d"], 30 * held + 8192, files) as found:
-        for seed in range(3):
+        fetched = []
+        # What is shared is known a second or two later, in which on a fast machine an epoch or two are over.
+        while len(fetched) < 2 or (fetched[-1] > 0.02 and len(fetched) < 8):
             before = await found.under_store_bytes()
             async with trio.open_nursery() as nursery:
                 for number, client in enumerate(found.clients.values()):
-                    nursery.start_soon(read_all, client, files, 10 * seed + number)
-            fetched = (await found.under_store_bytes() - before) / (len(files) * PAGE)
-            # What is shared is known a second or two later: half of this first epoch.
-            assert fetched <= (1.5 if seed == 0 else 0.02)
+                    nursery.start_soon(read_all, client, files, 10 * len(fetched) + number)
+            fetched.append((await found.under_store_bytes() - before) / (len(files) * PAGE))
+        # Without any sharing each would be read three times.
+        assert fetched[0] <= 2.5 and fetched[-1] <= 0.02, fetched
 
 
 async def test_a_worker_that_goes_away_costs_no_reader_his_bytes(tmp_path: Path) -> None:
@@ -198,10 +200,13 @@ async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypat
     full = True
 
     def report(*arguments: Any) -> Any:
+        nonlocal refused
         if full:
+            refused += 1
             raise sqlite3.OperationalError("database or disk is full")
         return written(*arguments)
 
+    refused = 0
     written = MetaStore.report
     async with scene(tmp_path, ["second"]) as found:
         monkeypatch.setattr(MetaStore, "report", report)
@@ -210,6 +215,10 @@ async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypat
         with trio.fail_after(20):
             while (await found.clients["worker"].master_status()).workers[1].epoch < 4:
                 await trio.sleep(0.05)
+        # Not faster and faster: three pauses of 0.4 s and more fit into this.
+        before = refused
+        await trio.sleep(1.5)
+        assert refused - before <= 12
         full = False
         await found.until_known(len(SMALL))
         await read_all(found.clients["second"], SMALL)

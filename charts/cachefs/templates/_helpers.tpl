@@ -300,11 +300,10 @@ securityContext:
   mountPath: {{ .Values.kubeletDir }}
   mountPropagation: Bidirectional
 {{- end }}
-{{- if .Values.mounts.host }}
+{{- /* Also when there are none any more: what was mounted is to be unmounted. */}}
 - name: host-mounts
   mountPath: {{ .Values.mounts.hostDir }}
   mountPropagation: Bidirectional
-{{- end }}
 {{- end -}}
 
 {{- define "cachefs.mountpointVolumes" -}}
@@ -314,12 +313,10 @@ securityContext:
     path: {{ .Values.kubeletDir }}
     type: Directory
 {{- end }}
-{{- if .Values.mounts.host }}
 - name: host-mounts
   hostPath:
     path: {{ .Values.mounts.hostDir }}
     type: DirectoryOrCreate
-{{- end }}
 {{- end -}}
 
 {{- define "cachefs.livenessSidecar" -}}
@@ -329,6 +326,8 @@ securityContext:
   args:
     - --csi-address=/csi/csi.sock
     - --http-endpoint=:9808
+    # It asks the driver, which asks the master or the mount service and waits 5 s for them.
+    - --probe-timeout=6s
   {{- include "cachefs.unprivileged" . | nindent 2 }}
   resources:
     {{- toYaml .Values.csi.sidecars.resources | nindent 4 }}
@@ -342,15 +341,17 @@ securityContext:
 ports:
   - name: healthz
     containerPort: 9808
+# Whom it asks may be away for a while, as in an upgrade: to start the driver again would only make that longer.
 startupProbe:
   httpGet: {path: /healthz, port: healthz}
-  periodSeconds: 2
-  failureThreshold: 60
+  periodSeconds: 10
+  timeoutSeconds: 7
+  failureThreshold: 30
 livenessProbe:
   httpGet: {path: /healthz, port: healthz}
   periodSeconds: 10
-  timeoutSeconds: 5
-  failureThreshold: 6
+  timeoutSeconds: 7
+  failureThreshold: 30
 {{- end -}}
 
 {{/* The spec of a Job that loads. (dict "root" $ "this" $this "load" $load) */}}

@@ -1,0 +1,273 @@
+"""The process that has the keepers of a node, by itself: servers here are links that this test holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefs.fuse import NODE_KEEPER
+from cachefs.fuse.keeping import KeeperLink, ask, ask_node_keeper, parse_facts, socket_of
+from cachefs.model import TransportError
+from cachefs.testing.survivors import pid_of
+
+LIMIT_S = 30.0
+MOST_RSS_KB = 16_000
+
+
+class Scene:
+    """The socket, and the processes that were started for it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = str(directory / "node.sock")
+        self.mountpoints: set[str] = set()
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", "-S", NODE_KEEPER, "node-keeper", self.path]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        self._started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"cachefs node-keeper is ready socket={self.path}\n".encode()
+        return process
+
+    def keep(self, mountpoint: str) -> str:
+        self.mountpoints.add(mountpoint)
+        return ask_node_keeper(self.path, ["keep", mountpoint, "absent=20"])
+
+    def who(self) -> dict[str, int]:
+        """Process ids, by mountpoint."""
+        word, *found = ask(self.path, "who").split("\0")
+        assert word == "keeping"
+        return {path: int(pid) for path, pid in zip(found[::2], found[1::2], strict=True)}
+
+    def keepers_of(self, mountpoint: str) -> list[int]:
+        wanted = f"\0mount-keeper\0{mountpoint}\0".encode()
+        found = []
+        for process in Path("/proc").iterdir():
+            with suppress(OSError):
+                if process.name.isdecimal() and wanted in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
+        return found
+
+    def close(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        for mountpoint in self.mountpoints:
+            while (pid := pid_of("mount-keeper", Path(mountpoint))) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    it = Scene(tmp_path)
+    with closing(it):
+        yield it
+
+
+def wait(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+@contextmanager
+def server_of(path: str, mountpoint: str) -> Iterator[KeeperLink]:
+    """One that answers."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link.settimeout(LIMIT_S)
+    link.connect(path)
+    link.send(f"hello 1 {os.getpid()}".encode())
+    with closing(KeeperLink(link, mountpoint)) as server:
+        server.ready()
+        yield server
+
+
+def facts_of(path: str) -> dict[str, str]:
+    return parse_facts(ask(path, "who").removeprefix("keeper "))[0]
+
+
+def facts_if_any(path: str) -> dict[str, str] | None:
+    with suppress(TransportError):
+        return parse_facts(ask(path, "who", 0.5).removeprefix("keeper "))[0]
+    return None
+
+
+def test_it_imports_almost_nothing_and_is_small(scene: Scene) -> None:
+    tree = ast.parse(Path(NODE_KEEPER).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"__future__", "errno", "hashlib", "os", "select", "signal", "socket", "sys", "time"}
+    process = scene.start()
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (line,) = [line for line in status if line.startswith("VmRSS:")]
+    assert int(line.split()[1]) < MOST_RSS_KB
+    assert os.stat(scene.path).st_mode & 0o777 == 0o600
+
+
+def test_one_keeper_for_each_mountpoint(scene: Scene) -> None:
+    process = scene.start()
+    assert scene.who() == {}
+    path = scene.keep("/nowhere/a b")
+    assert path == socket_of("/nowhere/a b", str(scene.directory))
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    pid = scene.who()["/nowhere/a b"]
+    assert scene.keep("/nowhere/a b") == path
+    other = scene.keep("/nowhere/c")
+    assert other != path
+    assert scene.who()["/nowhere/a b"] == pid and len(scene.who()) == 2
+    facts = facts_of(path)
+    assert (facts["keeper"], facts["mode"], facts["home"], facts["absent"]) == (str(pid), "keep", scene.path, "20")
+    # Only that one ends, is reaped, and comes anew when it is asked for.
+    assert ask_node_keeper(scene.path, ["drop", "/nowhere/a b"]) == ""
+    wait(lambda: list(scene.who()) == ["/nowhere/c"])
+    assert not os.path.exists(path) and not os.path.exists(f"/proc/{pid}")
+    assert ask_node_keeper(scene.path, ["drop", "/nowhere/a b"]) == ""
+    assert scene.keep("/nowhere/a b") == path
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_keepers_stay_and_the_next_one_finds_them(scene: Scene, number: signal.Signals) -> None:
+    first = scene.start()
+    path = scene.keep("/nowhere/a")
+    pid = scene.who()["/nowhere/a"]
+    first.send_signal(number)
+    assert first.wait(LIMIT_S) == (0 if number == signal.SIGTERM else -number)
+    scene.start()
+    assert scene.keep("/nowhere/a") == path
+    assert facts_of(path)["keeper"] == str(pid)
+    assert scene.keepers_of("/nowhere/a") == [pid]
+
+
+def test_a_keeper_that_was_killed_comes_anew(scene: Scene) -> None:
+    scene.start()
+    path = scene.keep("/nowhere/a")
+    pid = scene.who()["/nowhere/a"]
+    os.kill(pid, signal.SIGKILL)
+    wait(lambda: scene.who() == {})
+    assert scene.keep("/nowhere/a") == path
+    assert facts_of(path)["keeper"] == str(scene.who()["/nowhere/a"]) != str(pid)
+
+
+async def test_what_a_server_holds_goes_to_the_next_keeper_of_the_node(scene: Scene) -> None:
+    """Also when the process that has them was killed with them, and comes back later."""
+    first = scene.start()
+    path = scene.keep("/nowhere/a")
+    old = scene.who()["/nowhere/a"]
+    with server_of(path, "/nowhere/a") as server:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.follow)
+            os.kill(old, signal.SIGKILL)
+            await until(lambda: scene.who().get("/nowhere/a") not in (None, old))
+            second = scene.who()["/nowhere/a"]
+            first.kill()
+            os.kill(second, signal.SIGKILL)
+            await trio.sleep(1.0)
+            assert scene.keepers_of("/nowhere/a") == []  # it waits
+            scene.start()
+            await until(lambda: "/nowhere/a" in scene.who())
+            # The same listener: who wants the keeper of the mountpoint gets to this one.
+            facts = await trio.to_thread.run_sync(facts_of, path)
+            assert facts["keeper"] == str(scene.who()["/nowhere/a"])
+            assert (facts["server"], facts["established"]) == (str(os.getpid()), "1")
+            assert scene.keep("/nowhere/a") == path
+            assert len(scene.keepers_of("/nowhere/a")) == 1
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expect_warnings("no node-keeper takes the mount over")
+async def test_a_server_that_finds_none_starts_a_keeper_itself(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachefs.fuse.keeping._HOME_S", 0.5)
+    first = scene.start()
+    path = scene.keep("/nowhere/a")
+    old = scene.who()["/nowhere/a"]
+    with server_of(path, "/nowhere/a") as server:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.follow)
+            first.kill()
+            os.kill(old, signal.SIGKILL)
+            await until(lambda: scene.keepers_of("/nowhere/a") not in ([], [old]))
+            (own,) = scene.keepers_of("/nowhere/a")
+            assert f"PPid:\t{os.getpid()}" in Path(f"/proc/{own}/status").read_text()
+            # Later it is the one of the node again, once this one is gone.
+            scene.start()
+            assert await trio.to_thread.run_sync(scene.keep, "/nowhere/a") == path
+            assert scene.who() == {}
+            os.kill(own, signal.SIGKILL)
+            await until(lambda: scene.who())
+            nursery.cancel_scope.cancel()
+
+
+async def test_one_that_hangs_holds_no_server_up(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked of it in vain it does later, and then again: one keeper is left."""
+    monkeypatch.setattr("cachefs.fuse.keeping._ADOPTION_S", 1.0)
+    process = scene.start()
+    path = scene.keep("/nowhere/a")
+    old = scene.who()["/nowhere/a"]
+    with server_of(path, "/nowhere/a") as server:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.follow)
+            process.send_signal(signal.SIGSTOP)
+            os.kill(old, signal.SIGKILL)
+            longest_s = 0.0
+            give_up_at = trio.current_time() + 3.0
+            while trio.current_time() < give_up_at:
+                began = trio.current_time()
+                await trio.sleep(0.01)
+                longest_s = max(longest_s, trio.current_time() - began)
+            assert longest_s < 0.9
+            process.send_signal(signal.SIGCONT)
+            await until(lambda: facts_if_any(path))
+            await until(lambda: len(scene.keepers_of("/nowhere/a")) == 1)
+            (left,) = scene.keepers_of("/nowhere/a")
+            assert (await trio.to_thread.run_sync(facts_of, path))["keeper"] == str(left)
+            assert scene.who() == {"/nowhere/a": left}
+            nursery.cancel_scope.cancel()
+
+
+def test_asking_for_a_keeper_whose_server_waits_does_not_hang_it(scene: Scene) -> None:
+    """That server holds the listener, and nobody accepts meanwhile."""
+    scene.start()
+    path = scene.keep("/nowhere/a")
+    with server_of(path, "/nowhere/a"):
+        os.kill(scene.who()["/nowhere/a"], signal.SIGKILL)
+        wait(lambda: scene.who() == {})
+        for _ in range(20):
+            assert scene.keep("/nowhere/a") == path
+        assert scene.keepers_of("/nowhere/a") == []
+
+
+@pytest.mark.parametrize(
+    "words", ["", "\xff nonsense", "keep", "keep\0/a\0nonsense", "adopt\0/a\0path=/b", "adopt\0/a"]
+)
+def test_strangers_get_a_word(scene: Scene, words: str) -> None:
+    scene.start()
+    if words:
+        assert ask(scene.path, words).startswith("failed ")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
+        gone.connect(scene.path)
+    assert scene.who() == {}
