@@ -135,7 +135,12 @@ class ContentReader:
             unreadable=True,
             promote=self._promote,
         )
-        return (await self._ask(request)).payload  # type: ignore[return-value]
+        answer = await self._ask(request)
+        if answer.message.serial:
+            for fd in answer.fds:
+                os.close(fd)
+            raise RemoteProtocolError("worker confirmed what cannot be read instead of sending it")
+        return answer.payload  # type: ignore[return-value]
 
     async def _ask(self, request: Fetch) -> Answer[FetchReply]:
         """What the worker says; bytes are as many as were asked for, and what it sent. Raises RemoteProtocolError."""

@@ -604,6 +604,9 @@ class Blocks:
                 if job.partial.has(page) and not await self.is_good(job.partial, page) and job.partial.has(page):
                     raise BlockMissingError(f"{job.block.filename}: page {page} cannot be read back")
             await self._filler.fetch(job, pages)
+            if not all(map(job.partial.has, pages)):
+                # Somebody else found one to be damaged meanwhile.
+                raise BlockMissingError(f"{job.block.filename}: a page was damaged while others were fetched")
             if job.worth_filling:
                 self._fill_soon(job)
             return self._confirm(job.partial, pages, held)

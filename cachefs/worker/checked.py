@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import trio
 
-from cachefs.model import BlockId
+from cachefs.model import BlockCorruptError, BlockId
 from cachefs.store import PageAt, Partial, PieceSums, Store
 from cachefs.store.sums import Sums
 
@@ -23,13 +23,17 @@ class CheckedReads:
         self._disk = trio.CapacityLimiter(4)
 
     async def sums_of(self, block: BlockId) -> Sums:
-        """Of a sealed block. Raises as `Store.checksums`.
+        """Of a sealed block. Raises as `Store.checksums`, and BlockCorruptError when some are damaged.
 
-        An identifier names one content for good: what was read once stays right.
+        An identifier names one content for good: what was read once stays right. What lacks some is not remembered, as
+        it was damaged on the disk.
         """
         sums = self._sums.get(block)
         if sums is None:
-            sums = self._sums[block] = await trio.to_thread.run_sync(self._store.checksums, block, limiter=self._disk)
+            sums = await trio.to_thread.run_sync(self._store.checksums, block, limiter=self._disk)
+            if not sums.complete:
+                raise BlockCorruptError(f"{block.filename}: some of its checksums are damaged")
+            self._sums[block] = sums
             if len(self._sums) > _REMEMBERED_SUMS:
                 self._sums.popitem(last=False)
         return sums

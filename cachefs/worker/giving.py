@@ -85,8 +85,8 @@ class Giving:
         if not await self._blocks.is_good(partial, page):
             return None
         try:
-            fd = os.dup(partial.read_fd)
-            return await self._send(fd, block, request, partial, partial.checksum(page), session)
+            checksum = partial.checksum(page)
+            return await self._send(os.dup(partial.read_fd), block, request, partial, checksum, session)
         except (BlockCorruptError, OSError) as error:
             if is_of_the_process(error):
                 raise BlockMissingError(f"{block.filename}: cannot be read now: {error}") from error

@@ -156,7 +156,9 @@ class Filler:
                     await self.seal(job)
                     return
                 except BlockCorruptError as error:
-                    logger.warning("fetching again block=%s attempt=%d error=%s", job.block.filename, attempt, error)
+                    last = attempt + 1 == _SEAL_ATTEMPTS
+                    what = "not filled, its tier damages what is written" if last else "fetching again"
+                    logger.warning("%s block=%s attempt=%d error=%s", what, job.block.filename, attempt, error)
         except CachefsError as error:
             logger.info("filling stopped block=%s error=%s", job.block.filename, error)
 

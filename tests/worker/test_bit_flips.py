@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from cachefs.client import Client, ContentReader
-from cachefs.model import Attr, BlockMissingError
-from cachefs.net import UnixAddress, open_peer
+from cachefs.model import Attr, BlockMissingError, RemoteProtocolError
+from cachefs.net import Answer, UnixAddress, open_peer
 from cachefs.policy import Promote
 from cachefs.store import TierConfig, open_store, page_checksum
 from cachefs.store import partial as partial_module
@@ -24,7 +24,7 @@ from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.testing.disks import medium_of, small_disk
 from cachefs.wire import Hello
 from cachefs.wire.cluster import DoubtBlock, ReadBlock
-from cachefs.wire.messages import Fetch
+from cachefs.wire.messages import Fetch, FetchReply
 
 CONTENT = random.Random(1).randbytes(9 * PAGE + 123)
 LIMIT_S = 60
@@ -212,6 +212,63 @@ async def test_what_is_sent_to_a_mount_of_another_host_has_a_checksum(tmp_path: 
         async with open_peer(UnixAddress(cluster.worker_config.socket), Hello("client")) as mount:
             answer = await mount.call(Fetch(attr.ino, 0, 0, 100, 0, promote="never"))
             assert answer.message.checksum is None
+
+
+@pytest.mark.parametrize("times", [1, 99])
+async def test_what_arrives_damaged_at_a_mount_of_another_host_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A bit flips on the way, past the checksum of TCP: the right bytes, or an error if it is so again and again."""
+    async with scene(tmp_path) as (cluster, client, attr):
+        assert await client.promote(attr.ino)
+        async with cluster.client(worker_socket=None, worker_address=cluster.worker_address) as elsewhere:
+            reader = elsewhere.open_content(attr)
+            fetch, asked = reader._fetch, 0
+
+            async def damaging(request: Fetch) -> Answer[FetchReply]:
+                nonlocal asked
+                answer = await fetch(request)
+                asked += 1
+                if asked > times:
+                    return answer
+                payload = bytearray(answer.payload)  # type: ignore[arg-type]
+                payload[len(payload) // 2] ^= 1
+                return Answer(answer.message, bytes(payload), answer.fds)
+
+            monkeypatch.setattr(reader, "_fetch", damaging)
+            if times == 1:
+                assert bytes(await reader.read(PAGE - 7, 1000)) == CONTENT[PAGE - 7 :][:1000] and asked == 2
+            else:
+                with pytest.raises(RemoteProtocolError, match="damaged again and again"):
+                    await reader.read(PAGE - 7, 1000)
+                assert asked == 3
+            reader.close()
+        assert await corrupt(cluster) == 0
+
+
+@pytest.mark.parametrize("asks", ["worker", "mount"])
+async def test_a_damaged_checksum_of_one_page_costs_the_block_once(tmp_path: Path, asks: str) -> None:
+    """It is not remembered beside the file that comes in the place of the one it belonged to."""
+    async with scene(tmp_path) as (cluster, client, attr):
+        assert await client.promote(attr.ino)
+        file = the_file(tmp_path, "sealed")
+        sums = file.with_name(file.name + SUMS_SUFFIX)
+        flip(sums, sums.stat().st_size - 5)
+        if asks == "mount":
+            async with cluster.client(worker_socket=None, worker_address=cluster.worker_address) as elsewhere:
+                reader = elsewhere.open_content(attr)
+                assert bytes(await reader.read(9 * PAGE, 100)) == CONTENT[9 * PAGE :][:100]
+                reader.close()
+            while await corrupt(cluster) == 0 or file.exists():
+                await trio.sleep(0.01)
+        async with open_peer(cluster.worker_address, Hello("worker")) as peer:
+            part = ReadBlock(attr.key, 0, 9 * PAGE + 10, 50, "held")
+            with pytest.raises(BlockMissingError):
+                await peer.call(part)
+            assert not file.exists() and await corrupt(cluster) == 1
+            assert await client.promote(attr.ino)
+            assert (await peer.call(part)).payload == CONTENT[9 * PAGE + 10 :][:50]
+        assert await corrupt(cluster) == 1
 
 
 # ---- given to mounts of this host ----------------------------------------------------------------------------------
