@@ -1,6 +1,8 @@
-"""Flags that several services have."""
+"""Flags that several services have, and the question before something is taken away."""
 
 from __future__ import annotations
+
+import sys
 
 import click
 
@@ -20,3 +22,10 @@ def tcp_address(key: str, address: Address) -> TcpAddress:
     if not isinstance(address, TcpAddress):
         raise ConfigError(key, str(address), "HOST:PORT")
     return address
+
+
+def confirm(question: str) -> None:
+    """Ask whoever sits at the terminal. Raises ConfigError when nobody does, click.Abort for a no."""
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes", "not given", "--yes, as there is no terminal to ask at")
+    click.confirm(question, abort=True, err=True)

@@ -168,7 +168,7 @@ OF_A_VOLUME = (
 
 
 def options_named(names: Iterable[str] | None = None) -> list[click.Option]:
-    """Those of `mount_options`, in their order; all of them."""
+    """Those of `mount_options` with these names, or all of them, in their order."""
 
     def nothing() -> None:
         pass

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cachefs.cli import params
+from cachefs.cli.common import confirm
 from cachefs.cli.connect import master_option, run_with_client
 from cachefs.client import Client
 from cachefs.model import ConfigError
@@ -103,9 +104,7 @@ def remove(path: str, dry_run: bool, yes: bool, master_address: Address | None, 
 
 
 def _ask(info: MountInfo) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigError("--yes", "not given", "--yes, as there is no terminal to ask at")
-    click.confirm(f"Detach {_described(info)}? Jobs that read it will get errors.", abort=True, err=True)
+    confirm(f"Detach {_described(info)}? Jobs that read it will get errors.")
 
 
 def _described(info: MountInfo) -> str:

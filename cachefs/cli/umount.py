@@ -11,6 +11,7 @@ from contextlib import suppress
 import click
 
 from cachefs.cli import params
+from cachefs.cli.common import confirm
 from cachefs.fuse import (
     FS_TYPE,
     Mount,
@@ -106,10 +107,8 @@ def _end(mountpoints: tuple[str, ...], connection: int, force: bool, below: tupl
 
 
 def _ask(mounts: list[MountInfo]) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigError("--yes", "not given", "--yes, as there is no terminal to ask at")
     listed = ", ".join(info.mountpoint for info in mounts)
-    click.confirm(f"Unmount {listed}? Jobs that use them will get errors.", abort=True, err=True)
+    confirm(f"Unmount {listed}? Jobs that use them will get errors.")
 
 
 def _mounted(mountpoint: str) -> MountInfo:

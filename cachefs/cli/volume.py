@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -13,10 +12,11 @@ import click
 import msgspec
 
 from cachefs.cli import params
+from cachefs.cli.common import confirm
 from cachefs.cli.connect import master_option, run_with_client
 from cachefs.cli.tables import print_tables, table_of
 from cachefs.client import Client
-from cachefs.model import ConfigError, format_size, volume_id
+from cachefs.model import format_size, volume_id
 from cachefs.net import Address
 from cachefs.wire.volumes import DeleteVolume, GetVolume, ListVolumes, VolumeInfo
 
@@ -148,9 +148,7 @@ async def _find(client: Client, text: str) -> VolumeInfo:
 
 
 def _ask(info: VolumeInfo) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigError("--yes", "not given", "--yes, as there is no terminal to ask at")
-    click.confirm(f"Remove {_described(info)}? Jobs that read it will get errors.", abort=True, err=True)
+    confirm(f"Remove {_described(info)}? Jobs that read it will get errors.")
 
 
 def _described(info: VolumeInfo) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import click
 import trio
@@ -12,7 +12,7 @@ import trio
 from cachefs.cli import params
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
-from cachefs.cli.monitoring import http_option, monitored
+from cachefs.cli.monitoring import Shown, http_option, monitored
 from cachefs.cli.security import security_options, security_to_ask
 from cachefs.client.volumes import open_volumes
 from cachefs.fuse.mounts_client import open_node_mounts
@@ -84,13 +84,7 @@ def controller(
                 open_volumes(master_address, security, patience_s=_PATIENCE_S) as volumes,
             ):
                 identity = Identity(driver_name, lambda: volumes.list(limit=1))
-                services = {"Identity": identity, "Controller": Controller(volumes)}
-                async with serving(path, services) as calls:
-                    if shown.monitor is not None:
-                        shown.monitor.watch(CSI_METRICS, calls)
-                        shown.monitor.ready_if(identity.why_not_ready)
-                    report({"socket": path, **shown.facts})
-                    await ending.wait()
+                await _answer(path, identity, {"Controller": Controller(volumes)}, shown, report, ending)
 
         await until_ended(serve)
 
@@ -154,18 +148,24 @@ def node(
                 open_node_mounts(os.path.abspath(mounts_socket), patience_s=_PATIENCE_S) as mounts,
             ):
                 identity = Identity(driver_name, mounts.list)
-                on_node = NodeVolumes(mounts, own)
-                services = {"Identity": identity, "Node": Node(config, volumes, mounts, on_node)}
-                async with serving(path, services) as calls:
-                    if shown.monitor is not None:
-                        shown.monitor.watch(CSI_METRICS, calls)
-                        shown.monitor.ready_if(identity.why_not_ready)
-                    report({"socket": path, **shown.facts})
-                    await ending.wait()
+                on_node = Node(config, volumes, mounts, NodeVolumes(mounts, own))
+                await _answer(path, identity, {"Node": on_node}, shown, report, ending)
 
         await until_ended(serve)
 
     run_service("csi-node", run, supervised_fd, as_json=as_json)
+
+
+async def _answer(
+    path: str, identity: Identity, services: Mapping[str, object], shown: Shown, report: Report, ending: trio.Event
+) -> None:
+    """Calls of these services and of the identity's, on the socket, until it is to end."""
+    async with serving(path, {"Identity": identity, **services}) as calls:
+        if shown.monitor is not None:
+            shown.monitor.watch(CSI_METRICS, calls)
+            shown.monitor.ready_if(identity.why_not_ready)
+        report({"socket": path, **shown.facts})
+        await ending.wait()
 
 
 def _check_name(name: str) -> None:
