@@ -79,7 +79,7 @@ class Blocks:
         self._sealed_files = SealedReader(store.paths)
         self._jobs: dict[BlockId, Job] = {}
         self._opening: Counter[BlockId] = Counter()
-        """Those that will have a job, as soon as their files are made."""
+        """Those that will have a job, once they are admitted and their files are made: nobody else fetches them."""
         self._admitting = 0
         """What was asked to be admitted, or was and has no job, and has not ended."""
         self._doubted: set[BlockId] = set()
@@ -154,7 +154,7 @@ class Blocks:
                 return True
             if await self._prefetch.join(block) and self._store.is_sealed(block):
                 return True
-            if is_small and block not in self._jobs:
+            if is_small and block not in self._jobs and block not in self._opening:
                 try:
                     if not await self._whole.join(
                         block,
@@ -539,11 +539,19 @@ class Blocks:
             # The same content; under another namespace its object has another number to report a change by.
             job.route.source = source
             return job
+        self._opening[block] += 1
+        try:
+            return await self._make_job(block, source, mode, for_others)
+        finally:
+            self._opening[block] -= 1
+            if not self._opening[block]:
+                del self._opening[block]
+
+    async def _make_job(self, block: BlockId, source: Source, mode: Promote, for_others: bool) -> Job | None:
         length = self._geometry.block_length(source.attr.size_bytes, block.block_index)
         route = await self._admission.route(block, source, mode, for_others=for_others)
         if route is None:
             return None
-        self._opening[block] += 1
         try:
             partial = await trio.to_thread.run_sync(self._store.open_partial, block, length, mode, limiter=self._disk)
         except CapacityError as error:
@@ -555,10 +563,6 @@ class Blocks:
         except BaseException:
             self._supply.end(route)
             raise
-        finally:
-            self._opening[block] -= 1
-            if not self._opening[block]:
-                del self._opening[block]
         if partial is None:
             self._supply.end(route)
             return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,10 +18,11 @@ import trio.testing
 from cachefs.client import Client, ContentReader
 from cachefs.model import Attr, BlockCorruptError, MiB, StaleError
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import Partial, Store, TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire import Connection, Hello, Kind
 from cachefs.wire.messages import Fetch
+from cachefs.worker.origin import Origin
 
 SMALL = random.Random(1).randbytes(PAGE // 2)
 LARGE = random.Random(2).randbytes(10 * PAGE + 123)
@@ -91,6 +94,41 @@ async def test_many_who_want_the_same_cause_one_fetch(data: Path, tmp_path: Path
         counters = (await cluster.worker_status()).counters
         assert counters.under_store_bytes == len(LARGE) and counters.pages_fetched == 11
         assert counters.blocks_sealed == 1
+
+
+async def test_a_small_file_is_not_fetched_as_a_whole_while_its_partial_is_made_for_a_reader(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, go_on, has_read = threading.Event(), threading.Event(), trio.Event()
+    open_partial, read_files = Store.open_partial, Origin.read_files
+
+    def slowly(store: Store, *args: Any) -> Partial | None:
+        is_first = not made.is_set()
+        partial = open_partial(store, *args)
+        made.set()
+        assert not is_first or go_on.wait(20)
+        return partial
+
+    async def after_the_reader(*args: Any) -> list[Exception | None]:
+        await has_read.wait()
+        return await read_files(*args)
+
+    monkeypatch.setattr(Store, "open_partial", slowly)
+    monkeypatch.setattr(Origin, "read_files", after_the_reader)
+    async with cluster_of(data, tmp_path) as (cluster, client):
+        attr = await client.metadata.resolve("/small")
+
+        async def read() -> None:
+            assert await read_all(client, attr) == SMALL
+            has_read.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            assert await trio.to_thread.run_sync(made.wait, 20)
+            nursery.start_soon(client.promote, attr.ino)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            go_on.set()
+        assert (await cluster.worker_status()).counters.under_store_bytes == len(SMALL)
 
 
 @pytest.mark.parametrize("chunk", [777, PAGE, 3 * PAGE + 1, 8 * MiB])
