@@ -60,6 +60,10 @@ def bind(mountpoint: str, target: str) -> bool:
         raise UnavailableError(f"no cachefs is mounted at {mountpoint}")
     if is_dead(source):
         raise UnavailableError(f"the mount at {mountpoint} is dead")
+    # Asked once more: what was taken away while it was looked at is not dead, it is not there.
+    still = find_mount(mountpoint)
+    if still is None or still.device != source.device:
+        raise UnavailableError(f"the mount at {mountpoint} was taken away just now")
     found = _mounts_at(target)
     if len(found) == 1 and found[0].device == source.device and found[0].options >= _FLAGS:
         return False
@@ -79,6 +83,11 @@ def bind(mountpoint: str, target: str) -> bool:
             os.close(tree)
     finally:
         os.close(directory)
+    shown = _mounts_at(target)[-1:]
+    if shown and shown[0].device != source.device:
+        # It was taken away in the moment before: this is the directory that was below it.
+        unmount(target)
+        raise UnavailableError(f"the mount at {mountpoint} was taken away just now")
     return True
 
 

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cachefs_csi import binding
 from cachefs_csi.binding import bind, binds_of, check, unbind
 
 from cachefs.fuse import all_mounts, find_mount, open_mount, probe, unmount
@@ -143,17 +145,41 @@ def test_a_bind_mount_of_a_mount_that_died_is_replaced_by_one_of_its_successor(t
         bind(first.mountpoint, target)
         source = find_mount(first.mountpoint)
         assert source is not None
-        kill_mount(first.process)
-        with pytest.raises(UnavailableError):
-            check(target)
-        with pytest.raises(UnavailableError, match="is dead"):
-            bind(first.mountpoint, target)
+        # It would take away what the mount leaves.
+        os.kill(first.process.process.pid, signal.SIGSTOP)
+        try:
+            kill_mount(first.process)
+            with pytest.raises(UnavailableError):
+                check(target)
+            with pytest.raises(UnavailableError, match="is dead"):
+                bind(first.mountpoint, target)
+        finally:
+            os.kill(first.process.process.pid, signal.SIGCONT)
         assert binds_of(source.device, first.mountpoint) == [target]
     with up(tmp_path / "second") as second:
         assert bind(second.mountpoint, target)
         check(target)
         assert mounted_at(target) == 1
         assert unbind(target)
+
+
+@pytest.mark.parametrize("moment", ["is_dead", "_empty_directory"])
+def test_a_mount_that_is_taken_away_while_it_is_bound_is_not_replaced_by_the_directory_below(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    staged = str(tmp_path / "staged")
+    dead_mount(staged)
+    found = {"is_dead": lambda source: False, "_empty_directory": binding._empty_directory}[moment]
+
+    def in_this_moment(argument: Any) -> Any:
+        unmount(staged)
+        return found(argument)
+
+    monkeypatch.setattr(binding, "is_dead", lambda source: False)
+    monkeypatch.setattr(binding, moment, in_this_moment)
+    with pytest.raises(UnavailableError, match="was taken away just now"):
+        bind(staged, target)
+    assert not mounted_at(target)
 
 
 def test_a_link_as_target_is_refused_and_not_followed(staged: Staged, tmp_path: Path, target: str) -> None:
