@@ -90,7 +90,7 @@ class _Injection:
     def install(self) -> None:
         for name, call in _BY_DESCRIPTOR.items():
             setattr(os, name, self._by_descriptor(getattr(os, name), call))
-        os.open, os.unlink, os.rename = self._opening(os.open), self._removing(os.unlink), self._renaming(os.rename)  # type: ignore[assignment]
+        os.open, os.unlink, os.rename = self._opening(os.open), self._removing(os.unlink), self._renaming(os.rename)
 
     def _by_descriptor(self, real: Callable[..., Any], call: Call) -> Callable[..., Any]:
         def checked(fd: int, *rest: Any) -> Any:
