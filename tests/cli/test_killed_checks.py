@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -18,14 +17,14 @@ import trio
 from cachefs.fuse import probe
 from cachefs.model import CachefsError, MiB
 from cachefs.store.layout import SUMS_SUFFIX
-from cachefs.testing.disks import small_disk
+from cachefs.testing.disks import small_disk, why_no_disks
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import mountpoint_below
 from cachefs.testing.real_cluster import RealCluster, real_cluster
 
 pytestmark = [
     pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse"),
-    pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="mkfs.ext4 is missing (package e2fsprogs)"),
+    pytest.mark.skipif(bool(why_no_disks()), reason=str(why_no_disks())),
 ]
 
 DATA = {f"file{number}": random.Random(number).randbytes(3 * MiB + number) for number in range(6)}
