@@ -25,7 +25,8 @@ from cachefs.testing.real_cluster import PAGE, RealCluster, real_cluster
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
 WAITING = 48
-"""Readers of MiB each: more than there is room for in answers, and more than there are slots."""
+"""Readers of a MiB each: more than there is room for in answers, and more than there are slots; fewer than the kernel
+lets wait on one mount."""
 SILENT = {f"silent/{number}": bytes([number]) * MiB for number in range(WAITING)}
 SMALL = {f"well/small/{number}": random.Random(number).randbytes(5000 + number) for number in range(12)}
 LARGE = {f"well/large/{number}": random.Random(-number).randbytes(20 * PAGE + number) for number in range(4)}
