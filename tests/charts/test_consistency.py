@@ -87,7 +87,7 @@ def test_ports_and_probes_are_those_that_containers_listen_at(cell: str) -> None
 
 def test_a_network_policy_lets_in_who_asks() -> None:
     for cell, may_load in (("network policy", False), ("everything", True)):
-        asking = {"worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
+        asking = {"master", "worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
         for asked, askers in (("master", asking), ("worker", {"worker", "mounts"})):
             (policy,) = [
                 each
