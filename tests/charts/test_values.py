@@ -24,6 +24,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"worker": {"tiers": {"disks": [{"hostPath": "x", "size": "1G"}]}}}, r"/disks/0/hostPath'.*'x' does not match"),
     ({"worker": {"tiers": {"disks": [{"hostPath": "/x"}]}}}, r"missing property 'size'"),
+    ({"worker": {"keepFree": "95%"}}, r"/worker/keepFree'.*'95%' does not match"),
     ({"worker": {"filesAhead": 1001}}, r"/worker/filesAhead'.*maximum: got 1,001, want 1,000"),
     ({"worker": {"promote": "sometimes"}}, r"'always', 'if-space', 'never'"),
     ({"worker": {"port": 0}}, r"/worker/port'.*minimum"),
