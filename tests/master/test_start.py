@@ -50,7 +50,7 @@ def made(directory: Path) -> Path:
 
 async def test_a_file_is_no_under_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
-    with pytest.raises(NotFoundError, match="cannot mount .*/file is a file; expected a directory"):
+    with pytest.raises(NotFoundError, match=r"cannot mount .*/file is a file; expected a directory"):
         async with running_cluster(tmp_path, (tmp_path / "file").as_uri()):
             pass
 
@@ -63,12 +63,13 @@ async def test_a_prefix_below_which_nothing_is_is_told_once(
     said = "nothing is there yet; is it the right URL?"
     with caplog.at_level("INFO"):
         url = f"{s3_bucket.url.rstrip('/')}/trian"
-        async with running_cluster(made(tmp_path / "a"), url, ufs_options=s3_bucket.options) as cluster:
-            async with cluster.client() as client:
-                await client.refresh("/")
-                assert [
-                    each.getMessage().endswith("/trian") for each in caplog.records if said in each.getMessage()
-                ] == [True]
+        async with (
+            running_cluster(made(tmp_path / "a"), url, ufs_options=s3_bucket.options) as cluster,
+            cluster.client() as client,
+        ):
+            await client.refresh("/")
+            told = [each.getMessage() for each in caplog.records if said in each.getMessage()]
+            assert [each.endswith("/trian") for each in told] == [True]
         caplog.clear()
         async with running_cluster(made(tmp_path / "b"), s3_bucket.url, ufs_options=s3_bucket.options):
             assert said not in caplog.text

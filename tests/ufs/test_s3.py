@@ -453,9 +453,7 @@ async def test_where_credentials_are_missing_is_told(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     options = {"endpoint_url": behind.options["endpoint_url"]}
     async with open_under_store(behind.url, options) as ufs:
-        with pytest.raises(
-            DeniedError, match="key and secret are not given, and where the master .* AWS_ACCESS_KEY_ID"
-        ):
+        with pytest.raises(DeniedError, match=r"key and secret are not given, .* AWS_ACCESS_KEY_ID"):
             await ufs.stat("")
 
 
