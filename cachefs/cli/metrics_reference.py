@@ -18,6 +18,12 @@ PROCESSES: dict[str, Sequence[Metric[Any]]] = {
     "node-mounts": NODE_METRICS,
 }
 
+ALSO = {
+    "node-mounts": """It shows all of [mount](#mount) as well, of each server that answers within 1.5 s, with the labels
+`mount` (its id: that of the volume, or `host:MOUNTPOINT`) and `mountpoint`."""
+}
+"""What a process shows besides."""
+
 HEAD = f"""# Reference: metrics
 
 Made by `(python -m cachefs.cli.metrics_reference; python -m cachefs_csi.metrics_reference) > docs/metrics.md`; a test
@@ -40,6 +46,8 @@ def metrics_reference() -> str:
 
 def _process(name: str) -> Iterator[str]:
     yield f"## {name}\n"
+    if name in ALSO:
+        yield f"{ALSO[name]}\n"
     yield "| metric | kind | labels | |"
     yield "|---|---|---|---|"
     for metric in PROCESSES[name]:

@@ -137,6 +137,14 @@ class MountService:
     def degraded(self) -> list[str]:
         return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
 
+    def watched(self) -> list[tuple[dict[str, str], str]]:
+        """(labels, where it shows its metrics) of each server that was told to."""
+        return [
+            ({"mount": each.record.id, "mountpoint": mountpoint}, each.child.facts["http"])
+            for mountpoint, each in sorted(self._mounts.items())
+            if each.state == "serving" and each.child is not None and "http" in each.child.facts
+        ]
+
     def have(self, host_mounts: Mapping[str, str]) -> None:
         """Ask ourselves for these, a directory of the namespace for each mountpoint, and no others any more."""
         earlier = {each.mountpoint for each in self.mounts if each.id.startswith(_OF_THE_HOST)}

@@ -27,7 +27,7 @@ from cachefs.fuse.keeping import command_file, keeper_command
 from cachefs.model import CachefsError, ConfigError, format_duration, format_size, without_credentials
 from cachefs.net import Address, TcpAddress
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import KeepFree, TierConfig
 from cachefs.ufs import directory_of
 
 logger = logging.getLogger(__name__)
@@ -214,6 +214,7 @@ async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGener
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @click.option("--idle-after", type=params.DURATION, help="As of cachefs worker.")
+@click.option("--keep-free", type=params.KEEP_FREE, help="As of cachefs worker.")
 @click.option("--master-http", type=params.ADDRESS, help="--http of cachefs master.")
 @click.option("--worker-http", type=params.ADDRESS, help="--http of cachefs worker.")
 @click.option("--mount-http", type=params.ADDRESS, help="--http of cachefs mount.")
@@ -235,6 +236,7 @@ def up(
     promote: str | None,
     files_ahead: int | None,
     idle_after: float | None,
+    keep_free: KeepFree | None,
     master_http: Address | None,
     worker_http: Address | None,
     mount_http: Address | None,
@@ -276,6 +278,7 @@ def up(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
             *(("--idle-after", format_duration(idle_after)) if idle_after is not None else ()),
+            *(("--keep-free", str(keep_free)) if keep_free is not None else ()),
             *_http(worker_http),
         ),
         mount_flags=(*as_arguments(flags), *_http(mount_http)),

@@ -1,6 +1,6 @@
 """Blocks on local media: partial and sealed files, their checksums, capacity and eviction. Knows no network."""
 
-from cachefs.store.config import TierConfig, parse_tier
+from cachefs.store.config import KeepFree, TierConfig, disk_bytes, parse_keep_free, parse_tier
 from cachefs.store.health import HealthConfig, TierState
 from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
@@ -14,6 +14,7 @@ from cachefs.store.tier import Tier, TierStatus
 
 __all__ = [
     "HealthConfig",
+    "KeepFree",
     "PageAt",
     "Partial",
     "PieceSums",
@@ -29,8 +30,10 @@ __all__ = [
     "TierStatus",
     "Use",
     "a_file_of_tier",
+    "disk_bytes",
     "open_store",
     "page_checksum",
+    "parse_keep_free",
     "parse_tier",
     "running_boot_id",
 ]

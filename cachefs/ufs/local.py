@@ -61,6 +61,8 @@ class LocalStore:
         info = _info(path, os.stat(self._full(path)))
         if info is None:
             raise NotFoundError(f"{path}: neither a file nor a directory")
+        if not path and info.kind is not Kind.DIRECTORY:
+            raise NotFoundError(f"{self._root} is a file; expected a directory")
         return info
 
     @asynccontextmanager

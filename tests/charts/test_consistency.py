@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 
-from tests.charts.rendered import CELLS, NAMESPACE, Manifest, containers, manifests, of_kind, one, pod_of, workloads
+from tests.charts.rendered import (
+    CELLS,
+    LOADS,
+    MANAGED_TLS,
+    NAMESPACE,
+    Manifest,
+    containers,
+    manifests,
+    manifests_in,
+    of_kind,
+    one,
+    pod_of,
+    render,
+    workloads,
+)
 
 PRIVILEGED = {"mounts", "csi", "tmpfs"}
 """Containers that mount for their node."""
@@ -87,7 +101,7 @@ def test_ports_and_probes_are_those_that_containers_listen_at(cell: str) -> None
 
 def test_a_network_policy_lets_in_who_asks() -> None:
     for cell, may_load in (("network policy", False), ("everything", True)):
-        asking = {"worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
+        asking = {"master", "worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
         for asked, askers in (("master", asking), ("worker", {"worker", "mounts"})):
             (policy,) = [
                 each
@@ -273,12 +287,29 @@ def test_updates_replace_all_but_keepers() -> None:
     assert all(each["rollingUpdate"]["maxUnavailable"] for each in strategies.values())
 
 
-def test_another_load_is_another_job() -> None:
+def test_what_a_job_runs_is_part_of_its_name_as_jobs_cannot_be_changed() -> None:
     (job,) = of_kind("warm-up", "Job")
-    (other,) = of_kind("everything", "Job")
-    # Of another image: what a Job runs cannot be changed.
     assert job["metadata"]["name"].startswith("fast-cachefs-warmup-once-")
-    assert other["metadata"]["name"] != job["metadata"]["name"]
+    names = {job["metadata"]["name"]}
+    for other in (
+        {"image": {"tag": "2"}},
+        {"warmup": {"resources": {"limits": {"memory": "1Gi"}}}},
+        {"master": {"port": 7777}},
+        {"tls": MANAGED_TLS},
+        {"imagePullSecrets": [{"name": "registry"}]},
+        {"warmup": {"loads": [{"name": "once", "paths": ["/other"]}]}},
+    ):
+        values = {"warmup": {}, **other}
+        values["warmup"] = {**LOADS, **values["warmup"]}
+        (changed,) = [each for each in manifests_in(render(values)) if each["kind"] == "Job"]
+        assert changed["spec"] != job["spec"]
+        names.add(changed["metadata"]["name"])
+    assert len(names) == 7
+    # What it does not run changes nothing: it would be loaded again for nothing.
+    (same,) = [
+        each for each in manifests_in(render({"warmup": LOADS, "worker": {"filesAhead": 7}})) if each["kind"] == "Job"
+    ]
+    assert same == job
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,38 @@ async def test_a_bucket_that_is_gone_is_told_even_if_it_is_known(tmp_path: Path,
             pass
 
 
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+async def test_a_file_is_no_under_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    with pytest.raises(NotFoundError, match=r"cannot mount .*/file is a file; expected a directory"):
+        async with running_cluster(tmp_path, (tmp_path / "file").as_uri()):
+            pass
+
+
+async def test_a_prefix_below_which_nothing_is_is_told_once(
+    tmp_path: Path, s3_bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no error: there may be something later."""
+    s3_bucket.put({"train/file": b"content"})
+    said = "nothing is there yet; is it the right URL?"
+    with caplog.at_level("INFO"):
+        url = f"{s3_bucket.url.rstrip('/')}/trian"
+        async with (
+            running_cluster(made(tmp_path / "a"), url, ufs_options=s3_bucket.options) as cluster,
+            cluster.client() as client,
+        ):
+            await client.refresh("/")
+            told = [each.getMessage() for each in caplog.records if said in each.getMessage()]
+            assert [each.endswith("/trian") for each in told] == [True]
+        caplog.clear()
+        async with running_cluster(made(tmp_path / "b"), s3_bucket.url, ufs_options=s3_bucket.options):
+            assert said not in caplog.text
+
+
 async def test_a_store_that_was_never_mounted_must_answer(tmp_path: Path, s3_bucket: Bucket) -> None:
     with running_faulty_s3(s3_bucket.server.endpoint) as store:
         options = s3_bucket.options | {"endpoint_url": store.endpoint, "connect_timeout": "0.5", "deadline": "1"}

@@ -4,13 +4,23 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
+{{- /* Releases may have dots in their names, Services may not. */}}
 {{- define "cachefs.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else if contains (include "cachefs.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "cachefs.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "cachefs.name" .) | replace "." "-" | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Of a load. A Job cannot be changed, so what would run otherwise in anything is another Job: another load, image,
+address, or version of this chart, which stands in the labels. (dict "root" $ "this" $this "load" $load) */}}
+{{- define "cachefs.warmupName" -}}
+{{- $name := printf "%s-warmup-%s" (include "cachefs.fullname" .root) .load.name -}}
+{{- if .load.schedule -}}{{- $name -}}{{- else -}}
+{{- printf "%s-%s" $name (include "cachefs.warmupJob" . | sha256sum | trunc 8) -}}
 {{- end -}}
 {{- end -}}
 
@@ -276,6 +286,21 @@ securityContext:
 {{- else if ne (int $given) 3 -}}
 {{- fail "tls.existingSecrets: all of master, worker and client are needed, or certManager.enabled" -}}
 {{- end -}}
+{{- end -}}
+{{- $full := include "cachefs.fullname" . -}}
+{{- if not (regexMatch "^[a-z]" $full) -}}
+{{- fail (printf "fullnameOverride: names of objects would begin with %q, and Services must begin with a letter: set one that does" $full) -}}
+{{- end -}}
+{{- $loads := dict -}}
+{{- range .Values.warmup.loads -}}
+{{- $this := dict "root" $ "component" "warmup" "role" "admin" -}}
+{{- $name := include "cachefs.warmupName" (dict "root" $ "this" $this "load" .) -}}
+{{- $most := ternary 52 63 (hasKey . "schedule") -}}
+{{- if gt (len $name) $most -}}
+{{- fail (printf "warmup.loads: %s: the name %q has %d characters, and Kubernetes takes %d: a shorter name, or fullnameOverride" .name $name (len $name) $most) -}}
+{{- end -}}
+{{- if hasKey $loads .name -}}{{- fail (printf "warmup.loads: %s: the name is there twice" .name) -}}{{- end -}}
+{{- $_ := set $loads .name true -}}
 {{- end -}}
 {{- if and (not .Values.worker.tiers.memory.enabled) (not .Values.worker.tiers.disks) -}}
 {{- fail "worker.tiers: at least one, memory.enabled or an entry of disks" -}}
