@@ -31,7 +31,7 @@ from cachefs.fuse import (
     is_dead,
     unmount,
 )
-from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts
+from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts, socket_of
 from cachefs.model import CachefsError, ConfigError, ExistsError, NamespaceError, TransportError, UnavailableError
 from cachefs.net import Service, Session, open_background
 from cachefs.wire import mounts as m
@@ -191,7 +191,7 @@ class MountService:
                 return await self._ensure(request)  # it was removed meanwhile
             self._check_same(mount.record, record)
             if mount.scope is not None and mount.state == "serving":
-                if await _answers(record.mountpoint, mount.device):
+                if await self._answers(record.mountpoint, mount.device):
                     return mount.told()
                 await self._wait_for_its_end(mount)
             is_new, was_mounted = mount.scope is None, True
@@ -295,11 +295,11 @@ class MountService:
             return
         others = [each.mountpoint for each in all_mounts() if each.device == found.device]
         others.remove(found.mountpoint)
-        if others and not await _is_dead(found):
+        if others and not await self._is_dead(mountpoint, found):
             raise NamespaceError(f"{mountpoint} is in use: it is mounted on {', '.join(sorted(others)[:3])} as well")
         for _ in range(_BUSY_TRIES):
             try:
-                await trio.to_thread.run_sync(_unmount_now, found)
+                await self._unmount_now(mountpoint, found)
                 break
             except MountError as error:
                 if error.errno != errno.EBUSY:
@@ -425,33 +425,45 @@ class MountService:
         """Take a dead mount away, of which the keeper may not see the mountpoint: it may be in another namespace."""
         while True:
             found = find_mount(mountpoint)
-            if found is None or found.fs_type != FS_TYPE or not is_dead(found):
+            if found is None or found.fs_type != FS_TYPE or not self._is_dead_now(mountpoint, found):
                 return
             logger.warning("a dead mount is taken away mountpoint=%s", mountpoint)
             unmount(mountpoint, lazy=True)
 
+    async def _unmount_now(self, mountpoint: str, found: MountInfo) -> None:
+        """Raises MountError."""
+        dead = await self._is_dead(mountpoint, found)
 
-def _unmount_now(found: MountInfo) -> None:
-    """Raises MountError."""
-    dead = is_dead(found)
-    if dead:
-        with suppress(MountError):
-            abort(found.connection)
-    try:
-        unmount(found.mountpoint, lazy=dead)
-    except MountError as error:
-        if error.errno != errno.EINVAL:  # somebody was faster
-            raise
+        def do() -> None:
+            if dead:
+                with suppress(MountError):
+                    abort(found.connection)
+            try:
+                unmount(found.mountpoint, lazy=dead)
+            except MountError as error:
+                if error.errno != errno.EINVAL:  # somebody was faster
+                    raise
 
+        await trio.to_thread.run_sync(do)
 
-async def _is_dead(found: MountInfo) -> bool:
-    return await trio.to_thread.run_sync(is_dead, found)
+    async def _answers(self, mountpoint: str, device: str) -> bool:
+        """Whether what we mounted there is there, and lives."""
+        found = await trio.to_thread.run_sync(find_mount, mountpoint)
+        return found is not None and found.device == device and not await self._is_dead(mountpoint, found)
 
+    async def _is_dead(self, mountpoint: str, found: MountInfo) -> bool:
+        return await trio.to_thread.run_sync(self._is_dead_now, mountpoint, found)
 
-async def _answers(mountpoint: str, device: str) -> bool:
-    """Whether what we mounted there is there, and lives."""
-    found = await trio.to_thread.run_sync(find_mount, mountpoint)
-    return found is not None and found.device == device and not await _is_dead(found)
+    def _is_dead_now(self, mountpoint: str, found: MountInfo) -> bool:
+        """A mount that only its keeper holds is not looked at: whoever looks waits there for a server, and uses the
+        mount, so that we ourselves would keep it from being unmounted.
+        """
+        with suppress(TransportError, ConfigError):
+            answer = ask(socket_of(mountpoint, os.path.dirname(self._node_keeper)), "who", _LOOK_S)
+            values, _ = parse_facts(answer.removeprefix("keeper "))
+            if values.get("state") == "none" and values.get("connection") == str(found.connection):
+                return False
+        return is_dead(found)
 
 
 def _checked(key: str, path: str) -> str:

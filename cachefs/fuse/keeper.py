@@ -477,11 +477,14 @@ class Keeper:
         if word == "upgrade" and arguments:
             self.upgrade(client, arguments)
             return
+        answer = f"keeper {self.facts()}" if word == "who" else f"ok {os.getpid()}" if word == "end" else ""
         try:
-            client.send(f"keeper {self.facts()}".encode() if word == "who" else b"failed not understood")
+            client.send((answer or "failed not understood").encode())
         except OSError:
             pass
         client.close()
+        if word == "end":
+            self.end()
 
     def upgrade(self, client: socket.socket, command: list[str]) -> None:
         why = ""

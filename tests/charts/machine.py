@@ -124,6 +124,13 @@ class Machine:
                     url = f"http://{self.address}:{ports[probe['httpGet']['port']]}{probe['httpGet']['path']}"
                     until(lambda url=url: self._answers(component, url), f"{component}: {url}")
 
+    def metrics(self, component: str) -> str:
+        """As it is scraped."""
+        (each,) = self._ours(component)
+        (port,) = [port["containerPort"] for port in each["ports"] if port["name"] == "metrics"]
+        with urllib.request.urlopen(f"http://{self.address}:{port}/metrics", timeout=LIMIT_S) as answer:
+            return str(answer.read().decode())
+
     def kill(self, component: str) -> None:
         process = self.processes.pop(component)
         process.kill()

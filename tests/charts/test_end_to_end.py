@@ -224,6 +224,8 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
             cluster.publish(volume, claim, "a")  # kubelet asks again and again
         reports = [each.stop() for each in readers]
     assert [report.errors for report in reports] == [[]] * 6
+    assert 'cachefs_csi_calls_total{code="OK",method="NodePublishVolume"} 2' in machine.metrics("csi-node")
+    assert 'cachefs_csi_calls_total{code="OK",method="CreateVolume"} 1' in machine.metrics("csi-controller")
     assert all({"held", "mapped", "large", "warm", "cold", "listing"} <= set(report.gaps) for report in reports)
 
     for claim, volume in volumes.items():

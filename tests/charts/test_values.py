@@ -28,6 +28,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"worker": {"filesAhead": 1001}}, r"/worker/filesAhead'.*maximum: got 1,001, want 1,000"),
     ({"worker": {"promote": "sometimes"}}, r"'always', 'if-space', 'never'"),
     ({"worker": {"port": 0}}, r"/worker/port'.*minimum"),
+    ({"csi": {"nodePlugin": {"httpPort": 65536}}}, r"/csi/nodePlugin/httpPort'.*maximum: got 65,536, want 65,535"),
     ({"worker": {"maxUnavailable": "0%"}}, r"/worker/maxUnavailable"),
     ({"master": {"mounts": [{"path": "data", "url": "s3://x"}]}}, r"/master/mounts/0/path'.*'data' does not match"),
     ({"master": {"mounts": [{"path": "/data", "url": "bucket"}]}}, r"/master/mounts/0/url'.*'bucket' does not match"),
@@ -61,6 +62,10 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "either existingSecrets or certManager.enabled",
     ),
     ({"worker": {"tiers": {"disks": []}}}, "worker.tiers: at least one"),
+    ({"master": {"port": 9100}}, "master.httpPort: 9100 is master.port too"),
+    ({"worker": {"httpPort": 7001, "hostNetwork": True}}, "worker.httpPort: 7001 is worker.port too"),
+    ({"csi": {"controller": {"httpPort": 9808}}}, "csi.controller.httpPort: 9808 is that of the liveness sidecar"),
+    ({"csi": {"nodePlugin": {"httpPort": 9808}}}, "csi.nodePlugin.httpPort: 9808 is that of the liveness sidecar"),
     ({"csi": {"inlineUrls": True}}, "csi.inlineUrls needs csi.mayAttach"),
     (
         {"csi": {"inlineUrls": True, "mayAttach": True, "inlineVolumes": False}},

@@ -127,6 +127,9 @@ class Rig:
         for name in ("one", "two"):
             (data / name / "dir").mkdir(parents=True)
             (data / name / "file").write_bytes(name.encode())
+        (self.directory / "outside").mkdir()
+        (self.directory / "outside" / "file").write_bytes(b"outside")
+        (data / "one" / "out").symlink_to(self.directory / "outside")
         here = self.directory
         master = running(
             "master", "--data-dir", here / "master", "--listen", "127.0.0.1:0", "--mount", f"/={data.as_uri()}",

@@ -305,6 +305,17 @@ securityContext:
 {{- if and (not .Values.worker.tiers.memory.enabled) (not .Values.worker.tiers.disks) -}}
 {{- fail "worker.tiers: at least one, memory.enabled or an entry of disks" -}}
 {{- end -}}
+{{- range $name := list "master" "worker" -}}
+{{- $its := index $.Values $name -}}
+{{- if eq (int $its.port) (int $its.httpPort) -}}
+{{- fail (printf "%s.httpPort: %d is %s.port too" $name (int $its.httpPort) $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "controller" "nodePlugin" -}}
+{{- if eq (int (index $.Values.csi $name).httpPort) 9808 -}}
+{{- fail (printf "csi.%s.httpPort: 9808 is that of the liveness sidecar" $name) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.csi.inlineUrls (not .Values.csi.mayAttach) -}}
 {{- fail "csi.inlineUrls needs csi.mayAttach: attaching takes the token of an admin" -}}
 {{- end -}}
@@ -361,9 +372,11 @@ securityContext:
       mountPath: /csi
 {{- end -}}
 
-{{/* Of the driver's container: what the sidecar answers for it. */}}
+{{/* Of the driver's container: alive is what the sidecar answers for it. (dict "httpPort" 9103) */}}
 {{- define "cachefs.csiProbes" -}}
 ports:
+  - name: metrics
+    containerPort: {{ .httpPort }}
   - name: healthz
     containerPort: 9808
 # Whom it asks may be away for a while, as in an upgrade: to start the driver again would only make that longer.
@@ -377,6 +390,28 @@ livenessProbe:
   periodSeconds: 10
   timeoutSeconds: 7
   failureThreshold: 30
+# An update waits for it, and does not take the next one away as long as this one can do nothing.
+readinessProbe:
+  httpGet: {path: /readyz, port: metrics}
+  periodSeconds: 10
+  timeoutSeconds: 7
+{{- end -}}
+
+{{/* By which the operator of Prometheus finds pods that nobody else asks over the network. */}}
+{{- define "cachefs.metricsService" -}}
+apiVersion: v1
+kind: Service
+metadata:
+  {{- include "cachefs.meta" . | nindent 2 }}
+spec:
+  # For monitoring alone.
+  clusterIP: None
+  selector:
+    {{- include "cachefs.selector" . | nindent 4 }}
+  ports:
+    - name: metrics
+      port: {{ .httpPort }}
+      targetPort: metrics
 {{- end -}}
 
 {{/* The spec of a Job that loads. (dict "root" $ "this" $this "load" $load) */}}
