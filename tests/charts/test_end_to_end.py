@@ -50,7 +50,8 @@ def values(bucket: Bucket) -> dict[str, Any]:
         f"{secret}namespace": "storage",
     }
     return {
-        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}},
+        # However full the disk of this machine is.
+        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}, "keepFree": "1M"},
         "mounts": {"host": [{"name": "all", "path": "/"}]},
         "csi": {"storageClasses": [{"name": "data", "parameters": parameters, "mountOptions": ["profile=training"]}]},
         "warmup": {"loads": [{"name": "first", "paths": [f"/volumes/{volume_id('pvc-one')}"]}]},

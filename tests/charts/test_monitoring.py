@@ -44,7 +44,8 @@ def scraped() -> set[str]:
         each["metadata"]["labels"]["app.kubernetes.io/component"] for each in of_kind("monitoring", "ServiceMonitor")
     ]
     assert "`mount`" in part_of(text, "node-mounts")
-    parts = {"mounts": ("node-mounts", "mount")}
+    driver = ("CSI driver",)
+    parts = {"mounts": ("node-mounts", "mount"), "csi-controller": driver, "csi-node": driver}
     return {
         name
         for component in watched

@@ -44,8 +44,8 @@ class Scene:
         return sum([(await self.cluster.worker_status(name)).counters.under_store_bytes for name in self.clients])
 
     async def until_known(self, copies: int) -> None:
-        """The master knows of so many copies of blocks, and the workers have heard who is alive: one that came back just
-        now is not asked by those who have not.
+        """The master knows of so many copies of blocks, and the workers have heard who is alive: one that came back
+        just now is not asked by those who have not.
         """
         client = self.clients["worker"]
         with trio.fail_after(20):
