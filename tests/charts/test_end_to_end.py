@@ -50,7 +50,8 @@ def values(bucket: Bucket) -> dict[str, Any]:
         f"{secret}namespace": "storage",
     }
     return {
-        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}},
+        # However full the disk of this machine is.
+        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}, "keepFree": "16M"},
         "mounts": {"host": [{"name": "all", "path": "/"}]},
         "csi": {"storageClasses": [{"name": "data", "parameters": parameters, "mountOptions": ["profile=training"]}]},
         "warmup": {"loads": [{"name": "first", "paths": [f"/volumes/{volume_id('pvc-one')}"]}]},
@@ -194,7 +195,7 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
             for pod in PODS
         ]
         # On the node there is the mount of the values, too.
-        everything = machine.of_node("/mnt/cachefs/all")
+        everything = machine.of_node("/var/lib/cachefs/host/all")
         until(lambda: find_mount(everything) is not None, "the mount of the values")
         assert (everything / "volumes" / volumes["two"] / "warm/000").read_bytes() == files["warm/000"]
 
