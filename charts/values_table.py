@@ -21,7 +21,8 @@ with credentials, TLS, upgrades and trouble-shooting, is in [docs/kubernetes.md]
 Kubernetes {kubernetes}. Nobody publishes an image: build the Dockerfile, and push it to a registry of yours first.
 
 ```
-helm install cachefs charts/cachefs --namespace cachefs --create-namespace --set image.repository=registry.example.com/cachefs
+helm install cachefs charts/cachefs --namespace cachefs --create-namespace \\
+  --set image.repository=registry.example.com/cachefs
 ```
 
 Manifests of volumes and of a training job are in [examples/](examples/).
