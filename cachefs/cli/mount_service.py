@@ -49,6 +49,10 @@ _LOOK_S = 2.0
 _ANSWER_S = 10.0
 _OF_THE_HOST = "host:"
 """What the ids of mounts begin with that nobody asks for but this service itself."""
+STARTING_S = 120.0
+"""One that is not served for longer does not keep the service from being ready: it may be of a directory that is gone,
+and a service that is never ready is what the update of a cluster waits for.
+"""
 _BUSY_TRIES, _BUSY_PAUSE_S = 20, 0.1
 
 
@@ -60,6 +64,8 @@ class _Mount:
         self.lock = trio.Lock()
         self.state: Literal["serving", "starting", "dead"] = "dead"
         self.why = ""
+        self.since = trio.current_time()
+        """That it is in this state."""
         self.device = ""
         self.child: Child | None = None
         self.keeper_socket = ""
@@ -72,6 +78,8 @@ class _Mount:
         """No server is started any more."""
 
     def become(self, state: Literal["serving", "starting", "dead"], why: str = "") -> None:
+        if state != self.state:
+            self.since = trio.current_time()
         self.state, self.why = state, why
         self.changed.set()
         self.changed = trio.Event()
@@ -131,11 +139,17 @@ class MountService:
             self._start(mount)
 
     async def why_not_ready(self) -> str | None:
-        waiting = [each.mountpoint for each in self.mounts if each.state == "starting"]
-        return f"{len(waiting)} of {len(self._mounts)} mounts are not served yet" if waiting else None
+        late = trio.current_time() - STARTING_S
+        waiting = sum(each.state == "starting" and each.since > late for each in self._mounts.values())
+        return f"{waiting} of {len(self._mounts)} mounts are not served yet" if waiting else None
 
     def degraded(self) -> list[str]:
-        return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
+        late = trio.current_time() - STARTING_S
+        return [
+            f"{mountpoint}: {each.why}"
+            for mountpoint, each in sorted(self._mounts.items())
+            if each.state == "dead" or (each.state == "starting" and each.since <= late)
+        ]
 
     def watched(self) -> list[tuple[dict[str, str], str]]:
         """(labels, where it shows its metrics) of each server that was told to."""

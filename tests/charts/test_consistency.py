@@ -349,6 +349,22 @@ def test_updates_replace_all_but_keepers() -> None:
     assert all(each["rollingUpdate"]["maxUnavailable"] for each in strategies.values())
 
 
+WRITABLE = ("/var/lib/", "/run/", "/dev/shm/")
+"""Where systems for nodes that are read-only otherwise (Talos, Bottlerocket, Container-Optimized OS) can be written."""
+
+
+@pytest.mark.parametrize("cell", ["defaults", "no csi", "memory only"])
+def test_directories_of_nodes_are_where_every_node_can_be_written(cell: str) -> None:
+    paths = [
+        volume["hostPath"]["path"]
+        for _, pod in workloads(cell)
+        for volume in pod["spec"]["volumes"]
+        if "hostPath" in volume
+    ]
+    assert len(paths) > 5
+    assert [path for path in paths if not path.startswith(WRITABLE)] == []
+
+
 def test_what_a_job_runs_is_part_of_its_name_as_jobs_cannot_be_changed() -> None:
     (job,) = of_kind("warm-up", "Job")
     assert job["metadata"]["name"].startswith("fast-cachefs-warmup-once-")

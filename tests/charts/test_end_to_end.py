@@ -51,7 +51,7 @@ def values(bucket: Bucket) -> dict[str, Any]:
     }
     return {
         # However full the disk of this machine is.
-        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}, "keepFree": "1M"},
+        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}, "keepFree": "16M"},
         "mounts": {"host": [{"name": "all", "path": "/"}]},
         "csi": {"storageClasses": [{"name": "data", "parameters": parameters, "mountOptions": ["profile=training"]}]},
         "warmup": {"loads": [{"name": "first", "paths": [f"/volumes/{volume_id('pvc-one')}"]}]},
@@ -195,7 +195,7 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
             for pod in PODS
         ]
         # On the node there is the mount of the values, too.
-        everything = machine.of_node("/mnt/cachefs/all")
+        everything = machine.of_node("/var/lib/cachefs/host/all")
         until(lambda: find_mount(everything) is not None, "the mount of the values")
         assert (everything / "volumes" / volumes["two"] / "warm/000").read_bytes() == files["warm/000"]
 
@@ -225,8 +225,6 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
             cluster.publish(volume, claim, "a")  # kubelet asks again and again
         reports = [each.stop() for each in readers]
     assert [report.errors for report in reports] == [[]] * 6
-    assert 'cachefs_csi_calls_total{code="OK",method="NodePublishVolume"} 2' in machine.metrics("csi-node")
-    assert 'cachefs_csi_calls_total{code="OK",method="CreateVolume"} 1' in machine.metrics("csi-controller")
     assert all({"held", "mapped", "large", "warm", "cold", "listing"} <= set(report.gaps) for report in reports)
 
     for claim, volume in volumes.items():
