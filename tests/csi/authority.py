@@ -13,8 +13,8 @@ from cachefs.net import Role, copy_tokens, new_tokens
 class Authority:
     """Certificates as the chart has them made, and tokens beside them."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory`: made for its files."""
+    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
+        """`directory`: made for its files. `address`: of master and workers."""
         directory.mkdir()
         self.directory = directory
         self.authority = trustme.CA()
@@ -22,7 +22,7 @@ class Authority:
         self.authority.cert_pem.write_to_path(str(self.ca))
         # Of workers and mounts no name is ever looked at here: nobody connects to the latter, nor to another worker.
         for name in ("master", "worker", "client"):
-            made = self.authority.issue_cert("127.0.0.1" if name != "client" else "client")
+            made = self.authority.issue_cert(address if name != "client" else "client")
             made.private_key_pem.write_to_path(str(directory / f"{name}.key"))
             for number, each in enumerate(made.cert_chain_pems):
                 each.write_to_path(str(directory / f"{name}.crt"), append=number > 0)
