@@ -344,9 +344,20 @@ def test_a_keeper_of_an_earlier_one_is_dropped_too(scene: Scene) -> None:
     scene.start()
     assert scene.who() == {}
     assert ask_node_keeper(scene.path, ["drop", scene.at("a")]) == ""
-    wait(lambda: not os.path.exists(path))
-    assert scene.keepers_of(scene.at("a")) == []
+    wait(lambda: not scene.keepers_of(scene.at("a")))
+    assert not os.path.exists(path)
     assert facts_of(other)["state"] == "none"
+
+
+def test_two_with_sockets_in_one_directory_have_one_keeper_for_a_mountpoint(scene: Scene) -> None:
+    scene.start()
+    path = scene.keep(scene.at("a"))
+    pid = scene.who()[scene.at("a")]
+    first, scene.path = scene.path, str(scene.directory / "second.sock")
+    scene.start()
+    assert scene.keep(scene.at("a")) == path and scene.who() == {}
+    assert facts_of(path)["keeper"] == str(pid) and facts_of(path)["home"] == first
+    assert scene.keepers_of(scene.at("a")) == [pid]
 
 
 def test_both_ends_call_the_socket_of_a_keeper_alike(scene: Scene) -> None:
