@@ -72,7 +72,7 @@ def names():
     return sorted(found)
 
 print("begun", flush=True)
-while not select.select([sys.stdin], [], [], 0)[0]:
+while not rounds or not select.select([sys.stdin], [], [], 0)[0]:
     at = chance.randrange(len(held_bytes) - 4096)
     timed("held", lambda: os.pread(held, 4096, at), held_bytes[at : at + 4096])
     at = chance.randrange(len(mapped_bytes) - 4096)

@@ -11,7 +11,7 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def clean_up(cluster: Cluster) -> None:
     for mountpoint in mounted:
         for role in ("mount-keeper", "mount-server"):
             while (pid := pid_of(role, Path(mountpoint))) is not None:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     for mountpoint in reversed(mounted):
         unmount(mountpoint, lazy=True)
 
@@ -237,7 +238,8 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
         servers = [wait_for("mount-server", Path(cluster.staging(claim))) for claim in CLAIMS]
         machine.kill("mounts")
         for pid in servers:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # they end by themselves, too, without their service
+                os.kill(pid, signal.SIGKILL)
         cluster.start("mounts")
         for claim, volume in volumes.items():
             found = cluster.call(

@@ -21,6 +21,7 @@ from cachefs.fuse import probe
 from cachefs.model import Attr, Ino, MiB
 from cachefs.net import Hello, Peer, open_peer, parse_address
 from cachefs.testing.huge_s3 import DIRECTORY, HugeS3, content_of, name_of, running_huge_s3
+from cachefs.testing.ports import hold_port, port_of
 from cachefs.testing.processes import Running, child_of, mountpoint_below, running
 from cachefs.wire.messages import ListDir, Lookup, Refresh, RefreshReply, ResolvePath
 
@@ -94,7 +95,8 @@ class Scene:
         self.count = count
         self._directory = directory
         self._stack = ExitStack()
-        self._listen = "127.0.0.1:0"
+        # Nobody else gets it while the master is started again.
+        self._listen = f"127.0.0.1:{port_of(self._stack.enter_context(hold_port()))}"
         self.processes: dict[str, Running] = {}
         self._readers = 0
 
@@ -112,7 +114,6 @@ class Scene:
         """Where it was, if it ran before."""
         arguments = ["--data-dir", str(self._directory / "master"), "--listen", self._listen, "--insecure"]
         self._run("master", "--mount", f"/={self.store.url}", "--sync-interval", "1h", *arguments)
-        self._listen = self.processes["master"].facts["listen"]
 
     def _run(self, role: str, *arguments: str | Path) -> None:
         environment = self.store.environment if role == "master" else None

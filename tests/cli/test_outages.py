@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from cachefs.cli.connect import FIRST_CONTACT_S
 from cachefs.fuse import probe
 from cachefs.testing.faulty_s3 import running_faulty_s3
 from cachefs.testing.fixtures import Bucket
@@ -36,7 +37,7 @@ PATIENCE_S = 2.0
 TTL_S = 1.0
 NOTICED_S = 3.0
 """How long it may take to see that a process hangs."""
-SLACK_S = 8.0
+SLACK_S = 15.0
 """For a machine that others use, too."""
 TTLS = [f"--{kind}-timeout={TTL_S:g}s" for kind in ("attr", "entry", "negative")]
 MOUNT = [*TTLS, f"--patience={PATIENCE_S:g}s", "--http", "127.0.0.1:0", "--hung-after", "60s"]
@@ -88,9 +89,17 @@ class Scene:
     def readiness(self, process: str = "mount") -> tuple[int, str]:
         return get(self.cluster.processes[process], "/readyz")
 
-    async def until(self, condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+    async def until(self, condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+        """One that raises OSError is not true yet: whoever asks before all is back may be told of that."""
+
+        def holds() -> bool:
+            try:
+                return condition()
+            except OSError:
+                return False
+
         with trio.fail_after(limit_s):
-            while not await trio.to_thread.run_sync(condition):
+            while not await trio.to_thread.run_sync(holds):
                 await trio.sleep(0.1)
 
     def said(self, line: str) -> int:
@@ -159,7 +168,7 @@ async def test_without_the_master(tmp_path: Path, data: Path, how: str) -> None:
         known = time.monotonic()
         await it.check_known()
         # Nobody waits for each answer anew.
-        assert time.monotonic() - known < NOTICED_S
+        assert time.monotonic() - known < 2 * NOTICED_S
         first = it.value("cachefs_metadata_served_stale_total")
         await expired()
         await it.check_known()
@@ -177,7 +186,7 @@ async def test_without_the_master(tmp_path: Path, data: Path, how: str) -> None:
 
         # Whoever asks is told at once, and what a worker here has to say.
         status, told, seconds = await it.report("--worker-socket", cluster.socket("a"))
-        assert status == 1 and seconds < SLACK_S
+        assert status == 1 and seconds < FIRST_CONTACT_S + SLACK_S
         assert ("master", "does not answer") in troubles(told)
         assert [each["name"] for each in told["workers"]] == ["a"]  # type: ignore[attr-defined]
 
@@ -239,9 +248,9 @@ async def test_without_the_worker(tmp_path: Path, data: Path, how: str) -> None:
         assert it.value("cachefs_worker_outages_total") == 1
         assert it.readiness()[0] == 200
         assert "degraded: no worker has answered for" in it.readiness()[1]
-        status, told, _ = await it.report()
         state = "away" if how == "killed" else "silent"
         await it.until(lambda: metrics(cluster.processes["master"])[f"cachefs_workers state={state}"] == 1)
+        status, told, _ = await it.report()
         assert (status, troubles(told)) == (
             0,
             {("worker", "away" if how == "killed" else "connected, and silent")},
@@ -251,13 +260,7 @@ async def test_without_the_worker(tmp_path: Path, data: Path, how: str) -> None:
         else:
             cluster.go_on("a")
 
-        def is_back() -> bool:
-            try:
-                return (it.root / "cold/1").read_bytes() == DATA["cold/1"]
-            except OSError:
-                return False
-
-        await it.until(is_back)
+        await it.until(lambda: (it.root / "cold/1").read_bytes() == DATA["cold/1"])
         assert it.value("cachefs_worker_away_seconds") == 0
         await it.until(lambda: it.readiness() == (200, "ready\n"))
 
@@ -290,7 +293,8 @@ async def test_without_master_and_worker(tmp_path: Path, data: Path) -> None:
         assert (status, troubles(told)) == (1, {("master", "does not answer"), ("worker", "does not answer")})
         await cluster.start_master()
         cluster.go_on("a")
-        await it.until(lambda: it.readiness() == (200, "ready\n"))
+        for process in ("a", "mount"):
+            await it.until(partial(lambda process: it.readiness(process) == (200, "ready\n"), process))
         assert await it.read("cold/1", PATIENCE_S + SLACK_S) == DATA["cold/1"]
 
 
@@ -305,16 +309,19 @@ async def test_without_the_under_store(tmp_path: Path, s3_bucket: Bucket) -> Non
             await it.check_known()
             assert await it.read("cold/2") == errno.EIO
             await it.check_known()
+            # It looks again behind everybody's back.
+            failing = "cachefs_under_store_failing_seconds path=/"
+            await it.until(lambda: metrics(it.cluster.processes["master"])[failing] > 0)
             status, told, _ = await it.report()
             assert (status, troubles(told)) == (0, {("under-store", "fails")})
             of_worker = [each for each in told["troubles"] if "(worker a)" in each["name"]]  # type: ignore[attr-defined]
             assert len(of_worker) == 1 and of_worker[0]["for_s"] > 0 and of_worker[0]["error"]
             assert len(told["troubles"]) == 2  # type: ignore[arg-type]
             shown = metrics(it.cluster.processes["a"])
-            failing = [value for name, value in shown.items() if name.startswith("cachefs_under_store_failing")]
-            assert len(failing) == 1 and failing[0] > 0
+            values = [value for name, value in shown.items() if name.startswith("cachefs_under_store_failing")]
+            assert len(values) == 1 and values[0] > 0
             of_master = metrics(it.cluster.processes["master"])
-            assert of_master["cachefs_under_store_failing_seconds path=/"] > 0
+            assert of_master[failing] > 0
             assert of_master["cachefs_under_store_failures_total path=/"] > 0
             status, text = it.readiness("a")
             assert status == 200 and text.startswith("ready\ndegraded: the under-store")

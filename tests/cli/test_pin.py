@@ -170,16 +170,16 @@ def test_an_interrupted_pin_goes_on_and_failures_are_listed_exactly(bucket: Buck
         up(bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
     ):
         cachefs(process, "load", "/", "--metadata")
-        far.delay_s = 0.1
+        # So that it is not done before it is interrupted.
+        far.inject("stall", part="train/", after=2, times=1000)
         command = [sys.executable, "-m", "cachefs", "pin", "/train", "--json", "--master", process.facts["master"]]
         pinning = subprocess.Popen([*command, "--concurrency", "1"], stdout=subprocess.PIPE, text=True)
-        while worker(process)["counters"]["under_store_bytes"] < 2 * SIZE:
-            pass
+        far.wait_stalled()
         pinning.send_signal(signal.SIGTERM)
-        output, _ = pinning.communicate(timeout=30)
+        output, _ = pinning.communicate(timeout=60)
         first = json.loads(output)
         assert pinning.returncode == 130 and first["interrupted"] and 0 < first["loaded_files"] < len(PINNED)
-        far.delay_s = 0.0
+        far.release()
         bucket.delete("train/19")
         done = cachefs(process, "pin", "/train", "--json")
         assert done.returncode == 1

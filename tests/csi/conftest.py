@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Caller:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None and self.process.stdout is not None
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         self.process.stdout.close()
         if self.channel is not None:
             self.channel.close()
@@ -180,7 +180,7 @@ class Rig:
     def end(process: subprocess.Popen[bytes] | None) -> None:
         if process is not None:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
     # ---- one test's ------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,8 @@ class Rig:
         assert found
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in found:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # servers end by themselves, too, without their service
+                    os.kill(pid, number)
         until(lambda: is_gone(mountpoint))
         self.start_service()
 
