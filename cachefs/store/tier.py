@@ -54,7 +54,8 @@ from cachefs.store.partial import (
 )
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.probe import try_disk
-from cachefs.store.quotas import QuotaBook, Quotas
+from cachefs.store.quota_book import QuotaBook
+from cachefs.store.quotas import Quotas
 from cachefs.store.space import Space, allocated_bytes, estimate
 
 logger = logging.getLogger(__name__)
