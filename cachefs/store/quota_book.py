@@ -26,6 +26,15 @@ class QuotaBook:
         self._shared: dict[Ids, dict[BlockId, None]] = {}
         """Those of them that are not pinned and that other nodes hold as well."""
         self._shared_bytes: dict[Ids, int] = {}
+        self.counts = True
+        """Whether what is here counts at all."""
+        self._copies: set[BlockId] = set()
+        """Of what is to go from another tier, and counts there until then."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there are any quotas, and what is here counts for them."""
+        return self._quotas.active and self.counts
 
     def ids(self, block: BlockId) -> Ids:
         """As of `QuotaKeys`, as it was counted."""
@@ -39,6 +48,10 @@ class QuotaBook:
 
     def put(self, block: BlockId, size: int, *, sealed: bool = False) -> None:
         """It takes so many bytes now; 0: it is gone."""
+        if self.active and block not in self._copies:
+            self._put(block, size, sealed=sealed)
+
+    def _put(self, block: BlockId, size: int, *, sealed: bool) -> None:
         charged = self._charged.get(block)
         if charged is None:
             ids, before = self._quotas.keys.of(block.key) if size else (), 0
@@ -65,24 +78,44 @@ class QuotaBook:
     def _add_unpinned(self, ids: Ids, size: int) -> None:
         self._unpinned_bytes[ids] = self._unpinned_bytes.get(ids, 0) + size
 
-    def clear(self) -> None:
-        """Nothing here counts any more."""
+    def restart(self, counts: bool) -> None:
+        """Nothing counts until it is sorted anew; if it does not count, not even then."""
+        self.counts = counts
         taken: dict[Ids, int] = {}
         for ids, size in self._charged.values():
             taken[ids] = taken.get(ids, 0) + size
-        self._charged, self._sieves, self._unpinned_bytes = {}, {}, {}
-        self.unshare_all()
+        self.forget()
         for ids, size in taken.items():
             self._quotas.charge(ids, -size)
 
+    def forget(self) -> None:
+        """There are no quotas any more, which know themselves what that means for them."""
+        self._charged, self._sieves, self._unpinned_bytes = {}, {}, {}
+        self.unshare_all()
+
+    def begin_copy(self, block: BlockId) -> None:
+        """What is made of it here counts for nothing until `end_copy`."""
+        self.put(block, 0)
+        self._copies.add(block)
+
+    def end_copy(self, block: BlockId) -> bool:
+        """Whether it was one; if so, it is to be sorted now."""
+        if block not in self._copies:
+            return False
+        self._copies.discard(block)
+        return True
+
     def sort(self, block: BlockId, size: int, *, sealed: bool) -> None:
         """It may count for others than before."""
+        if not self.counts or block in self._copies:
+            return
         ids = self._quotas.keys.of(block.key) if self._quotas.active else ()
         if ids != self.ids(block):
-            self.put(block, 0)
-            self.put(block, size, sealed=sealed)
+            self._put(block, 0, sealed=False)
+            self._put(block, size, sealed=sealed)
 
     def visit(self, block: BlockId) -> None:
+        """Somebody read it."""
         charged = self._charged.get(block)
         if charged is not None and charged[0] in self._sieves:
             self._sieves[charged[0]].visit(block)
@@ -125,7 +158,7 @@ class QuotaBook:
         """What is sealed here of what is beyond quotas, once those are gone which are idle: what is pinned, or others
         hold as well, is left out.
         """
-        over = self._quotas.over()
+        over = self._quotas.over() if self._quotas.active else {}
         if not over:
             return 0
         loose = {ids: size - self._shared_bytes.get(ids, 0) for ids, size in self._unpinned_bytes.items()}
@@ -156,5 +189,14 @@ class QuotaBook:
 
     def candidates(self, quota: int) -> Iterator[BlockId]:
         """Sealed blocks of a quota that are not pinned, in the order to give them up; the largest part of it first."""
-        for ids in sorted(self._parts(quota), key=lambda ids: len(self._sieves[ids]), reverse=True):
-            yield from self._sieves[ids].candidates()
+        # Of what is forgotten meanwhile, the rest is offered still.
+        for sieve in sorted((self._sieves[ids] for ids in self._parts(quota)), key=len, reverse=True):
+            yield from sieve.candidates()
+
+    def over_candidates(self) -> Iterator[BlockId]:
+        """Sealed blocks of quotas that more is taken of than may be, as `candidates`, for as long as that is so."""
+        for quota in self._quotas.over() if self._quotas.active else ():
+            for block in self.candidates(quota):
+                if not self._quotas.is_over(quota):
+                    break
+                yield block

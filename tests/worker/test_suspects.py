@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from cachefs.store import TierConfig, open_store
-from cachefs.store import tier as tier_module
+from cachefs.store import TierConfig, block_files, open_store
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal
 from cachefs.worker.suspects import Suspects
 
@@ -25,7 +24,7 @@ async def test_a_block_that_is_being_verified_may_be_sealed_yet(
             seal(store, block(number), content(number, 2 * PAGE))
     facts = tmp_path / "tier" / "tier.json"
     facts.write_text(facts.read_text().replace('"boot_id": "', '"boot_id": "another '))
-    begun, go_on, verify_pages = trio.Event(), threading.Event(), tier_module.verify_pages
+    begun, go_on, verify_pages = trio.Event(), threading.Event(), block_files.verify_pages
 
     def slowly(*arguments: object) -> None:
         trio.from_thread.run_sync(begun.set)
@@ -35,7 +34,7 @@ async def test_a_block_that_is_being_verified_may_be_sealed_yet(
     with open_store((tier,), GEOMETRY, CLUSTER) as store:
         suspects = Suspects(store)
         assert suspects.left == 2
-        monkeypatch.setattr(tier_module, "verify_pages", slowly)
+        monkeypatch.setattr(block_files, "verify_pages", slowly)
         sealed: list[int] = []
         store.on_restored = lambda which, size: trio.from_thread.run_sync(lambda: sealed.append(suspects.left))
         async with trio.open_nursery() as nursery:
