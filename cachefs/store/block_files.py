@@ -18,7 +18,7 @@ from cachefs.model import BlockCorruptError, BlockId
 from cachefs.store import sums
 from cachefs.store.blame import is_of_the_medium, is_of_the_process
 from cachefs.store.layout import READ_FLAGS, data_name, is_in_the_way, sums_name, unlink_if_exists
-from cachefs.store.partial import open_uncached, verify_pages
+from cachefs.store.page_io import open_uncached, verify_pages
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from cachefs.store.copying import open_original
 from cachefs.store.dormant import Dormant
 from cachefs.store.eviction import Eviction
 from cachefs.store.layout import Layout, open_layout, tier_errors
-from cachefs.store.partial import Partial, open_cached
+from cachefs.store.page_io import open_cached
+from cachefs.store.partial import Partial
 from cachefs.store.partials import Partials
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.portions import portions
