@@ -133,7 +133,7 @@ class Master:
             yield progress
 
     async def get_status(self, request: m.GetMasterStatus, session: Session) -> m.MasterStatus:
-        mounts, totals = await self._mount_infos(self._namespace.mounted())
+        mounts, totals = await self._mount_infos(self._namespace.mounts.all())
         uptime_s = trio.current_time() - self._started
         return m.MasterStatus(self._info, uptime_s, mounts, self._cluster.workers.infos(totals))
 
@@ -247,7 +247,7 @@ class Master:
 
 
 def _store_infos(namespace: Namespace) -> list[m.StoreInfo]:
-    return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in namespace.mounted()]
+    return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in namespace.mounts.all()]
 
 
 async def run_master(
@@ -269,7 +269,7 @@ async def run_master(
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
-                attaching = Attaching(namespace, holder)
+                attaching = Attaching(namespace.mounts, holder)
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
                 nursery.start_soon(cluster.workers.run)
                 pinning = Pinning(store, writer, namespace.pins, cluster.workers, geometry)

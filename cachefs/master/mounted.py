@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cachefs.meta import Mount
-from cachefs.model import ObjectInfo, StaleError, UnavailableError
+from cachefs.model import NotFoundError, ObjectInfo, StaleError, UnavailableError
 from cachefs.ufs import StoreHealth, UnderStore, open_under_store
 from cachefs.ufs.files import Claim, Keep
 
@@ -66,6 +66,16 @@ class MountedStore:
         if self.is_told:
             self.is_told = False
             logger.info("under-store answers again mount=%s", self.mount.path)
+
+    def serve_stale(self, error: Exception) -> None:
+        """It failed, and what is known of it is served: counted, and logged once."""
+        self.serving_stale += 1
+        if isinstance(error, NotFoundError):
+            # A root that is gone is no answer of a store that is well.
+            self.health.failed(error)
+        if not self.is_told:
+            self.is_told = True
+            logger.warning("under-store fails, serving what is known mount=%s error=%s", self.mount.path, error)
 
     def check_attached(self) -> None:
         """To be called, without a checkpoint, before what it was found to have is written: names of one that was

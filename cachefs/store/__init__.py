@@ -6,7 +6,8 @@ from cachefs.store.layout import running_boot_id
 from cachefs.store.partial import Partial
 from cachefs.store.pieces import PageAt, PieceSums
 from cachefs.store.pinned import PinnedKeys
-from cachefs.store.quotas import QuotaKeys, Quotas, Rule, Use
+from cachefs.store.quota_keys import QuotaKeys
+from cachefs.store.quotas import Quotas, Rule, Use
 from cachefs.store.reader import SealedReader, a_file_of_tier
 from cachefs.store.store import Store, open_store
 from cachefs.store.sums import page_checksum

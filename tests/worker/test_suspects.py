@@ -9,8 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from cachefs.store import TierConfig, open_store
-from cachefs.store import tier as tier_module
+from cachefs.store import TierConfig, block_files, open_store
 from cachefs.testing import cluster as clusters
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal
 from cachefs.worker.suspects import Suspects
@@ -31,7 +30,7 @@ async def test_a_block_that_is_being_verified_may_be_sealed_yet(
         for number in range(2):
             seal(store, block(number), content(number, 2 * PAGE))
     boot_again(tmp_path / "tier")
-    begun, go_on, verify_pages = trio.Event(), threading.Event(), tier_module.verify_pages
+    begun, go_on, verify_pages = trio.Event(), threading.Event(), block_files.verify_pages
 
     def slowly(*arguments: object) -> None:
         trio.from_thread.run_sync(begun.set)
@@ -41,7 +40,7 @@ async def test_a_block_that_is_being_verified_may_be_sealed_yet(
     with open_store((tier,), GEOMETRY, CLUSTER) as store:
         suspects = Suspects(store)
         assert suspects.left == 2
-        monkeypatch.setattr(tier_module, "verify_pages", slowly)
+        monkeypatch.setattr(block_files, "verify_pages", slowly)
         sealed: list[int] = []
         store.on_restored = lambda which, size: trio.from_thread.run_sync(lambda: sealed.append(suspects.left))
         async with trio.open_nursery() as nursery:
@@ -62,7 +61,7 @@ async def test_a_block_that_is_being_verified_is_not_fetched_by_its_readers(
     data, tier, written = tmp_path / "data", tmp_path / "tier", content(1, size)
     data.mkdir()
     (data / "file").write_bytes(written)
-    begun, go_on, verify_pages = threading.Semaphore(0), threading.Event(), tier_module.verify_pages
+    begun, go_on, verify_pages = threading.Semaphore(0), threading.Event(), block_files.verify_pages
 
     def slowly(*arguments: object) -> None:
         begun.release()
@@ -77,7 +76,7 @@ async def test_a_block_that_is_being_verified_is_not_fetched_by_its_readers(
         assert await client.promote(attr.ino)
         await cluster.stop("worker")
         boot_again(tier)
-        monkeypatch.setattr(tier_module, "verify_pages", slowly)
+        monkeypatch.setattr(block_files, "verify_pages", slowly)
         got: list[bytes] = []
 
         async def read() -> None:
