@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import trio
 
+from cachefs.master.attached import Attached
 from cachefs.master.load import Load
 from cachefs.master.mounted import MountedStore
 from cachefs.master.pins import Pins
@@ -104,6 +105,7 @@ class Namespace:
         self._has_forgotten_denied = False
         self._attaching = trio.Lock()
         self.watchers = Watchers()
+        self.attached = Attached(self._mounted, store.newest_mount())
         self.pins = Pins(store)
         self.quotas = Quotas(store)
 
@@ -417,6 +419,7 @@ class Namespace:
 
         def attached(mount: Mount) -> None:
             self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
+            self.attached.added(mount.mount_id)
             if new is None:
                 # What was a directory above mounts has other names now.
                 self.watchers.tell_everything()
@@ -455,6 +458,7 @@ class Namespace:
 
         def reopened(_: None) -> None:
             mounted.reopened(url, options, ufs, close)
+            self.attached.renewed()
             along.then()
 
         async with self._attaching:
@@ -478,6 +482,7 @@ class Namespace:
 
         def detached(_: None) -> None:
             mounted.let_go()
+            self.attached.removed(mounted.mount.mount_id)
             self.watchers.tell_everything()
             self._note_change(None)
             if along is not None:
