@@ -30,6 +30,7 @@ ACCESS: Allowed = {
     # Credentials of under-stores, and what the others believe about who holds what.
     c.RegisterWorker: WORKERS,
     m.GetStores: WORKERS,
+    m.WatchStores: WORKERS,
     m.Resolve: WORKERS,
     m.ResolveNext: WORKERS,
     m.ReportChanged: WORKERS,

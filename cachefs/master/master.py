@@ -74,6 +74,7 @@ class Master:
         service.on(m.AddStore, self.add_store)
         service.on(m.RemoveStore, self.remove_store)
         service.on(m.GetStores, self.get_stores)
+        service.on_stream(m.WatchStores, self.watch_stores)
         service.on(m.Pin, self.pin)
         service.on(m.Unpin, self.unpin)
         service.on(m.ListPins, self.list_pins)
@@ -180,6 +181,12 @@ class Master:
         self._check_namespace(session)
         return m.Stores(_store_infos(self._namespace))
 
+    async def watch_stores(self, request: m.WatchStores, session: Session) -> AsyncGenerator[m.StoresInUse, None]:
+        self._check_namespace(session)
+        async with aclosing(self._namespace.mounts.told.watch()) as changes:
+            async for each in changes:
+                yield each
+
     async def pin(self, request: m.Pin, session: Session) -> m.PinReply:
         paths = [normalise_mount_path(path, "PATH") for path in request.paths]
         for path in paths:
@@ -269,6 +276,7 @@ async def run_master(
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
+                del mounted  # whose credentials go with each that is removed
                 attaching = Attaching(namespace.mounts, holder)
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
                 nursery.start_soon(cluster.workers.run)
@@ -294,6 +302,7 @@ async def run_master(
                         jobs=jobs,
                         quotas=shares,
                         leases=lambda: len(cluster.leases),
+                        open_stores=lambda: holder.opened,
                     )
                     service.observe = parts.requests.observe
                     nursery.start_soon(watch_master, monitor, parts)

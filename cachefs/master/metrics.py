@@ -39,6 +39,8 @@ class MasterParts:
     requests: Times[str] = field(default_factory=Times)
     leases: Callable[[], int] | None = None
     """How many origin leases are granted."""
+    open_stores: Callable[[], int] | None = None
+    """How many under-stores are open."""
     held: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Worker -> (blocks, bytes), as counted last."""
 
@@ -85,6 +87,11 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
     gauge("cachefs_writes_waiting", "Writes that wait for the next transaction.", lambda parts: parts.writer.waiting),
     gauge("cachefs_watchers", "Mounts that are told what changes.", lambda parts: len(parts.namespace.watchers)),
     gauge("cachefs_under_stores", "Under-stores that are attached.", lambda parts: len(parts.namespace.mounts.all())),
+    gauge(
+        "cachefs_under_stores_open",
+        "Under-stores it has open: those that are attached, and for a while those that are tried, replaced or removed.",
+        lambda parts: parts.open_stores and parts.open_stores(),
+    ),
     gauge(
         "cachefs_under_stores_failing",
         "Of those, the ones at which the last look failed.",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import trio
 
+from cachefs.master.attached import Attached
 from cachefs.master.checks import Checks
 from cachefs.master.inodes import get_directory
 from cachefs.master.mounted import MountedStore
@@ -41,6 +42,7 @@ class MountTable:
         self._news = news
         self._mounted = {each.mount.mount_id: each for each in mounted}
         self._changing = trio.Lock()
+        self.told = Attached(self._mounted, store.newest_mount())
 
     # ---- what is attached ------------------------------------------------------------------------------------------
 
@@ -118,6 +120,7 @@ class MountTable:
 
         def attached(mount: Mount) -> None:
             self._mounted[mount.mount_id] = MountedStore(mount, url, options, ufs, True, close)
+            self.told.added(mount.mount_id)
             self._news.attached(new)
             if along is not None:
                 along.then()
@@ -150,6 +153,7 @@ class MountTable:
 
         def reopened(_: None) -> None:
             mounted.reopened(url, options, ufs, close)
+            self.told.renewed()
             along.then()
 
         async with self._changing:
@@ -163,6 +167,7 @@ class MountTable:
 
         def detached(_: None) -> None:
             mounted.let_go()
+            self.told.removed(mounted.mount.mount_id)
             self._news.detached()
             if along is not None:
                 along.then()

@@ -110,6 +110,8 @@ class Holder:
     """Opens under-stores, and holds each in a task of `nursery` until it is let go of."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
+        self.opened = 0
+        """How many are open, those among them that are being tried or closed."""
         self._nursery = nursery
 
     async def open(self, url: str, options: Mapping[str, str]) -> tuple[UnderStore, Callable[[], None]]:
@@ -121,9 +123,15 @@ class Holder:
     async def _hold(
         self, url: str, options: Mapping[str, str], let_go: trio.Event, task_status: trio.TaskStatus[UnderStore]
     ) -> None:
-        async with open_under_store(url, options) as ufs:
-            task_status.started(ufs)
-            await let_go.wait()
+        opened = False
+        try:
+            async with open_under_store(url, options) as ufs:
+                opened = True
+                self.opened += 1
+                task_status.started(ufs)
+                await let_go.wait()
+        finally:
+            self.opened -= opened
 
 
 class UnopenedStore:

@@ -417,7 +417,7 @@ class _Pages:
 async def open_s3(url: str, options: Mapping[str, str]) -> AsyncGenerator[S3Store, None]:
     """Raises ConfigError for a wrong URL or option. Does not talk to the store yet."""
     config = parse_s3(url, options)
-    with open_bridge("cachefs-s3") as bridge:
+    async with open_bridge("cachefs-s3") as bridge:
 
         async def set_up() -> tuple[Any, RangeReader | None]:
             arguments = dict(config.session)
@@ -437,8 +437,7 @@ async def open_s3(url: str, options: Mapping[str, str]) -> AsyncGenerator[S3Stor
         try:
             yield S3Store(config, client, ranges, bridge)
         finally:
-            with trio.CancelScope(shield=True):
-                await bridge.run(client.close)
+            await bridge.close(client.close, f"s3://{config.bucket}")
 
 
 def parse_time(text: Any) -> datetime:

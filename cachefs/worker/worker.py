@@ -150,8 +150,17 @@ class Worker:
             m.StoreState(origin, each.failing_s, each.failures, each.last_error)
             for origin, each in sorted(self._sources.health.items())
         ]
-        name, away_s = self._config.name, self._sources.master_away_s
-        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_s)
+        return m.WorkerStatus(
+            name=self._config.name,
+            namespace_id=self._sources.namespace_id,
+            uptime_s=uptime_s,
+            tiers=tiers,
+            counters=counters,
+            opens=opens,
+            stores=stores,
+            master_away_s=self._sources.master_away_s,
+            open_stores=self._sources.open_stores,
+        )
 
 
 def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
@@ -230,7 +239,7 @@ async def run_worker(
             labels=dict(config.labels),
         )
         link = MasterLink(config.master, registration, security=config.security)
-        sources = Sources(link, nursery)
+        sources = Sources(link, nursery, config.removed_store_idle_s)
         pins, quotas = Pins(), QuotaFollower()
         members = Members(config.name, config.labels)
         tasks = Tasks()
@@ -246,7 +255,7 @@ async def run_worker(
                     )
                 logger.warning("the master has another namespace now, inode numbers are forgotten")
             known = cluster
-            await sources.add(cluster.namespace_id, registered.stores)
+            await sources.registered(cluster.namespace_id, registered.stores)
 
         async def follow(peer: Peer) -> None:
             async with trio.open_nursery() as following:
@@ -254,9 +263,10 @@ async def run_worker(
                 following.start_soon(_keep_following, quotas.follow, peer)
                 following.start_soon(_keep_following, members.follow, peer)
                 following.start_soon(_keep_following, tasks.follow, peer)
+                following.start_soon(_keep_following, sources.follow, peer)
 
-        registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
-        geometry, cluster = registered.cluster.geometry, registered.cluster
+        cluster: m.ClusterInfo = await nursery.start(link.serve, on_registered, follow)
+        geometry = cluster.geometry
         with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys, quotas=quotas.quotas) as store:
             pins.apply, quotas.apply = store.apply_pins, store.quotas.apply
             quotas.idle, quotas.trim = store.quotas.idle_bytes, store.quotas.trim
