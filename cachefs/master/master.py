@@ -24,7 +24,7 @@ from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.metrics import Monitor
 from cachefs.model import Geometry, NamespaceChangedError, NotADirectory, without_credentials
-from cachefs.net import Address, Hello, Service, Session, open_background, serve
+from cachefs.net import Address, Hello, Service, Session, answer_ping, open_background, serve
 from cachefs.wire import messages as m
 from cachefs.wire import quotas as q
 
@@ -61,6 +61,7 @@ class Master:
 
     def service(self) -> Service:
         service = Service(ACCESS)
+        service.on_at_once(m.Ping, answer_ping)
         service.on(m.GetCluster, self.get_cluster)
         service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
