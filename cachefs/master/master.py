@@ -19,6 +19,7 @@ from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
 from cachefs.master.quotas import QuotaControl, QuotaShares
+from cachefs.master.unopened import UnopenedStore, open_when_it_answers
 from cachefs.master.volumes import Volumes
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
@@ -270,6 +271,9 @@ async def run_master(
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
+                for each in mounted:
+                    if isinstance(each.ufs, UnopenedStore):
+                        nursery.start_soon(open_when_it_answers, holder, each)
                 attaching = Attaching(namespace, holder)
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
                 nursery.start_soon(cluster.workers.run)
