@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachefs.cli.node import NODE_METRICS
+from cachefs.cli.restarts import RESTART_METRICS
 from cachefs.fuse.metrics import MOUNT_METRICS
 from cachefs.master.metrics import MASTER_METRICS
 from cachefs.metrics import BOUNDS_S, Metric
 from cachefs.worker.metrics import WORKER_METRICS
 
 PROCESSES: dict[str, Sequence[Metric[Any]]] = {
-    "master": MASTER_METRICS,
-    "worker": WORKER_METRICS,
+    "master": [*MASTER_METRICS, *RESTART_METRICS],
+    "worker": [*WORKER_METRICS, *RESTART_METRICS],
     "mount": MOUNT_METRICS,
     "node-mounts": NODE_METRICS,
 }

@@ -18,6 +18,7 @@ from cachefs.cli.common import json_ready_option, log_level_option, supervised_o
 from cachefs.cli.lifecycle import LEAST_OPEN_FILES, Report, run_service, set_up_logging
 from cachefs.cli.memory_limit import check_memory_tiers, memory_limit
 from cachefs.cli.monitoring import http_option, monitored
+from cachefs.cli.restarts import RESTART_METRICS, Restarts, restarts_option
 from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
 from cachefs.master import MasterConfig, run_master
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 @security_options
 @log_level_option
 @json_ready_option
+@restarts_option
 @supervised_option
 def master(
     data_dir: str,
@@ -66,6 +68,7 @@ def master(
     http: Address | None,
     log_level: str,
     as_json: bool,
+    restarts: tuple[int, int],
     supervised_fd: int | None,
 ) -> None:
     """Keep the namespace: names, attributes, and which worker holds what."""
@@ -82,7 +85,8 @@ def master(
         block_size=block_size,
         page_size=page_size,
     )
-    run_service("master", partial(_run_and_report, "master", run_master, config, http), supervised_fd, as_json=as_json)
+    service = partial(_run_and_report, "master", run_master, config, http, Restarts(*restarts))
+    run_service("master", service, supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -136,6 +140,7 @@ def master(
 @security_options
 @log_level_option
 @json_ready_option
+@restarts_option
 @supervised_option
 def worker(
     name: str,
@@ -152,6 +157,7 @@ def worker(
     http: Address | None,
     log_level: str,
     as_json: bool,
+    restarts: tuple[int, int],
     supervised_fd: int | None,
 ) -> None:
     """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict.
@@ -177,7 +183,7 @@ def worker(
     async def service(report: Report) -> None:
         check_memory_tiers(config.tiers, memory_limit())
         _tell_tiers_that_are_too_large(config.tiers)
-        await _run_and_report("worker", run_worker, config, http, report)
+        await _run_and_report("worker", run_worker, config, http, Restarts(*restarts), report)
 
     run_service("worker", service, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
 
@@ -205,9 +211,13 @@ def _least_open_files(config: WorkerConfig) -> int:
     return LEAST_OPEN_FILES + 4 * (fetched + config.peer_slots)
 
 
-async def _run_and_report(role: str, run: Any, config: Any, http: Address | None, report: Report) -> None:
+async def _run_and_report(
+    role: str, run: Any, config: Any, http: Address | None, restarts: Restarts, report: Report
+) -> None:
     """Run a service and report the addresses it listens on."""
     async with monitored(role, http) as shown, trio.open_nursery() as nursery:
+        if shown.monitor is not None:
+            shown.monitor.watch(RESTART_METRICS, restarts)
         addresses: list[Address] = await nursery.start(run, config, shown.monitor)
         report({"listen": str(addresses[0]), **shown.facts})
 

@@ -10,6 +10,7 @@ from cachefs.wire import quotas as q
 from cachefs.wire import volumes as v
 
 ACCESS: Allowed = {
+    m.Ping: EVERYONE,
     # Reading, and what it brings about.
     m.GetCluster: EVERYONE,
     m.GetAttr: EVERYONE,

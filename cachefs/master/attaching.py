@@ -11,7 +11,8 @@ import msgspec
 import trio
 
 from cachefs.master.mount_table import Along, MountTable
-from cachefs.master.mounted import Holder, MountedStore, UnopenedStore
+from cachefs.master.mounted import Holder, MountedStore
+from cachefs.master.unopened import UnopenedStore
 from cachefs.meta import Added, MetaStore, is_below, normalise_mount_path
 from cachefs.model import (
     VOLUMES_PATH,
@@ -26,7 +27,7 @@ from cachefs.model import (
     format_size,
     without_credentials,
 )
-from cachefs.ufs import UnderStore, at_most
+from cachefs.ufs import UnderStore, at_most, likely_origin
 from cachefs.wire.messages import StoreInfo
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,25 @@ async def open_mounts(
 
     Raises ConfigError; NotFoundError, DeniedError, UnavailableError when a store that it is told does not answer; one
     that was mounted before may be unavailable. Those added by hand never keep it from starting: without it, nobody
-    could remove them.
+    could remove them. In the place of one that cannot be opened is an `UnopenedStore`.
     """
     gone = store.removed_mounts()
     opened: dict[str, tuple[str, dict[str, str], UnderStore, Callable[[], None], CachefsError | None]] = {}
     pairs = []
     for path, url in told:
-        ufs, close = await _open(holder, url, options)
         path = normalise_mount_path(path)
+        try:
+            ufs, close = await _open(holder, url, options)
+        except UnavailableError as refusal:
+            origin = likely_origin(url)
+            if origin is None or not store.is_attached(path, origin):
+                raise
+            logger.warning(
+                "under-store cannot be opened yet, serving what is known origin=%s error=%s", origin, refusal
+            )
+            pairs.append((path, origin))
+            opened[path] = (url, options, UnopenedStore(origin, refusal), lambda: None, refusal)
+            continue
         pairs.append((path, ufs.origin))
         if (path, ufs.origin) in gone:
             logger.warning(

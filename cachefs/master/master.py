@@ -19,12 +19,13 @@ from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
 from cachefs.master.quotas import QuotaControl, QuotaShares
+from cachefs.master.unopened import open_when_they_answer
 from cachefs.master.volumes import Volumes
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.metrics import Monitor
 from cachefs.model import Geometry, NamespaceChangedError, NotADirectory, without_credentials
-from cachefs.net import Address, Hello, Service, Session, open_background, serve
+from cachefs.net import Address, Hello, Service, Session, answer_ping, open_background, serve
 from cachefs.wire import messages as m
 from cachefs.wire import quotas as q
 
@@ -61,6 +62,7 @@ class Master:
 
     def service(self) -> Service:
         service = Service(ACCESS)
+        service.on_at_once(m.Ping, answer_ping)
         service.on(m.GetCluster, self.get_cluster)
         service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
@@ -276,6 +278,7 @@ async def run_master(
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
+                open_when_they_answer(nursery, holder, mounted)
                 del mounted  # whose credentials go with each that is removed
                 attaching = Attaching(namespace.mounts, holder)
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from cachefs.meta import Mount
-from cachefs.model import NotFoundError, ObjectInfo, StaleError, UnavailableError
+from cachefs.model import NotFoundError, StaleError
 from cachefs.ufs import StoreHealth, UnderStore, open_under_store
-from cachefs.ufs.files import Claim, Keep
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +91,11 @@ class MountedStore:
         """That it is removed could not be written: it is not."""
         self._removed = False
 
+    @property
+    def is_gone(self) -> bool:
+        """It is removed for good."""
+        return self._let_go
+
     def let_go(self) -> None:
         """It is removed for good, and closed as soon as nobody looks at it."""
         self._let_go = True
@@ -132,29 +136,3 @@ class Holder:
                 await let_go.wait()
         finally:
             self.opened -= opened
-
-
-class UnopenedStore:
-    """In the place of one that could be opened when it was added, and cannot now: what is known of it is served."""
-
-    def __init__(self, origin: str, reason: Exception) -> None:
-        self.origin = origin
-        self.hidden_keys = 0
-        self._reason = reason
-
-    def _error(self) -> UnavailableError:
-        return UnavailableError(f"{self.origin} could not be opened: {self._reason}")
-
-    async def stat(self, path: str) -> ObjectInfo:
-        raise self._error()
-
-    def list_dir(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[list[ObjectInfo]]]:
-        raise self._error()
-
-    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
-        raise self._error()
-
-    async def read_files(
-        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
-    ) -> list[Exception | None]:
-        raise self._error()

@@ -182,6 +182,13 @@ def directory_of(url: str) -> str:
     return root
 
 
+def likely_origin(url: str) -> str | None:
+    """Of the store at a file:// URL, where symbolic links do not lead elsewhere: found without looking at the path, as
+    it may hang. None for other URLs, which nothing has to be looked at for. Raises ConfigError.
+    """
+    return f"file://{os.path.normpath(directory_of(url))}" if url.startswith("file://") else None
+
+
 @asynccontextmanager
 async def open_local(url: str, options: Mapping[str, str]) -> AsyncGenerator[LocalStore, None]:
     """Raises ConfigError for a wrong URL or option."""

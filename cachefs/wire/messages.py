@@ -43,6 +43,10 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     """It was done; there is nothing to tell."""
 
 
+class Ping(Request[Done], frozen=True):
+    """To master and worker, from anyone: a sign of life. Answered at once, whatever else they do for whoever asks."""
+
+
 # ---- to the master, from anyone ------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import trio
 
 from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
-from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
+from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, answer_ping, listening, serve_on
 from cachefs.store import Store, Tier, TierState, open_store, running_boot_id
 from cachefs.wire import cluster as c
 from cachefs.wire import control
@@ -81,6 +81,7 @@ class Worker:
 
     def service(self) -> Service:
         service = Service()
+        service.on_at_once(m.Ping, answer_ping)
         service.observe = self.times.observe if self.times is not None else None
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
@@ -94,6 +95,7 @@ class Worker:
     def public_service(self) -> Service:
         """What is answered over TCP, to other workers, to mounts of other hosts and to tools."""
         service = Service(ACCESS)
+        service.on_at_once(m.Ping, answer_ping)
         service.on(c.ReadBlock, self._giving.read_block)
         service.on(c.DoubtBlock, self._giving.doubt_block)
         service.on(m.Fetch, self._outside.fetch)

@@ -39,6 +39,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x90",
     ),
     (
+        m.Ping(),
+        b"\x81\xa1q\xa4Ping",
+    ),
+    (
         m.ClusterInfo("c", "n", GEOMETRY, 60.0),
         b"\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00\xce\x00\x01"
         b"\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00",
