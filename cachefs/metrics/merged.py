@@ -29,7 +29,7 @@ def merged(own: bytes, others: Iterable[Labelled]) -> bytes:
 def _families(text: bytes) -> Iterable[tuple[bytes, Sequence[bytes], Sequence[bytes]]]:
     """(name, lines that describe it, samples) of each metric."""
     name, described, measured = b"", list[bytes](), list[bytes]()
-    for line in text.splitlines():
+    for line in text.split(b"\n"):
         if not line:
             continue
         if not line.startswith(b"#"):

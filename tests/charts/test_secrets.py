@@ -180,6 +180,10 @@ def test_a_tmpfs_of_the_tiers_size_is_mounted_once(tmp_path: Path, is_on_a_tmpfs
             assert mounted.count(str(place)) == mounts + 1
             status = os.statvfs(place)
             assert status.f_blocks * status.f_frsize == mebibytes * 2**20
+        # To a smaller one, which does not fit yet: the worker is started all the same, and evicts.
+        (place / "block").write_bytes(bytes(3 * 2**20))
+        subprocess.run(tmpfs_command(place, 2), check=True, timeout=60)
+        assert (place / "block").stat().st_size == 3 * 2**20
     finally:
         for each in (place, place, shm):
             subprocess.run(["umount", each], check=False, timeout=60, stderr=subprocess.DEVNULL)

@@ -153,7 +153,7 @@ async def open_again(client: Client, cluster: TestCluster, path: str) -> None:
 async def test_one_that_hangs_at_the_start_is_opened_once_it_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool
 ) -> None:
-    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
+    monkeypatch.setattr("cachefs.worker.stores._OPEN_S", 1.0)
     for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
         monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
     (tmp_path / "plain").mkdir()
@@ -188,7 +188,7 @@ async def test_one_that_hangs_and_is_removed_meanwhile_stays_away(
 ) -> None:
     for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
         monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
-    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
+    monkeypatch.setattr("cachefs.worker.stores._OPEN_S", 1.0)
     monkeypatch.setattr("cachefs.master.unopened._FIRST_PAUSE_S", 0.05)
     (tmp_path / "plain").mkdir()
     with trio.fail_after(120):

@@ -44,7 +44,7 @@ def test_what_is_alone_stays_as_it_is() -> None:
     assert merged(text("a", 1), []) == text("a", 1)
 
 
-@pytest.mark.parametrize("value", ["vol-1", 'odd "quoted" \\ name\nof two lines', ""])
+@pytest.mark.parametrize("value", ["vol-1", "carriage\rreturn", 'odd "quoted" \\ name\nof two lines', ""])
 def test_others_are_told_apart_by_their_labels(value: str) -> None:
     shown = samples(
         merged(
