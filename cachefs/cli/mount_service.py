@@ -31,7 +31,7 @@ from cachefs.fuse import (
     is_dead,
     unmount,
 )
-from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts, socket_of
+from cachefs.fuse.keeping import ask, ask_node_keeper, is_listening, parse_facts, socket_of
 from cachefs.model import CachefsError, ConfigError, ExistsError, NamespaceError, TransportError, UnavailableError
 from cachefs.net import Service, Session, open_background
 from cachefs.wire import mounts as m
@@ -47,6 +47,8 @@ _LONGEST_PAUSE_S = 5.0
 _LIVED_S = 30.0
 _LOOK_S = 2.0
 _ANSWER_S = 10.0
+_KEEPER_END_S = 25.0
+"""More than a keeper gives whoever takes its mount away for it."""
 _OF_THE_HOST = "host:"
 """What the ids of mounts begin with that nobody asks for but this service itself."""
 STARTING_S = 120.0
@@ -335,7 +337,7 @@ class MountService:
         if drop:
             with suppress(MountError, TransportError, OSError):
                 await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
-                await self._wait_for_the_end_of(mount.keeper_socket)
+                await self._wait_for_the_end_of_its_keeper(mountpoint)
             with suppress(MountError, OSError):
                 await trio.to_thread.run_sync(self._clear, mountpoint)
                 if find_mount(mountpoint) is None:  # looking at one without a server would take for ever
@@ -344,12 +346,18 @@ class MountService:
         if self._mounts.get(mountpoint) is mount:
             del self._mounts[mountpoint]
 
-    async def _wait_for_the_end_of(self, keeper_socket: str) -> None:
+    async def _wait_for_the_end_of_its_keeper(self, mountpoint: str) -> None:
         """It ends the connection of what was mounted and never answered, though it may not see where that is."""
-        with trio.move_on_after(_ANSWER_S), suppress(TransportError):
-            while keeper_socket:
-                await trio.to_thread.run_sync(ask, keeper_socket, "who", _LOOK_S)
+        with trio.move_on_after(_KEEPER_END_S):
+            # It does not answer any more before it is gone; and until then the next server would find it there.
+            while True:
+                if not is_listening(self._keeper_of(mountpoint)):
+                    return
                 await trio.sleep(0.02)
+
+    def _keeper_of(self, mountpoint: str) -> str:
+        """Where it listens, if there is one."""
+        return socket_of(mountpoint, os.path.dirname(self._node_keeper))
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
@@ -381,7 +389,8 @@ class MountService:
                     if await trio.to_thread.run_sync(find_mount, mount.record.mountpoint) is None and mount.device:
                         mount.device = ""
                         mount.become("dead", "it was unmounted")
-                        logger.warning("unmounted by somebody mountpoint=%s", mount.record.mountpoint)
+                        if not mount.is_to_go:
+                            logger.warning("unmounted by somebody mountpoint=%s", mount.record.mountpoint)
                         return
                     in_a_row = in_a_row + 1 if trio.current_time() < began + _LIVED_S else 1
                     mount.restarts += 1
@@ -473,7 +482,7 @@ class MountService:
         mount, so that we ourselves would keep it from being unmounted.
         """
         with suppress(TransportError, ConfigError):
-            answer = ask(socket_of(mountpoint, os.path.dirname(self._node_keeper)), "who", _LOOK_S)
+            answer = ask(self._keeper_of(mountpoint), "who", _LOOK_S)
             values, _ = parse_facts(answer.removeprefix("keeper "))
             if values.get("state") == "none" and values.get("connection") == str(found.connection):
                 return False

@@ -66,6 +66,10 @@ class Scene:
         return found
 
     def close(self) -> None:
+        with suppress(TransportError):
+            for pid in self.who().values():  # also one that has been started just now, and has no name yet
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for process in self._started:
             process.kill()
             process.wait()
