@@ -15,6 +15,7 @@ from cachefs.wire.volumes import (
     DeleteVolume,
     GetVolume,
     ListVolumes,
+    RenewVolume,
     SetVolumeQuota,
     VolumeInfo,
     VolumeList,
@@ -72,6 +73,10 @@ class Volumes:
     async def set_quota(self, volume_id: str, quota_bytes: int) -> VolumeInfo:
         """As `SetVolumeQuota`."""
         return await self._ask(SetVolumeQuota(volume_id, quota_bytes))
+
+    async def renew(self, volume_id: str, options: Mapping[str, str]) -> VolumeInfo:
+        """As `RenewVolume`."""
+        return await self._ask(RenewVolume(volume_id, dict(options)))
 
     async def _ask(self, request: Request[R]) -> R:
         return (await patiently(lambda: self._master.call(request), self._patience_s)).message

@@ -57,6 +57,7 @@ ACCESS: Allowed = {
     v.CreateVolume: ADMINS,
     v.DeleteVolume: ADMINS,
     v.SetVolumeQuota: ADMINS,
+    v.RenewVolume: ADMINS,
     control.StartJob: ADMINS,
     control.CancelJob: ADMINS,
     control.UndrainWorker: ADMINS,

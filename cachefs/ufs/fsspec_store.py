@@ -35,6 +35,7 @@ from cachefs.model import (
     ThrottledError,
     UnavailableError,
     UnderStoreError,
+    is_credential,
 )
 from cachefs.ufs import options as opts
 from cachefs.ufs import settle
@@ -61,8 +62,6 @@ _CLIENTS = ("_session", "service_client")
 _ELSEWHERE = {"file", "local", "s3", "s3a"}
 _PLACES = ("account_name", "endpoint_url", "host", "org", "port", "ref", "repo", "sha", "url")
 """Options that say which store it is. No others are shown or become part of `origin`: they may be secret."""
-_SECRETS = ("key", "pass", "secret", "token", "user")
-"""What names of options contain whose values stay texts, whatever they look like."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _VERSIONS = (
     "etag",
@@ -476,8 +475,8 @@ def _value(name: str, text: str) -> Any:
             return json.loads(text)
         except ValueError:
             raise ConfigError(f"{opts.KEY} {name}", "{…}", "a JSON object") from None
-    if any(part in name.lower() for part in _SECRETS):
-        return text
+    if is_credential(name):
+        return text  # whatever it looks like
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return int(text) if text.isascii() and text.isdecimal() else text

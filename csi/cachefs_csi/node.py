@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ import xxhash
 
 from cachefs.client.volumes import Volumes
 from cachefs.fuse.mounts_client import NodeMounts
+from cachefs.model import HandshakeError, TransportError
 from cachefs_csi import csi_pb2 as pb
 from cachefs_csi.capabilities import READERS, Mode, check, options_of
 from cachefs_csi.codes import CallError, Code, invalid, missing
 from cachefs_csi.node_volumes import NodeVolumes
-from cachefs_csi.parameters import Source, source_of
+from cachefs_csi.parameters import Source, options_of_secrets, source_of
+
+logger = logging.getLogger(__name__)
 
 _Type = pb.NodeServiceCapability.RPC.Type
 _CAN = (
@@ -143,6 +147,8 @@ class Node:
     async def _path_of(self, volume_id: str, context: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         """Of the namespace."""
         if _MADE.fullmatch(volume_id) and not context.get("url"):
+            if secrets:
+                await self._renew(volume_id, secrets)
             return context.get("path") or (await self._volumes.get(volume_id)).path
         source = _source_of(context, secrets)
         if not source.url:
@@ -152,6 +158,19 @@ class Node:
             raise invalid("volumeAttributes.url", "given", accepted)
         # Its Secret may have been renewed since it was staged at first, here or on another node.
         return await self._attached(f"static/{volume_id}", source, replaces_options=True)
+
+    async def _renew(self, volume_id: str, secrets: Mapping[str, str]) -> None:
+        """The Secret of its class may have been renewed since it was made, or staged last."""
+        if not self._config.may_attach:
+            logger.warning("the Secret of the stage is not used, see --may-attach volume_id=%s", volume_id)
+            return
+        try:
+            await self._volumes.renew(volume_id, options_of_secrets(secrets))
+        except HandshakeError:
+            raise
+        except TransportError as error:
+            # A pod whose data is cached need not wait for a master to come back.
+            logger.warning("the Secret of the stage is not used, the master is away error=%s", error)
 
     async def _attached(self, name: str, source: Source, *, replaces_options: bool = False) -> str:
         made = await self._volumes.create(

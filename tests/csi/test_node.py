@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,42 @@ def test_a_static_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: An
     assert pods.shown(pods.target("pod")) == b"of the bucket"
 
 
+def options_at_master(rig: Any, volume_id: str) -> dict[str, str]:
+    with closing(sqlite3.connect(f"file:{rig.directory}/master/namespace.db?mode=ro", uri=True)) as db:
+        (text,) = db.execute("SELECT options FROM volumes WHERE volume_id = ?", (volume_id,)).fetchone()
+    found: dict[str, str] = json.loads(text)
+    return found
+
+
+def test_a_dynamic_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: Any, pods: Any) -> None:
+    """That of the class for stages; without one nothing changes."""
+    parameters = {"url": rig.s3_url, "ufs.endpoint_url": rig.secrets["endpoint_url"]}
+    keys = {name: rig.secrets[name] for name in ("key", "secret")}
+    asked = {"name": f"pvc-{pods.directory.name}", "parameters": parameters, "volume_capabilities": [rig.READER]}
+    made = rig.controller.call("CreateVolume", **asked, secrets=keys).volume
+    pods.volume_id, pods.context = made.volume_id, dict(made.volume_context)
+    pods.stage()
+    pods.stage(secrets=keys)
+    assert pods.shown(pods.publish("pod")) == b"of the bucket"
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_capability": rig.READER}
+    ask["volume_context"] = pods.context
+    for wrong, says in (
+        ({**keys, "secret": "not-that-secret"}, "PERMISSION_DENIED"),
+        ({**keys, "AWS_ENDPOINT_URL": "http://not-that-secret"}, "ALREADY_EXISTS"),
+    ):
+        code, message = rig.node.refused("NodeStageVolume", **ask, secrets=wrong)
+        assert code == says and "not-that-secret" not in message
+    assert options_at_master(rig, made.volume_id) == rig.secrets
+    renewed = {"AWS_ACCESS_KEY_ID": rig.new_secrets["key"], "AWS_SECRET_ACCESS_KEY": rig.new_secrets["secret"]}
+    pods.stage(secrets=renewed)
+    assert options_at_master(rig, made.volume_id) == rig.new_secrets
+    assert pods.shown(pods.target("pod")) == b"of the bucket"
+    # The provisioner, asked again, finds it.
+    again = rig.controller.call("CreateVolume", **asked, secrets=renewed).volume
+    assert again.volume_id == made.volume_id
+    assert rig.secrets["secret"] not in rig.node.log()
+
+
 def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Path) -> None:
     asked = ("--master", rig.master, "--insecure", "--node-id", "n", "--mounts-socket", rig.directory / "m.sock")
     node = type(rig.node)(tmp_path / "s", rig.directory / "may-not.log", "node", *asked)
@@ -307,6 +345,13 @@ def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Pat
         code, message = node.refused("NodePublishVolume", **fields)
         assert code == "INVALID_ARGUMENT" and "--inline-urls is not given" in message
         assert not os.path.lexists(pods.target("pod")) and pods.mounted() == []
+        # A volume that was made is mounted with the credentials that it has.
+        made = rig.controller.call(
+            "CreateVolume", name=f"pvc-{tmp_path.name}", parameters={"path": "/one"}, volume_capabilities=[rig.READER]
+        ).volume
+        pods.volume_id, context = made.volume_id, dict(made.volume_context)
+        node.call("NodeStageVolume", volume_id=made.volume_id, volume_context=context, **ask)
+        assert "not used, see --may-attach" in node.log()
     finally:
         node.end()
 

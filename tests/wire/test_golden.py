@@ -580,6 +580,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x83\xa1q\xaeSetVolumeQuota\xa2id\xa5vol-1\xabquota_bytes\xcf\x00\x00\x01\x00\x00\x00\x00\x00",
     ),
     (
+        v.RenewVolume("vol-1", {"key": "value"}),
+        b"\x83\xa1q\xabRenewVolume\xa2id\xa5vol-1\xa7options\x81\xa3key\xa5value",
+    ),
+    (
         MOUNT,
         b"\x8a\xa2id\xa5vol-1\xaamountpoint\xa6/mnt/a\xa4path\xae/volumes/vol-1\xa7options\x81\xa3gid\xa17\xa5state"
         b"\xa8starting\xa3why\xb0its server ended\xa6device\xa40:52\xaaserver_pid\x07\xadkeeper_socket\xa6/run/k"
