@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,12 +15,15 @@ import trio
 import trio.testing
 
 from cachefs.client import Client
-from cachefs.model import Attr, BlockId, MiB
+from cachefs.model import Attr, BlockId, CapacityError, MiB
 from cachefs.policy import Promote
 from cachefs.store import Partial, Store, TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.ufs.files import Claim, Keep
+from cachefs.worker.origin import Origin
+from cachefs.worker.sources import Source
 
 FILES = 60
 LIMIT_S = 60
@@ -160,6 +163,49 @@ async def test_what_a_reader_is_about_to_fetch_is_not_fetched_ahead_of_him(
             go.set()
         reads, ahead = await quiet(cluster)
         assert (reads, ahead) == (8, 3)
+
+
+async def test_a_file_that_a_reader_took_out_of_a_batch_and_did_not_get_is_the_next_batchs_own(
+    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch ends while the second one fetches it."""
+    first, second = trio.Event(), trio.Event()
+    begun, ended, asked_again = trio.Event(), trio.Event(), trio.Event()
+    read_files = Origin.read_files
+
+    async def read(
+        origin: Origin, sources: Sequence[Source], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        if sources[-1].attr.ino != attrs[7].ino:
+            return await read_files(origin, sources, keep, at_once, claim)
+        if len(sources) == 4:
+            begun.set()
+            await first.wait()
+            outcomes = await read_files(origin, sources, keep, at_once, claim)
+            ended.set()
+            return outcomes
+        if not asked_again.is_set():
+            asked_again.set()
+            return [CapacityError("no room for its reader")]
+        assert claim(0)
+        await second.wait()
+        return await read_files(origin, sources, keep, at_once, lambda number: True)
+
+    async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
+        monkeypatch.setattr(Origin, "read_files", read)
+        for attr in attrs[:4]:
+            assert await client.view.promote(attr.ino, reader=1)
+        await begun.wait()
+        assert not await client.view.promote(attrs[7].ino, reader=3)
+        for attr in attrs[:4]:
+            assert await client.view.promote(attr.ino, reader=2)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        first.set()
+        await ended.wait()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        second.set()
+        assert await quiet(cluster) == (8, 4)
+        assert all(is_sealed(client, attr) for attr in attrs[4:8])
 
 
 @pytest.mark.parametrize("mode", list(Promote))
