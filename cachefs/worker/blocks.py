@@ -657,7 +657,7 @@ class Blocks:
             await trio.sleep(self._config.idle_partial_s / 2)
             before = trio.current_time() - self._config.idle_partial_s
             for job in list(self._jobs.values()):
-                if job.users == 0 and job.last_asked < before:
+                if job.users == 0 and not job.arriving and job.last_asked < before:
                     self._end(job)
 
     def close(self) -> None:
