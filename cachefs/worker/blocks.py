@@ -532,6 +532,10 @@ class Blocks:
 
     async def _find_job(self, block: BlockId, source: Source, mode: Promote, for_others: bool) -> Job | None:
         job = self._jobs.get(block)
+        if job is not None and job.partial.dropped:
+            # It was begun while its partial was being given up.
+            job.ended = True
+            self._end_if_done(job)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
                 # Whatever nobody fills any more when this worker is to go stays as it is.
