@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -23,6 +24,7 @@ from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 from cachefs.ufs.files import Claim, Keep
 from cachefs.worker.origin import Origin
+from cachefs.worker.prefetch import Prefetch
 from cachefs.worker.sources import Source
 
 FILES = 60
@@ -54,14 +56,33 @@ async def scene(
             yield cluster, client, attrs, store
 
 
+_fetching: set[object] = set()
+"""What is fetched ahead now."""
+
+
+@pytest.fixture(autouse=True)
+def fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = Prefetch._go_on
+
+    async def noted(*args: Any) -> None:
+        it = object()
+        _fetching.add(it)
+        try:
+            await go_on(*args)
+        finally:
+            _fetching.discard(it)
+
+    monkeypatch.setattr(Prefetch, "_go_on", noted)
+
+
 async def quiet(cluster: TestCluster) -> tuple[int, int]:
-    """(reads, files ahead) when nothing more comes."""
+    """(reads, files ahead) when nothing more comes, however long the store takes for what is under way."""
     counters = (await cluster.worker_status()).counters
     while True:
         before = counters
         await trio.testing.wait_all_tasks_blocked(0.2)
         counters = (await cluster.worker_status()).counters
-        if counters == before:
+        if counters == before and not _fetching:
             return counters.under_store_reads, counters.files_ahead
 
 
