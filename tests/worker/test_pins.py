@@ -196,7 +196,8 @@ async def test_a_pin_holds_again_when_what_was_gone_is_back(tmp_path: Path, monk
 
 
 async def test_a_worker_that_does_not_confirm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pins_module, "_CONFIRM_TIMEOUT_S", 0.3)
+    # Enough for the other one, which confirms.
+    monkeypatch.setattr(pins_module, "_CONFIRM_TIMEOUT_S", 3.0)
     async with scene(tmp_path) as (cluster, client, _):
         await list_all(client)
         async with open_peer(cluster.master_address, Hello("worker")) as silent:

@@ -424,11 +424,15 @@ async def test_answers_that_nobody_reads_are_not_made(data: Path, tmp_path: Path
             heads = [asking.head(Kind.REQUEST, number, request) for number, request in enumerate(requests, 1)]
             greedy.sendall(b"".join(heads))
             reads = -1
-            while (counters := (await cluster.worker_status()).counters).under_store_reads != reads:
-                reads = counters.under_store_reads
-                assert await read_all(client, await client.metadata.resolve("/small")) == SMALL
-                await trio.testing.wait_all_tasks_blocked(0.1)
-            assert 10 * MiB < counters.under_store_bytes < 40 * MiB
+            with trio.fail_after(60):
+                # Until it has begun, and then until no more comes.
+                while (
+                    counters := (await cluster.worker_status()).counters
+                ).under_store_bytes <= 10 * MiB or counters.under_store_reads != reads:
+                    reads = counters.under_store_reads
+                    assert await read_all(client, await client.metadata.resolve("/small")) == SMALL
+                    await trio.testing.wait_all_tasks_blocked(0.1)
+            assert counters.under_store_bytes < 40 * MiB
             greedy.setblocking(False)
             left = len(requests)
             with trio.fail_after(60):
