@@ -111,12 +111,12 @@ async def test_a_volume_is_made_read_kept_over_a_restart_and_removed_whatever_is
         assert (made.id, made.name, made.path, made.url) == (volume_id("pvc-1"), "pvc-1", path, own.as_uri())
         assert (made.quota_bytes, made.used_bytes, made.context) == (10 * MiB, 0, context)
         assert await attached(client) == sorted([*around, path]) and await quotas(client) == {path: 10 * MiB}
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await client.metadata.lookup(ROOT_INO, "volumes") is None:
                 await trio.sleep(0.01)
         assert await read(client, f"{path}/deep/file") == OWN
         assert await client.promote((await client.metadata.resolve(f"{path}/deep/file")).ino)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while (told := await volumes.get(made.id)).used_bytes < len(OWN):
                 await trio.sleep(0.05)
         for each in around:
@@ -309,7 +309,7 @@ async def test_no_object_is_touched_and_removing_asks_the_store_nothing(tmp_path
             made = await volumes.create("a", url=f"{s3_bucket.url}/a", options=options, quota_bytes=MiB)
             await volumes.create("dir", path=f"{made.path}")
             assert await read(client, f"{made.path}/file") == b"content"
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while counting.under_way:
                     await trio.sleep(0.01)
             asked = counting.requests()
@@ -711,7 +711,7 @@ async def test_renewed_credentials_are_put_in_place_and_read_with_by_who_had_the
                 "a", url=s3_bucket.url, options=renewed, quota_bytes=10 * MiB, replaces_options=True
             )
             assert (info.id, info.path, info.created_s) == (made.id, made.path, made.created_s)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 # The worker holds the old ones until it is refused.
                 assert await read(client, f"{made.path}/after") == OWN[::-1]
             assert await quotas(client) == {made.path: 10 * MiB}

@@ -22,7 +22,7 @@ async def page(path: str) -> tuple[int, str, bytes] | None:
 
 @asynccontextmanager
 async def server(timeout_s: float = 10.0) -> AsyncIterator[TcpAddress]:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with serving_http(LOOPBACK, page, timeout_s=timeout_s) as address:
             yield address
 

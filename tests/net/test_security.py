@@ -132,7 +132,7 @@ async def serving(
 @asynccontextmanager
 async def peer_of(address: Address, security: Security | None, role: Role = Role.CLIENT) -> AsyncIterator[Peer]:
     presenting = security and security.presenting(role)
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with open_peer(address, Hello("client"), security=presenting) as peer:
             yield peer
 
@@ -213,7 +213,7 @@ async def exchanged(address: Address, sends: list[bytes]) -> list[Kind]:
     async with stream:
         for data in sends:
             await stream.send_all(data)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             try:
                 while data := await stream.receive_some():
                     while data:
@@ -554,7 +554,7 @@ async def test_garbage_on_a_tls_port(tmp_path: Path, mutual: Security) -> None:
             async with stream:
                 await stream.send_all(garbage)
                 await stream.send_eof()
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     async for _ in stream:
                         pass
 
@@ -565,7 +565,7 @@ async def test_silence_on_a_tls_port(tmp_path: Path, mutual: Security, monkeypat
         assert isinstance(address, TcpAddress)
         stream = await trio.open_tcp_stream(address.host, address.port)
         async with stream:
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 assert await stream.receive_some() == b""
 
 

@@ -423,7 +423,7 @@ async def test_answers_nobody_reads_are_few(handlers: Handlers, address: Address
             slow.setblocking(False)
             left = 100
             while left:
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     await trio.lowlevel.wait_readable(slow)
                 with asking.get_buffer() as buffer:
                     count = slow.recv_into(buffer)

@@ -255,7 +255,7 @@ async def test_answers_of_another_version_keep_no_connection(
             await through.read_range(info, 0, size // 2)
             faulty.inject("other-etag", part="/file", times=1)
             assert await through.read_files([info], lambda number, data: None, 4, lambda _: True) == [None]
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             while _sockets() > before + 4:
                 await trio.sleep(0.05)
     finally:
@@ -334,7 +334,7 @@ async def test_a_listing_that_fails_in_the_middle_raises(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while not condition():
             await trio.sleep(0.01)
 
@@ -348,7 +348,7 @@ async def test_cancelled_reads_and_listings_end_at_once_with_their_connections(
     before = faulty.open_connections()
     faulty.inject("stall", part="/file", times=1000)
     faulty.inject("stall", part="list-type=2", times=1000)
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(through.read_range, info, 0, 3)
@@ -425,7 +425,7 @@ async def test_a_cancelled_read_ends_at_once(through: UnderStore, faulty: Faulty
     behind.put({"file": b"content"})
     info = await through.stat("file")
     faulty.inject("stall", part="/file", times=10)
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(through.read_range, info, 0, 3)
             await trio.to_thread.run_sync(faulty.wait_stalled)

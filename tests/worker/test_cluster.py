@@ -45,7 +45,7 @@ class Scene:
     async def until_known(self, copies: int) -> None:
         """The master knows of so many copies of blocks."""
         client = self.clients["worker"]
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while sum(each.blocks for each in (await client.master_status()).workers) != copies:
                 await trio.sleep(0.02)
 
@@ -178,7 +178,7 @@ async def test_a_damaged_copy_is_dropped_where_it_is_and_read_elsewhere(tmp_path
             assert fd is not None
             damage(fd)
         await read_all(second, FILES)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await found.cluster.worker_status()).tiers[0].blocks != len(FILES) - 2:
                 await trio.sleep(0.02)
 

@@ -71,7 +71,7 @@ def sealed_bytes(client: Client, attr: Attr) -> bytes | None:
 
 
 async def until_sealed(cluster: TestCluster, blocks: int) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while (await cluster.worker_status()).tiers[0].blocks < blocks:
             await trio.sleep(0.01)
 
@@ -182,7 +182,7 @@ async def test_an_idle_partial_stays_open_for_the_pages_that_are_on_their_way(
     async with cluster_of(data, tmp_path, idle_partial_s=0.1) as (_, client):
         attr = await client.metadata.resolve("/large")
         reader = client.open_content(attr)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert bytes(await reader.read(0, 100)) == LARGE[:100]
             # Nobody waits for the second page, which is read ahead, and nobody asks for anything meanwhile.
             await begun.wait()
@@ -368,7 +368,7 @@ async def test_the_master_learns_what_workers_hold(data: Path, tmp_path: Path) -
     async with cluster_of(data, tmp_path) as (_, client):
         attr = await client.metadata.resolve("/large")
         await client.promote(attr.ino)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await client.holders(attr, 0) != ["worker"]:
                 await trio.sleep(0.02)
 
