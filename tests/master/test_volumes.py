@@ -593,13 +593,17 @@ async def test_a_volume_that_could_not_be_made_leaves_no_store_open(
         for _ in range(3):
             with pytest.raises(CachefsError):
                 await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
-        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(60):
+            while open_now > 1:
+                await trio.sleep(0.01)
         assert await attached(client) == ["/"] and open_now == 1
         disk.is_full = False
         made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE)
         assert open_now == 2
         await volumes.delete(made.id)
-        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(60):
+            while open_now > 1:
+                await trio.sleep(0.01)
         assert open_now == 1
 
 
@@ -619,7 +623,7 @@ async def test_more_stores_than_workers_can_be_told_of_are_refused(
 async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachefs.master.attaching.FIRST_CONTACT_S", 2.0)
+    monkeypatch.setattr("cachefs.master.attaching.FIRST_CONTACT_S", 4.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         options = {"endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}", "key": "k", "secret": "s"}
         with open_meta_store(str(tmp_path / "master")) as meta:
@@ -628,7 +632,7 @@ async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
                 meta.add_mount(f"/volumes/{number}", f"s3://{number}", f"s3://{number}", options)
         began = trio.current_time()
         async with scene(tmp_path, "/") as (_, client, _):
-            assert 1.9 < trio.current_time() - began < 15
+            assert 3.9 < trio.current_time() - began < 38
             assert len(await attached(client)) == 11
 
 
@@ -636,8 +640,8 @@ async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
 async def test_a_file_server_that_hangs_holds_up_neither_a_start_nor_others(
     tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
-    for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
+    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 2.0)
+    for name, seconds in (("_OPEN_S", 2.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 2.0)):
         monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
     with hanging_directory(tmp_path / "hanging") as hanging:
         with open_meta_store(str(tmp_path / "master")) as meta:

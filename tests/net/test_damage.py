@@ -7,6 +7,7 @@ task is left.
 from __future__ import annotations
 
 import array
+import gc
 import logging
 import os
 import random
@@ -166,6 +167,8 @@ async def target(which: str, directory: Path, expected_lines: int = 0) -> AsyncI
             async with open_peer(it.address, Hello("client")) as another:
                 await another.call(it.request)
             await trio.testing.wait_all_tasks_blocked()
+            # What earlier tests left to the collector would go at any time.
+            gc.collect()
             descriptors, tasks = open_descriptors(), living_tasks()
             with counted_warnings() as lines:
                 yield it

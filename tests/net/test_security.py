@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -473,6 +474,7 @@ async def test_everything_goes_through_tls(tmp_path: Path, mutual: Security) -> 
         async with trio.open_nursery() as nursery:
             for number in range(30):
                 nursery.start_soon(ask, number)
+        gc.collect()
         before = len(os.listdir("/proc/self/fd"))
         with trio.move_on_after(0.01):
             await peer.call(Bytes(16 * MiB))
