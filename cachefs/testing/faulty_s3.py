@@ -87,6 +87,11 @@ class FaultyS3:
         self._released = threading.Event()
         self._stalled = threading.Semaphore(0)
 
+    @property
+    def at_once(self) -> int:
+        """Requests that are not answered yet."""
+        return self._at_once
+
     def inject(
         self,
         fault: Fault,

@@ -532,6 +532,10 @@ class Blocks:
 
     async def _find_job(self, block: BlockId, source: Source, mode: Promote, for_others: bool) -> Job | None:
         job = self._jobs.get(block)
+        if job is not None and job.partial.dropped:
+            # It was begun while its partial was being given up.
+            job.ended = True
+            self._end_if_done(job)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
                 # Whatever nobody fills any more when this worker is to go stays as it is.
@@ -657,7 +661,7 @@ class Blocks:
             await trio.sleep(self._config.idle_partial_s / 2)
             before = trio.current_time() - self._config.idle_partial_s
             for job in list(self._jobs.values()):
-                if job.users == 0 and job.last_asked < before:
+                if job.users == 0 and not job.arriving and job.last_asked < before:
                     self._end(job)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ async def test_it_begins_while_everybody_is_away(tmp_path: Path) -> None:
         await cluster.stop("worker")
         await cluster.stop("master")
         config = ClientConfig(cluster.master_address, cluster.worker_config.socket, anywhere=True)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             async with open_client(config, earlier) as client:
                 assert client.view.epoch == 3
                 # What is sealed is opened without anybody.

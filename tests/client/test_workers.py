@@ -22,7 +22,7 @@ from cachefs.wire import Hello, Tokens
 from cachefs.wire.messages import Fetch, ListWorkers, OpenCounts, Opened, OpenedReply, Promote, WorkerInfo
 from cachefs.worker.worker import Worker
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 LARGE = random.Random(1).randbytes(5 * PAGE + 123)
 SMALL = random.Random(2).randbytes(1000)
 BOOT = "boot-id-of-this-host"

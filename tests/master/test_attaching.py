@@ -61,7 +61,7 @@ async def test_a_worker_reads_from_a_store_that_is_attached_while_it_runs(
         assert await client.metadata.lookup(ROOT_INO, "more") is None
         info = await client.add_store("/more/", more.as_uri(), AT_ONCE)
         assert (info.path, info.url, info.by_hand) == ("/more", more.as_uri(), True)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while await client.metadata.lookup(ROOT_INO, "more") is None:
                 await trio.sleep(0.01)
         assert await read(client, "/more/deep/file") == MORE
@@ -91,7 +91,7 @@ async def test_a_removed_store_is_gone_for_good_and_what_is_open_reads_on(
         await client.remove_store("/more")
         with pytest.raises(NotFoundError):
             await client.metadata.resolve("/more/deep/file")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while await client.metadata.lookup(ROOT_INO, "more") is not None:
                 await trio.sleep(0.01)
         assert b"".join([bytes(await reader.read(at, 1000)) for at in range(0, len(MORE), 1000)]) == MORE

@@ -26,13 +26,14 @@ async def test_what_is_known_of_a_store_that_is_away_is_served(tmp_path: Path, s
     s3_bucket.put({"dir/file": content})
     with trio.fail_after(60):
         with running_faulty_s3(s3_bucket.server.endpoint) as store:
-            options = s3_bucket.options | {"endpoint_url": store.endpoint, "connect_timeout": "0.5", "deadline": "1"}
+            options = s3_bucket.options | {"endpoint_url": store.endpoint}
             async with (
                 running_cluster(tmp_path, s3_bucket.url, ufs_options=options) as cluster,
                 cluster.client() as client,
             ):
                 attr = await client.metadata.resolve("/dir/file")
                 assert await client.promote(attr.ino)
+        options |= {"connect_timeout": "0.5", "deadline": "1"}
         async with running_cluster(tmp_path, s3_bucket.url, ufs_options=options) as cluster, cluster.client() as client:
             assert (await client.metadata.resolve("/dir/file")).ino == attr.ino
             assert b"".join([bytes(part) async for part in client.read_file("/dir/file", 100_000)]) == content

@@ -283,7 +283,7 @@ def ftp_server(directory: Directory) -> Iterator[FtpServer]:
     thread.join()
 
 
-FTP_OPTIONS = {"username": "reader", "password": "ftp-secret", "deadline": "2"}
+FTP_OPTIONS = {"username": "reader", "password": "ftp-secret", "deadline": "20"}
 
 
 class TestFtp(UnderStoreContract):

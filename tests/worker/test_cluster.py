@@ -48,7 +48,7 @@ class Scene:
         just now is not asked by those who have not.
         """
         client = self.clients["worker"]
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while sum(each.blocks for each in (await client.master_status()).workers) != copies:
                 await trio.sleep(0.02)
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -182,7 +182,7 @@ async def test_a_damaged_copy_is_dropped_where_it_is_and_read_elsewhere(tmp_path
             assert fd is not None
             damage(fd)
         await read_all(second, FILES)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await found.cluster.worker_status()).tiers[0].blocks != len(FILES) - 2:
                 await trio.sleep(0.02)
 
@@ -216,13 +216,13 @@ async def test_a_master_whose_disk_is_full_ends_nobody(tmp_path: Path, monkeypat
         monkeypatch.setattr(MetaStore, "report", report)
         await read_all(found.clients["worker"], SMALL)
         # Reports are refused, and both go on.
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while (await found.clients["worker"].master_status()).workers[1].epoch < 4:
                 await trio.sleep(0.05)
         # Not faster and faster: three pauses of 0.4 s and more fit into this.
-        before = refused
+        before, began = refused, trio.current_time()
         await trio.sleep(1.5)
-        assert refused - before <= 12
+        assert refused - before <= 4 + 2 * (trio.current_time() - began) / 0.4
         full = False
         await found.until_known(len(SMALL))
         await read_all(found.clients["second"], SMALL)

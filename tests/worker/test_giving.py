@@ -61,7 +61,7 @@ async def test_parts_of_pages_wait_for_room_and_give_it_back(tmp_path: Path, mon
             assert answer.payload == CONTENT[offset : offset + length]
         # A whole page goes from the file to the socket, and takes none.
         assert taken == [100, 200]
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while left != taken:
                 await trio.lowlevel.checkpoint()
 
