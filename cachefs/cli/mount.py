@@ -44,7 +44,7 @@ from cachefs.fuse.keeping import (
     socket_of,
 )
 from cachefs.model import CachefsError, ConfigError
-from cachefs.net import Address, Role, open_background
+from cachefs.net import Address, Role, TcpAddress, open_background
 from cachefs.policy import Promote
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,9 @@ def _run(config: MountConfig, values: Mapping[str, Any], keeper: KeeperLink | No
     http: Address | None = values["http"]
 
     async def service(report: Report) -> None:
-        show = shown_later if is_successor else monitored
+        # A port that is chosen is free, also while the one before it has not ended.
+        is_taken = isinstance(http, TcpAddress) and http.port != 0
+        show = shown_later if is_successor and is_taken else monitored
         async with _kept_by(keeper), show("mount", http) as shown:
             await serve(report, shown)
         if values["supervised_fd"] is not None and keeper is not None and not keeper.hands_over:

@@ -366,7 +366,7 @@ class Client:
         """
         request = Free(block_names(blocks))
         chosen = await self.workers.get()
-        with trio.move_on_after(_FREED_WITHIN_S), chosen.calling():
+        with trio.move_on_after(_FREED_WITHIN_S), chosen.calling(self.worker):
             return (await self.worker.call(request)).message
         raise TransportError(f"{chosen.candidate} does not answer within {_FREED_WITHIN_S:g} s")
 
@@ -381,7 +381,7 @@ class Client:
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
                     told = Opened(block_names(batch), counts)
-                    with chosen.calling():
+                    with chosen.calling(self.worker):
                         reply = (await self.worker.call(told)).message
                     self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH
                     if chosen.is_local:

@@ -37,6 +37,10 @@ class Volumes:
         self._master = master
         self._patience_s = patience_s
 
+    def with_patience(self, patience_s: float) -> Volumes:
+        """The same master, asked by somebody who waits as long."""
+        return Volumes(self._master, patience_s)
+
     async def create(
         self,
         name: str,

@@ -20,7 +20,8 @@ import msgspec
 import trio
 
 from cachefs.master.attaching import Attaching
-from cachefs.master.namespace import Along, Namespace
+from cachefs.master.mount_table import Along
+from cachefs.master.namespace import Namespace
 from cachefs.master.quotas import QuotaControl
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, Volume, normalise_mount_path
@@ -203,7 +204,7 @@ class Volumes:
             yield after or at, Along(write, then)
 
     def _is_attached(self, path: str) -> bool:
-        return any(each.mount.path == path for each in self._namespace.mounted())
+        return any(each.mount.path == path for each in self._namespace.mounts.all())
 
     async def _check_directory(self, path: str) -> None:
         """Raises NotFoundError, NotADirectory, UnderStoreError."""

@@ -318,7 +318,7 @@ class Blocks:
     def _is_worth_fetching(self, source: Source) -> bool:
         """Whether it is a small content that is not here, nor on its way."""
         block = BlockId(source.attr.key, 0)
-        is_here = self._store.is_sealed(block) or self._store.is_suspect(block)
+        is_here = self._store.is_sealed(block) or block in self._suspects
         is_coming = block in self._jobs or block in self._opening or block in self._whole
         return self._is_small(source) and not is_here and not is_coming
 
@@ -461,7 +461,7 @@ class Blocks:
     # ---- sealed ----------------------------------------------------------------------------------------------------
 
     async def is_sealed(self, block: BlockId) -> bool:
-        if self._store.is_suspect(block):
+        if block in self._suspects:
             return await self._suspects.restore(block, self._disk)
         return self._store.is_sealed(block)
 

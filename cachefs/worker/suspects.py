@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import trio
 
 from cachefs.model import BlockId
@@ -17,18 +15,25 @@ class Suspects:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._under_way: Counter[BlockId] = Counter()
+        self._under_way: dict[BlockId, trio.Event] = {}
+
+    def __contains__(self, block: BlockId) -> bool:
+        """Whether it is to be verified, or is being verified now: it may be sealed yet, by `restore`."""
+        return block in self._under_way or self._store.is_suspect(block)
 
     async def restore(self, block: BlockId, limiter: trio.CapacityLimiter) -> bool:
-        """As `Store.restore`, in a thread."""
-        self._under_way[block] += 1
+        """As `Store.restore`, in a thread; whoever asks for one that is being verified waits for that."""
+        while (under_way := self._under_way.get(block)) is not None:
+            await under_way.wait()
+        if not self._store.is_suspect(block):
+            return self._store.is_sealed(block)
+        event = self._under_way[block] = trio.Event()
         try:
             return await trio.to_thread.run_sync(self._store.restore, block, limiter=limiter)
         finally:
             # What was found to be good is on the list of what is reported by now.
-            self._under_way[block] -= 1
-            if not self._under_way[block]:
-                del self._under_way[block]
+            del self._under_way[block]
+            event.set()
 
     @property
     def left(self) -> int:

@@ -28,6 +28,8 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 _MOST_NODE_ID_BYTES = 256
 _PATIENCE_S = 10.0
 """What is away longer (master, mount service) fails a call, which Kubernetes repeats."""
+_PROBE_PATIENCE_S = 1.0
+"""For probes: less than who asks for readiness waits, so that it is told why."""
 
 
 class _Group(click.Group):
@@ -83,7 +85,8 @@ def controller(
                 monitored("csi-controller", http) as shown,
                 open_volumes(master_address, security, patience_s=_PATIENCE_S) as volumes,
             ):
-                identity = Identity(driver_name, lambda: volumes.list(limit=1))
+                asked = volumes.with_patience(_PROBE_PATIENCE_S)
+                identity = Identity(driver_name, lambda: asked.list(limit=1))
                 await _answer(path, identity, {"Controller": Controller(volumes)}, shown, report, ending)
 
         await until_ended(serve)
@@ -147,7 +150,7 @@ def node(
                 open_volumes(master_address, security, patience_s=_PATIENCE_S) as volumes,
                 open_node_mounts(os.path.abspath(mounts_socket), patience_s=_PATIENCE_S) as mounts,
             ):
-                identity = Identity(driver_name, mounts.list)
+                identity = Identity(driver_name, mounts.with_patience(_PROBE_PATIENCE_S).list)
                 on_node = Node(config, volumes, mounts, NodeVolumes(mounts, own))
                 await _answer(path, identity, {"Node": on_node}, shown, report, ending)
 

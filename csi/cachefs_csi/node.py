@@ -12,7 +12,7 @@ import xxhash
 from cachefs.client.volumes import Volumes
 from cachefs.fuse.mounts_client import NodeMounts
 from cachefs_csi import csi_pb2 as pb
-from cachefs_csi.capabilities import READERS, Mode, check
+from cachefs_csi.capabilities import READERS, Mode, check, options_of
 from cachefs_csi.codes import CallError, Code, invalid, missing
 from cachefs_csi.node_volumes import NodeVolumes
 from cachefs_csi.parameters import Source, source_of
@@ -29,7 +29,6 @@ _MOUNT_OPTIONS = "mountOptions"
 """An attribute: where Kubernetes has no field for them."""
 _MADE = re.compile("vol-[0-9a-f]{32}")
 """Ids that the master gives."""
-_FLAG = re.compile("(?:--)?([a-z][a-z-]*)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Node:
     async def node_stage_volume(self, request: pb.NodeStageVolumeRequest) -> pb.NodeStageVolumeResponse:
         _check_given(request, "volume_id", "staging_target_path", "volume_capability")
         check(request.volume_capability)
-        options = _options_of(request.volume_capability, request.volume_context)
+        options = options_of(request.volume_capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         path = await self._path_of(request.volume_id, request.volume_context, request.secrets)
         options = await self._with_group(request.staging_target_path, request.volume_capability, options)
         await self._on_node.stage(request.volume_id, path, options, request.staging_target_path)
@@ -75,7 +74,7 @@ class Node:
         check(request.volume_capability)
         if not request.staging_target_path:
             raise CallError(Code.FAILED_PRECONDITION, "staging_target_path is missing: volumes are staged first")
-        _options_of(request.volume_capability, request.volume_context)
+        options_of(request.volume_capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         await self._on_node.publish(request.volume_id, request.staging_target_path, request.target_path)
         return pb.NodePublishVolumeResponse()
 
@@ -88,7 +87,7 @@ class Node:
         as_reader.CopyFrom(capability)
         as_reader.access_mode.mode = Mode.SINGLE_NODE_READER_ONLY
         check(as_reader)
-        options = _options_of(capability, request.volume_context)
+        options = options_of(capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         if capability.mount.volume_mount_group:
             options.setdefault("gid", capability.mount.volume_mount_group)
         source = _source_of(request.volume_context, request.secrets)
@@ -173,24 +172,6 @@ class Node:
 
 def _source_of(context: Mapping[str, str], secrets: Mapping[str, str]) -> Source:
     return source_of(context, secrets, "volumeAttributes", known=[_MOUNT_OPTIONS])
-
-
-def _options_of(capability: pb.VolumeCapability, context: Mapping[str, str]) -> dict[str, str]:
-    """Of the mount, by the names of the flags of `cachefs mount`, whose values the mount service checks. Raises
-    CallError.
-    """
-    flags = [*(each for each in context.get(_MOUNT_OPTIONS, "").split(",") if each), *capability.mount.mount_flags]
-    found: dict[str, str] = {}
-    for flag in flags:
-        if flag == "ro":
-            continue
-        match = _FLAG.fullmatch(flag)
-        if match is None or flag == "rw":
-            raise invalid("mountOptions", flag, "NAME=VALUE with the name of a flag of cachefs mount, or ro")
-        name, value = match[1], match[2] or ""
-        if found.setdefault(name, value) != value:
-            raise invalid("mountOptions", flag, f"one value of {name}")
-    return found
 
 
 def _check_given(request: object, *names: str) -> None:

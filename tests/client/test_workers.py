@@ -264,6 +264,7 @@ async def test_one_that_hangs_without_dying_is_left_when_the_master_misses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachefs.client.workers.running_boot_id", lambda: "boot-id-of-a-third-host")
+    monkeypatch.setattr("cachefs.client.workers._SLOW_S", 3600.0)  # not asked itself
     monkeypatch.setattr("cachefs.client.workers._STUCK_S", 0.2)
     monkeypatch.setattr("cachefs.master.workers.DEAD_AFTER_S", 3.0)
     with ExitStack() as processes:

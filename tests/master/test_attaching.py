@@ -193,7 +193,7 @@ async def test_a_listing_that_runs_while_its_store_is_removed_brings_no_name_bac
             namespace = Namespace(meta, writer, [mounted], 3600, nursery)
             chunks = namespace.list_dir(ROOT_INO)
             first = await anext(chunks)
-            await namespace.detach(mounted)
+            await namespace.mounts.detach(mounted)
             # The listing has it in use.
             assert not closed.is_set()
             store.gate.set()
@@ -214,10 +214,10 @@ async def test_whoever_asks_may_leave_and_what_is_known_is_what_was_written(tmp_
             closed = trio.Event()
             with namespace.watchers.watch() as watcher:
                 async with trio.open_nursery() as asking:
-                    asking.start_soon(namespace.attach, "/more", more.as_uri(), {}, ufs, lambda: closed.set)
+                    asking.start_soon(namespace.mounts.attach, "/more", more.as_uri(), {}, ufs, lambda: closed.set)
                     await trio.testing.wait_all_tasks_blocked()
                     asking.cancel_scope.cancel()
-                assert namespace.mounted() == []
+                assert namespace.mounts.all() == []
                 # It is written only now.
                 nursery.start_soon(writer.serve)
                 assert (await watcher.next()).names == [(ROOT_INO, ["more"])]

@@ -136,7 +136,7 @@ async def test_an_outage_serves_what_is_known(tmp_path: Path) -> None:
         assert await it.namespace.lookup(ROOT_INO, "a") is not None
         with pytest.raises(UnavailableError):
             await it.namespace.lookup(ROOT_INO, "unknown")
-        (mounted,) = it.namespace.mounted()
+        (mounted,) = it.namespace.mounts.all()
         assert mounted.serving_stale >= 2
         it.store.down = False
         (it.root / "b").write_bytes(b"x")
@@ -149,7 +149,7 @@ async def test_a_store_that_failed_once_is_asked_again_for_what_it_said_is_missi
     """Nobody asked it since: whether it is still away is not known."""
     async with scene(tmp_path, sync_interval_s=0) as it:
         assert await it.namespace.lookup(ROOT_INO, "late") is None
-        (mounted,) = it.namespace.mounted()
+        (mounted,) = it.namespace.mounts.all()
         for away_s, error in ((0.0, UnavailableError), (100.0, DeniedError)):
             monkeypatch.setattr("cachefs.ufs.health._AWAY_S", away_s)
             mounted.health.failed(error("some while ago"))

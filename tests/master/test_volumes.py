@@ -636,7 +636,7 @@ async def test_stores_that_are_away_do_not_hold_up_a_start_one_after_the_other(
 async def test_a_file_server_that_hangs_holds_up_neither_a_start_nor_others(
     tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachefs.worker.sources._OPEN_S", 1.0)
+    monkeypatch.setattr("cachefs.worker.stores._OPEN_S", 1.0)
     for name, seconds in (("_OPEN_S", 1.0), ("_MARGIN_S", 0.1), ("FIRST_CONTACT_S", 1.0)):
         monkeypatch.setattr(f"cachefs.master.attaching.{name}", seconds)
     with hanging_directory(tmp_path / "hanging") as hanging:

@@ -442,6 +442,21 @@ async def test_wrong_credentials_are_told_at_once(behind: Bucket, ufs: UnderStor
             assert "wrong" not in str(caught.value)
 
 
+async def test_where_credentials_are_missing_is_told(
+    behind: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The process that opens the store has none; somebody who runs `ufs add` may well have."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    options = {"endpoint_url": behind.options["endpoint_url"]}
+    async with open_under_store(behind.url, options) as ufs:
+        with pytest.raises(DeniedError, match=r"key and secret are not given, .* AWS_ACCESS_KEY_ID"):
+            await ufs.stat("")
+
+
 async def test_a_missing_bucket_is_named(behind: Bucket, reader: str) -> None:
     info = ObjectInfo("file", Kind.FILE, 5, 0, "x")
     async with open_under_store("s3://no-such-bucket/x", {**behind.options, "reader": reader}) as ufs:
@@ -493,6 +508,8 @@ async def test_an_unreachable_store_is_unavailable_within_the_timeouts(
         ("s3://bucket", {"deadline": "soon"}, "--ufs-option deadline"),
         ("s3://bucket", {"anon": "perhaps"}, "--ufs-option anon"),
         ("s3://bucket", {"reader": "curl"}, "--ufs-option reader"),
+        ("s3://bucket", {"endpoint_url": "127.0.0.1:9000"}, "endpoint_url: '127.0.0.1:9000' .* begins with http://"),
+        ("s3://bucket", {"endpoint_url": "http://"}, "endpoint_url: 'http://' .* begins with http://"),
     ],
 )
 async def test_wrong_settings(url: str, options: dict[str, str], key: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs.client import Client
 from cachefs.meta import MetaStore
@@ -43,11 +44,14 @@ class Scene:
         return sum([(await self.cluster.worker_status(name)).counters.under_store_bytes for name in self.clients])
 
     async def until_known(self, copies: int) -> None:
-        """The master knows of so many copies of blocks."""
+        """The master knows of so many copies of blocks, and the workers have heard who is alive: one that came back
+        just now is not asked by those who have not.
+        """
         client = self.clients["worker"]
         with trio.fail_after(20):
             while sum(each.blocks for each in (await client.master_status()).workers) != copies:
                 await trio.sleep(0.02)
+            await trio.testing.wait_all_tasks_blocked(0.05)
 
 
 @asynccontextmanager

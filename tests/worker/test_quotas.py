@@ -21,8 +21,7 @@ from cachefs.model import Attr, BlockId, CapacityError, ConfigError, MiB, NotADi
 from cachefs.net import Answer, Peer
 from cachefs.policy import Promote
 from cachefs.store import Quotas as StoreQuotas
-from cachefs.store import Rule, TierConfig
-from cachefs.store import tier as tier_module
+from cachefs.store import Rule, TierConfig, idle, tier_quotas
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire.control import GetJob, JobInfo, JobSpec, StartJob
 from cachefs.wire.messages import Promote as PromoteRequest
@@ -192,8 +191,8 @@ async def test_nothing_is_fetched_ahead_where_a_quota_is_used_up(tmp_path: Path)
 
 
 async def test_what_is_idle_below_a_quota_makes_room_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FREE_EVERY_S", "_IDLE_EVERY_S"):
-        monkeypatch.setattr(tier_module, name, 0.0)
+    monkeypatch.setattr(tier_quotas, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(idle, "_EVERY_S", 0.0)
     async with scene(tmp_path) as (_, (client,), _):
         names = list(BOUND)
         await client.ask(SetQuota("/bound", 4 * TAKES))
@@ -201,7 +200,7 @@ async def test_what_is_idle_below_a_quota_makes_room_in_it(tmp_path: Path, monke
         assert await read(client, names[4:6]) == [False] * 2
         # It is as if nobody had read anything for long.
         now = time.monotonic
-        monkeypatch.setattr(tier_module.time, "monotonic", lambda: now() + 10_000)
+        monkeypatch.setattr(idle.time, "monotonic", lambda: now() + 10_000)
         assert await read(client, names[4:6]) == [True] * 2
         await used_is(client, 4 * TAKES)
         assert sum(sealed(client, await attrs_of(client, names[:4]))) == 2
@@ -211,8 +210,8 @@ async def test_what_is_idle_below_a_quota_makes_room_in_it(tmp_path: Path, monke
 async def test_what_is_idle_on_one_worker_makes_room_on_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_FREE_EVERY_S", "_IDLE_EVERY_S"):
-        monkeypatch.setattr(tier_module, name, 0.0)
+    monkeypatch.setattr(tier_quotas, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(idle, "_EVERY_S", 0.0)
     async with scene(tmp_path, workers=2) as (_, clients, _):
         names = list(BOUND)
         await clients[0].ask(SetQuota("/bound", 4 * TAKES))
@@ -220,7 +219,7 @@ async def test_what_is_idle_on_one_worker_makes_room_on_another(
         attrs = await attrs_of(clients[1], names[4:6])
         assert not any([await clients[1].promote(attr.ino) for attr in attrs])
         now = time.monotonic
-        monkeypatch.setattr(tier_module.time, "monotonic", lambda: now() + 10_000)
+        monkeypatch.setattr(idle.time, "monotonic", lambda: now() + 10_000)
         with trio.fail_after(30):
             while not all([await clients[1].promote(attr.ino) for attr in attrs]):
                 await trio.sleep(0.05)
