@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from collections import OrderedDict
@@ -14,11 +15,12 @@ _ALL = 1 << 20
 class PassedFile:
     """An open file of ours. Made by `PassedFiles.add`."""
 
-    __slots__ = ("_dropped", "_users", "fd", "on_drop")
+    __slots__ = ("_dropped", "_on_unused", "_users", "fd", "on_drop")
 
-    def __init__(self, fd: int, on_drop: Callable[[], None]) -> None:
+    def __init__(self, fd: int, on_drop: Callable[[], None], on_unused: Callable[[], None]) -> None:
         self.fd = fd
         self.on_drop = on_drop
+        self._on_unused = on_unused
         self._users = 0
         self._dropped = False
 
@@ -34,6 +36,8 @@ class PassedFile:
     def __exit__(self, *args: object) -> None:
         self._users -= 1
         self._close_if_done()
+        if not self._users:
+            self._on_unused()
 
     def close(self) -> None:
         """As soon as nobody reads through it. Called once."""
@@ -46,7 +50,11 @@ class PassedFile:
 
 
 class PassedFiles:
-    """The one that was used longest ago goes first; whoever needs it again asks the worker, who passes it again."""
+    """The one that was used longest ago goes first; whoever needs it again asks the worker, who passes it again.
+
+    As long as more are read through than may be open, there are more; those that are too many go as soon as they are
+    not read through any more.
+    """
 
     def __init__(self, most: int | None = None) -> None:
         """`most`: by default half of what the process may open. The other half is for those that are on their way,
@@ -60,18 +68,19 @@ class PassedFiles:
 
     def add(self, fd: int, on_drop: Callable[[], None]) -> PassedFile:
         """`fd` is ours from now on. `on_drop` is called when the file makes room for others, and not after `drop`."""
-        file = PassedFile(fd, on_drop)
+        file = PassedFile(fd, on_drop, self._make_room)
         self._files[file] = None
-        if len(self._files) > self.most:
-            self._make_room(file)
+        self._make_room(file)
         return file
 
-    def _make_room(self, new: PassedFile) -> None:
-        for file in self._files:
-            if file is not new and not file.in_use:
-                self.drop(file)
-                file.on_drop()
-                return
+    def _make_room(self, new: PassedFile | None = None) -> None:
+        surplus = len(self._files) - self.most
+        if surplus <= 0:
+            return
+        unused = (file for file in self._files if file is not new and not file.in_use)
+        for file in list(itertools.islice(unused, surplus)):
+            self.drop(file)
+            file.on_drop()
 
     def touch(self, file: PassedFile) -> None:
         self._files.move_to_end(file)

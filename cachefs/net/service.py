@@ -24,7 +24,7 @@ from cachefs.model import (
 )
 from cachefs.net.addresses import Address
 from cachefs.net.channel import Answer, Body, Channel, FileSlice, StalledError, close_all
-from cachefs.net.payloads import of_this_process
+from cachefs.net.payloads import Room, of_this_process
 from cachefs.net.peer import set_tcp_options
 from cachefs.net.security import Security
 from cachefs.net.sockets import Listener, listening
@@ -106,12 +106,12 @@ class Session:
         """What the other side has proved to be; None, which may do everything: on unix sockets, and without tokens."""
         self.closed = trio.Event()
 
-    async def room_for_payload(self, count: int) -> Callable[[], None]:
+    async def room_for_payload(self, count: int, store: str = "") -> Room:
         """Wait until not too many bytes are being made, or wait to be sent, for all connections of this process (see
-        `Payloads`); then make `count`. What is returned is to be called once, when they are sent (`Answer.on_sent`) or
-        given up.
+        `Payloads`); then make `count`, by reading that store; empty: they are here. To be given back once, when they
+        are sent (`Answer.on_sent`) or given up.
         """
-        return await of_this_process.take(self.id, count)
+        return await of_this_process.take(self.id, count, store)
 
 
 class Service:

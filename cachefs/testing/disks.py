@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -14,10 +15,30 @@ from typing import NamedTuple
 from cachefs.model import MiB
 
 _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+_LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_INFO64_BYTES, _SIZE_LIMIT_AT = 232, 32
 """struct loop_info64 and its lo_sizelimit; linux/loop.h."""
 _FIBMAP = 1
 """Where on its disk a block of a file is; from the kernel's linux/fs.h. Root only."""
+
+
+def why_no_disks() -> str | None:
+    """Why there can be none here; None if there can."""
+    if os.geteuid() != 0:
+        return "disks are mounted by root"
+    if shutil.which("mkfs.ext4") is None:
+        return "mkfs.ext4 is missing (package e2fsprogs)"
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"no loop devices: {error}"
+    try:
+        device = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+    except OSError as error:
+        return f"no loop devices: {error}"
+    finally:
+        os.close(control)
+    return None if os.path.exists(device) else f"no loop devices: {device} is missing"
 
 
 @contextmanager

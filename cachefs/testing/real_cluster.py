@@ -52,6 +52,7 @@ class RealCluster:
         flags: Sequence[str | Path],
         security: Security | None,
         master_flags: Sequence[str | Path] = (),
+        at: str = "/",
     ) -> None:
         self.directory = directory
         self.port = 0
@@ -64,7 +65,7 @@ class RealCluster:
         self._listen = listen
         self._environment = {"CACHEFS_UFS_OPTIONS": json.dumps(dict(ufs_options))}
         self._master_flags: list[str | Path] = [
-            *("--data-dir", directory / "master", "--mount", f"/={url}"),
+            *("--data-dir", directory / "master", "--mount", f"{at}={url}"),
             *("--page-size", str(PAGE), "--block-size", str(block_size)),
             *master_flags,
         ]
@@ -233,12 +234,13 @@ async def real_cluster(
     flags: Sequence[str | Path] = ("--insecure",),
     security: Security | None = None,
     master_flags: Sequence[str | Path] = (),
+    at: str = "/",
 ) -> AsyncIterator[RealCluster]:
-    """Serves `url` at the root, in pages of 64 KiB, by a master and `workers` that are ready and know each other.
+    """Serves `url` at that path, in pages of 64 KiB, by a master and `workers` that are ready and know each other.
 
     `flags`: of all processes; `security`: of the clients that `RealCluster.client` makes.
     """
-    cluster = RealCluster(directory, url, ufs_options or {}, block_size, listen, flags, security, master_flags)
+    cluster = RealCluster(directory, url, ufs_options or {}, block_size, listen, flags, security, master_flags, at)
     try:
         await cluster.start_master()
         await cluster.start_workers(*workers)

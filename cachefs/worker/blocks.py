@@ -256,13 +256,14 @@ class Blocks:
                     break
         content_offset = request.block_index * self._geometry.block_size + request.offset
         # However many ask at once and do not read: they get one answer after the other.
-        sent = await session.room_for_payload(request.length)
+        room = await session.room_for_payload(request.length, source.ufs.origin)
         try:
             data = await self._read_through.read(source, content_offset, request.length, reader)
         except BaseException:
-            sent()
+            room.give_back()
             raise
-        return Answer(FetchReply(0, []), data, on_sent=sent)
+        room.made()
+        return Answer(FetchReply(0, []), data, on_sent=room.give_back)
 
     def _has(self, block: BlockId, pages: range) -> bool:
         job = self._jobs.get(block)

@@ -145,12 +145,12 @@ class Giving:
     async def _part(
         self, fd: int, block: BlockId, request: ReadBlock, known: Sums | Partial, session: Session
     ) -> Answer[BlockBytes]:
-        sent = await session.room_for_payload(request.length)
+        room = await session.room_for_payload(request.length)
         try:
             data = await self._checked.read(fd, block, known, request.offset, request.length)
-            return Answer(BlockBytes(page_checksum(data)), data, on_sent=sent)
+            return Answer(BlockBytes(page_checksum(data)), data, on_sent=room.give_back)
         except BaseException:
-            sent()
+            room.give_back()
             raise
 
     async def measure_block(self, request: MeasureBlock, session: Session) -> BlockLength:

@@ -211,7 +211,7 @@ class Filler:
         if not self._supply.is_first_copy(route):
             await self._keep_from_workers(route, promote, slots)
             return
-        async with slots.one(route.source.attr.size_bytes):
+        async with slots.one(route.source.attr.size_bytes, route.source.ufs.origin):
             (error,) = await self.keep_files([route], promote, at_once=1)
         if error is not None:
             raise error

@@ -81,16 +81,16 @@ class Outside:
         (fd,) = answer.fds
         try:
             block, known = await self._blocks.known_of(request, answer.message.serial)
-            sent = await session.room_for_payload(request.length)
+            room = await session.room_for_payload(request.length)
             try:
                 data = await self._checked.read(fd, block, known, request.offset, request.length)
-                return await _with_checksum(Answer(FetchReply(0, []), data, on_sent=sent))
+                return await _with_checksum(Answer(FetchReply(0, []), data, on_sent=room.give_back))
             except BlockCorruptError as error:
-                sent()
+                room.give_back()
                 first, end = request.offset // known.page_size, -(-(request.offset + request.length) // known.page_size)
                 await self._blocks.found_damaged(block, known, range(first, end), error)
             except BaseException:
-                sent()
+                room.give_back()
                 raise
         except (BlockCorruptError, BlockMissingError) as error:
             # Gone since; or its checksums are, which whoever asks next finds out.

@@ -153,12 +153,12 @@ class Supply:
         while True:
             effort, workers = await self._whom_to_ask(route)
             if not workers:
-                async with slots.one(length):
+                async with slots.one(length, route.source.ufs.origin):
                     yield Page(await self._origin.read(route.source, route.start + offset, length), None, "")
                 return
             route.turn += 1
             worker = workers[route.turn % len(workers)]
-            async with self._slots.one(length):
+            async with self._slots.one(length, route.source.ufs.origin):
                 if not self._is_usable(route, worker):
                     # It was found to be silent while this page waited for its turn.
                     continue
@@ -231,7 +231,7 @@ class Supply:
                 parts.append(data)
                 offset, length = end, length - (end - first)
         if length or not parts:
-            async with slots.one(length):
+            async with slots.one(length, source.ufs.origin):
                 parts.append(await self._origin.read(source, start + offset, length))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -264,7 +264,7 @@ class Supply:
         give_up = trio.current_time() + _PATIENCE_S
         while self._peers.is_usable(worker) and trio.current_time() < give_up:
             try:
-                async with self._slots.one(length):
+                async with self._slots.one(length, source.ufs.origin):
                     got = await self._peers.read(worker, block, offset, length, effort, source.attr.ino)
                     if got is None:
                         continue

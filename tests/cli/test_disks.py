@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +18,7 @@ from cachefs.fuse import probe
 from cachefs.model import CachefsError, MiB
 from cachefs.net import UnixAddress, open_peer
 from cachefs.store.layout import SUMS_SUFFIX
-from cachefs.testing.disks import small_disk, unreadable
+from cachefs.testing.disks import small_disk, unreadable, why_no_disks
 from cachefs.testing.processes import mountpoint_below
 from cachefs.testing.real_cluster import PAGE, RealCluster, real_cluster
 from cachefs.wire import Hello
@@ -27,7 +26,7 @@ from cachefs.wire.messages import Verify
 
 pytestmark = [
     pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse"),
-    pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="mkfs.ext4 is missing (package e2fsprogs)"),
+    pytest.mark.skipif(bool(why_no_disks()), reason=str(why_no_disks())),
 ]
 
 OLD = {f"old{number}": random.Random(number).randbytes(8 * PAGE + number) for number in range(6)}

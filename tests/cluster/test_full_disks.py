@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,11 @@ import trio
 
 from cachefs.client import Client
 from cachefs.model import MiB
-from cachefs.testing.disks import small_disk
+from cachefs.testing.disks import small_disk, why_no_disks
 from cachefs.testing.real_cluster import PAGE, promoted, read_all, real_cluster
 
 CONTENTS = {f"{number}": random.Random(number).randbytes(16 * PAGE + number) for number in range(12)}
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="disks are mounted by root"),
-    pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="mkfs.ext4 is missing (package e2fsprogs)"),
-]
+pytestmark = pytest.mark.skipif(bool(why_no_disks()), reason=str(why_no_disks()))
 
 
 async def test_a_worker_whose_disk_is_full_reads_through_and_the_others_notice_nothing(tmp_path: Path) -> None:

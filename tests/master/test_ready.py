@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from cachefs.master import metrics
 from cachefs.meta import MetaStore
 from cachefs.model import MiB
 from cachefs.testing.cluster import TestCluster, running_cluster
-from cachefs.testing.disks import small_disk
+from cachefs.testing.disks import small_disk, why_no_disks
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +41,7 @@ def full(disk: Path) -> Iterator[None]:
         filler.unlink()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a disk of its own")
+@pytest.mark.skipif(bool(why_no_disks()), reason=str(why_no_disks()))
 @pytest.mark.expect_warnings("a database that cannot be written is told")
 async def test_a_full_disk_is_found_out_and_that_it_has_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

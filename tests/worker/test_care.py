@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from cachefs.model import BlockId, MiB
 from cachefs.net import TcpAddress
 from cachefs.store import HealthConfig, TierConfig, TierState, open_store
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, seal, sealed_path, some
-from cachefs.testing.disks import broken, small_disk
+from cachefs.testing.disks import broken, small_disk, why_no_disks
 from cachefs.testing.shortage import few_descriptors
 from cachefs.worker import care
 from cachefs.worker.config import WorkerConfig
@@ -104,7 +103,7 @@ async def test_what_becomes_suspect_does_not_wait_for_the_scrub_to_come_round(tm
         assert len(store.blocks()) == 3
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a disk of its own")
+@pytest.mark.skipif(bool(why_no_disks()), reason=str(why_no_disks()))
 @pytest.mark.expect_warnings("a disk that fails is told")
 async def test_a_disk_that_breaks_is_tried_until_it_is_well_and_what_it_holds_comes_back(tmp_path: Path) -> None:
     nowhere = TcpAddress("127.0.0.1", 0)
