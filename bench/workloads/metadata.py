@@ -21,7 +21,7 @@ from bench.workloads.base import Alone, Scale
 from cachefs.fuse import probe
 from cachefs.model import CachefsError
 from cachefs.testing.huge_s3 import DIRECTORY, name_of, running_huge_s3
-from cachefs.testing.s3server import free_ports
+from cachefs.testing.ports import free_ports
 
 NAMES = {Scale.SMOKE: 2_000, Scale.STANDARD: 100_000, Scale.FULL: 1_000_000}
 READ = {Scale.SMOKE: 40, Scale.STANDARD: 400, Scale.FULL: 5_000}

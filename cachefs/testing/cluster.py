@@ -15,6 +15,7 @@ from cachefs.metrics import Monitor
 from cachefs.model import KiB, MiB
 from cachefs.net import Address, Role, Security, TcpAddress, UnixAddress, open_background, open_peer
 from cachefs.store import TierConfig
+from cachefs.testing.ports import free_ports
 from cachefs.wire import Hello
 from cachefs.wire.messages import GetWorkerStatus, WorkerStatus
 from cachefs.worker import WorkerConfig, run_worker
@@ -61,7 +62,7 @@ class TestCluster:
         config = replace(
             self.worker_config,
             name=name,
-            listen=LOOPBACK,
+            listen=_own_address(),
             socket=str(self.directory / f"{name}.sock"),
             tiers=(replace(tier, path=str(self.directory / f"{name}.tier")),),
         )
@@ -106,6 +107,11 @@ class TestCluster:
             return (await peer.call(GetWorkerStatus())).message
 
 
+def _own_address() -> Address:
+    """For one that may be started again: nobody else gets the port while it is away."""
+    return TcpAddress("127.0.0.1", *free_ports(1))
+
+
 @asynccontextmanager
 async def running_cluster(
     directory: Path,
@@ -122,7 +128,7 @@ async def running_cluster(
     """
     master_config = MasterConfig(
         data_dir=str(directory / "master"),
-        listen=LOOPBACK,
+        listen=_own_address(),
         mounts=(("/", url),),
         ufs_options=dict(ufs_options or {}),
         security=security,

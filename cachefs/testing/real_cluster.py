@@ -17,6 +17,7 @@ from cachefs.client import Client, ClientConfig, open_client
 from cachefs.model import BlockId, KiB, MiB
 from cachefs.net import Role, Security, TcpAddress, UnixAddress, open_peer, parse_address
 from cachefs.store.layout import SUMS_SUFFIX
+from cachefs.testing.ports import free_ports
 from cachefs.testing.processes import END_TIMEOUT_S, Running, running
 from cachefs.wire import Hello
 from cachefs.wire.messages import GetWorkerStatus, WorkerInfo, WorkerStatus
@@ -52,7 +53,7 @@ class RealCluster:
         master_flags: Sequence[str | Path] = (),
     ) -> None:
         self.directory = directory
-        self.port = 0
+        (self.port,) = free_ports(1)
         """Of the master; it keeps it when it is started again."""
         self.processes: dict[str, Running] = {}
         self._security = security

