@@ -297,8 +297,13 @@ async def run_worker(
             def peer_hello() -> Hello:
                 return Hello(role="worker", name=config.name, namespace_id=sources.namespace_id)
 
+            def on_sealed(block: BlockId, size: int) -> None:
+                # Whoever evicted it since, in another thread, may have been heard of before.
+                if store.is_sealed(block):
+                    link.sealed(block, size)
+
             def on_restored(block: BlockId, size: int) -> None:
-                token.run_sync_soon(link.sealed, block, size)
+                token.run_sync_soon(on_sealed, block, size)
 
             store.on_evicted, store.on_restored = on_evicted, on_restored
             blocks: Blocks | None = None
@@ -310,7 +315,7 @@ async def run_worker(
                     slots = Slots(config.peer_slots, config.peer_bytes)
                     supply = Supply(geometry, members, places, peers, origin, slots)
                     supply.on_end = store.quotas.settle
-                    drops = Drops(store, link, counters, link.sealed)
+                    drops = Drops(store, link, counters, on_sealed)
                     filler = Filler(
                         store,
                         origin,
@@ -319,7 +324,7 @@ async def run_worker(
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
                         load_slots=config.load_slots,
-                        on_sealed=link.sealed,
+                        on_sealed=on_sealed,
                         nursery=background,
                     )
                     admission = Admission(geometry, store, members, supply, drops, quotas, counters)

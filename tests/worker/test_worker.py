@@ -373,6 +373,31 @@ async def test_the_master_learns_what_workers_hold(data: Path, tmp_path: Path) -
                 await trio.sleep(0.02)
 
 
+async def test_what_is_evicted_before_it_is_told_of_is_not_reported_as_held(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Store.close
+
+    def and_evict(store: Store, partial: Partial) -> None:
+        close(store, partial)
+        if partial.length == len(SMALL):
+            assert store.evict(partial.block)
+
+    async with cluster_of(data, tmp_path) as (_, client):
+        small, large = [await client.metadata.resolve(f"/{name}") for name in ("small", "large")]
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "close", and_evict)
+            with pytest.raises(BlockCorruptError):  # it is never there
+                await client.promote(small.ino)
+        assert sealed_bytes(client, small) is None
+        # Told of later, or together.
+        await client.promote(large.ino)
+        with trio.fail_after(60):
+            while await client.holders(large, 0) != ["worker"]:
+                await trio.sleep(0.02)
+        assert await client.holders(small, 0) == []
+
+
 async def test_cancelled_readers_leave_the_fetch_to_others(data: Path, tmp_path: Path) -> None:
     async with cluster_of(data, tmp_path) as (_, client):
         attr = await client.metadata.resolve("/large")
