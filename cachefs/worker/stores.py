@@ -62,7 +62,7 @@ class Stores:
         self._removed_idle_s = removed_idle_s
         self._open: dict[int, OpenStore] = {}
         self._begun: dict[int, _Begun] = {}
-        """Those that are open, too, and what is opened in their place."""
+        """Those that are open, too, and what is opened in their place; but for what could not be opened."""
         self._leaving: set[OpenStore] = set()
         """Taken away, and open yet."""
         self._told: StoresInUse | None = None
@@ -87,7 +87,7 @@ class Stores:
         options, which are to be asked for.
         """
         before, self._told = self._told, told
-        self._keep_only({store_id for store_id in self._begun if not self._is_gone(store_id)})
+        self._keep_only({each for each in (*self._begun, *self._open) if not self._is_gone(each)})
         return before is not None and before.renewed != told.renewed
 
     def _is_gone(self, store_id: int) -> bool:
@@ -100,10 +100,9 @@ class Stores:
         self._keep_only(set())
 
     def _keep_only(self, store_ids: set[int]) -> None:
-        for store_id in self._begun.keys() - store_ids:
-            begun = self._begun.pop(store_id)
-            store = self._open.pop(store_id, None)
-            if not begun.done.is_set():
+        for store_id in (self._begun.keys() | self._open.keys()) - store_ids:
+            begun, store = self._begun.pop(store_id, None), self._open.pop(store_id, None)
+            if begun is not None and not begun.done.is_set():
                 # It is being opened, maybe in the place of one that is open.
                 begun.scope.cancel()
             if store is not None:

@@ -98,7 +98,12 @@ def controller(
 @_shared
 @click.option("--node-id", required=True, help="The name of this node in Kubernetes.")
 @click.option("--mounts-socket", required=True, metavar="PATH", help="--socket of this node's `cachefs node-mounts`.")
-@click.option("--may-attach", is_flag=True, help="Static volumes may name an under-store; needs the token of an admin.")
+@click.option(
+    "--may-attach",
+    is_flag=True,
+    help="Static volumes may name an under-store, and volumes that were made take the Secret of a stage; needs the "
+    "token of an admin.",
+)
 @click.option(
     "--inline-urls",
     is_flag=True,

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -17,9 +18,14 @@ from typing import Any
 
 import grpc
 import pytest
+import trio
 from cachefs_csi import csi_pb2 as pb
+from cachefs_csi.node import Node, NodeConfig
+from cachefs_csi.node_volumes import NodeVolumes
 
-from cachefs.fuse import find_mount, open_mount, unmount
+from cachefs.client import open_volumes
+from cachefs.fuse import find_mount, open_mount, open_node_mounts, unmount
+from cachefs.net import TcpAddress
 
 INLINE = {"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.name": "pod"}
 
@@ -330,6 +336,22 @@ def test_a_dynamic_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: A
     again = rig.controller.call("CreateVolume", **asked, secrets=renewed).volume
     assert again.volume_id == made.volume_id
     assert rig.secrets["secret"] not in rig.node.log()
+
+
+@pytest.mark.expect_warnings("that the Secret is not used is told")
+async def test_a_master_that_is_away_holds_up_no_stage_of_a_volume_that_was_made(tmp_path: Path) -> None:
+    made, context = "vol-" + "0" * 32, {"path": "/volumes/x"}
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        config = NodeConfig("node-1", "csi.cachefs.io", may_attach=True)
+        mounts_socket = str(tmp_path / "m.sock")
+        async with (
+            open_volumes(TcpAddress("127.0.0.1", unused.getsockname()[1]), patience_s=0.1) as volumes,
+            open_node_mounts(mounts_socket) as mounts,
+        ):
+            node = Node(config, volumes, mounts, NodeVolumes(mounts, str(tmp_path)))
+            with trio.fail_after(30):
+                assert await node._path_of(made, context, {"key": "k", "secret": "s"}) == "/volumes/x"
 
 
 def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Path) -> None:

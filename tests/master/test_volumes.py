@@ -809,10 +809,6 @@ async def test_other_credentials_of_a_volume_are_put_in_place_by_its_id_and_noth
             assert (await volumes.renew(made.id, renewed)).id == (await volumes.renew(made.id, {})).id == made.id
             assert proxy.requests() == before
             assert options_in_database(cluster, made.id) == {**options, **renewed}
-            await restart(cluster)
-            s3_bucket.put({"later": b"later"})
-            await client.refresh(made.path)
-            assert await read(client, f"{made.path}/later") == b"later"
 
 
 def options_in_database(cluster: TestCluster, of_id: str) -> dict[str, str]:

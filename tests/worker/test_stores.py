@@ -317,6 +317,28 @@ async def test_one_that_is_removed_while_it_hangs_when_it_is_opened_is_not_waite
             assert stores.find(2) is not None and stores.opened == 1
 
 
+@pytest.mark.expect_warnings("that a store cannot be opened with its other options is told")
+async def test_one_that_could_not_be_opened_with_other_options_is_closed_when_it_is_removed(tmp_path: Path) -> None:
+    info = StoreInfo(1, tmp_path.as_uri(), {"settle": "0"})
+
+    async def nothing(patience_s: float) -> list[StoreInfo]:
+        return []
+
+    async with open_background() as nursery:
+        stores = Stores(nothing, nursery, 0.0)
+        await stores.add([info])
+        before = stores.find(1)
+        await stores.add([StoreInfo(1, info.url, {"colour": "none"})])
+        assert before is not None and stores.find(1) is before and stores.opened == 1
+        stores.in_use(StoresInUse([], 1, 1))
+        assert stores.find(1) is None
+        with trio.fail_after(LIMIT_S):
+            while stores.opened:
+                await trio.sleep(0.01)
+        with pytest.raises(StaleError, match="no mount any more"):
+            await before.stat("file")
+
+
 # ---- many at once --------------------------------------------------------------------------------------------------
 
 ROUNDS = 6
