@@ -17,7 +17,7 @@ from cachefs.model import Ino, MiB
 logger = logging.getLogger(__name__)
 
 MOST_NAMES = 100_000
-"""Of those that exist, and as many that do not: the newest. Some 150 bytes each."""
+"""Of those that exist, and as many that do not: the newest. Some 120 bytes each."""
 MOST_BYTES = 32 * MiB
 _VERSION = 1
 

@@ -23,9 +23,12 @@ async def keep_names(client: Client, kept: Kept) -> None:
     """As long as the master is away, and not longer: what changes once it is back would not be in them. Runs until
     cancelled.
 
-    Nothing is learned meanwhile, so they are written once. Those that an earlier server left are as good.
+    Nothing is learned meanwhile, so they are written once. Those that an earlier server left are as good, if it was not
+    killed while it wrote.
     """
     begun = trio.current_time()
+    if kept.has_names and not kept.names():
+        kept.drop_names()
     while True:
         is_away = client.reach.is_away
         if is_away and client.reach.away_s > _WORTH_KEEPING_S and not kept.has_names:
