@@ -13,6 +13,7 @@ import trio
 from cachefs.client.config import ClientConfig
 from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.outlasting import recall_names
 from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
 from cachefs.client.reach import MasterReach
@@ -399,6 +400,8 @@ class Earlier:
     cluster: ClusterInfo
     epoch: int
     tiers: tuple[str, ...] = ()
+    names: bytes = b""
+    """As of `pack_names`; empty: none."""
 
 
 @asynccontextmanager
@@ -444,6 +447,8 @@ async def _open_again(config: ClientConfig, earlier: Earlier) -> AsyncGenerator[
             logger.warning("no worker yet error=%s", error)
         client = Client(config, earlier.cluster, master, reach, workers, sealed, nursery, earlier.epoch)
         client.metadata.told_by_others = True
+        if earlier.names:
+            await recall_names(client.metadata, earlier.names)
         nursery.start_soon(client.report_opens)
         if config.with_worker:
             nursery.start_soon(workers.follow)

@@ -222,13 +222,41 @@ async def test_a_server_of_the_mount_that_dies_while_the_master_is_away(tmp_path
     async with scene(tmp_path, data.as_uri()) as it:
         with (it.root / "dir/02").open("rb", buffering=0) as held:
             await it.cluster.kill("master")
-            await expired()
+            await it.until(lambda: it.said("names are kept for whoever goes on") == 1)
+            # And the one after it, which has heard of nothing itself.
+            for count in (1, 2):
+                pid = await trio.to_thread.run_sync(kill, "mount-server", it.root)
+                await trio.to_thread.run_sync(partial(wait_for, "mount-server", it.root, other_than=pid))
+                await it.until(lambda: it.said("names of an earlier server are remembered") == count)  # noqa: B023
+                # What is open goes on, and so do names.
+                assert await it.try_(partial(os.pread, held.fileno(), 10_000, 0), SLACK_S) == DATA["dir/02"]
+                await it.check_known()
+                limit_s = PATIENCE_S + NOTICED_S + SLACK_S
+                assert await it.read("dir/unknown", limit_s) == errno.ETIMEDOUT
+            (data / "dir/04").write_bytes(b"changed meanwhile")
+            (data / "dir/05").unlink()
+            await it.cluster.start_master()
+
+            def is_fresh() -> bool:
+                return not (it.root / "dir/05").exists() and (it.root / "dir/04").read_bytes() == b"changed meanwhile"
+
+            await it.until(is_fresh)
+            assert await it.read("dir/03") == DATA["dir/03"]
+
+
+async def test_a_server_of_the_mount_that_dies_with_the_master(tmp_path: Path, data: Path) -> None:
+    async with scene(tmp_path, data.as_uri()) as it:
+        with (it.root / "dir/02").open("rb", buffering=0) as held:
+            # Neither notices that the other one is gone.
+            it.cluster.stop("master")
             pid = await trio.to_thread.run_sync(kill, "mount-server", it.root)
+            await it.cluster.kill("master")
+            await expired()
             await trio.to_thread.run_sync(partial(wait_for, "mount-server", it.root, other_than=pid))
-            # What is open goes on. Names that it was told are known to nobody any more.
             assert await it.try_(partial(os.pread, held.fileno(), 10_000, 0), SLACK_S) == DATA["dir/02"]
-            limit_s = PATIENCE_S + NOTICED_S + SLACK_S
-            assert await it.read("dir/03", limit_s) == errno.ETIMEDOUT
+            # Names are known to nobody any more.
+            assert await it.read("dir/03", PATIENCE_S + NOTICED_S + SLACK_S) == errno.ETIMEDOUT
+            assert it.said("names of an earlier server are remembered") == 0
             await it.cluster.start_master()
             await it.until(lambda: (it.root / "dir/03").exists())
             await it.check_known()
