@@ -18,10 +18,11 @@ _HEAD = """# The chart of cachefs
 
 Installs a master, a worker on each node, and a CSI driver whose mounts outlive its upgrades and crashes. How to use it,
 with credentials, TLS, upgrades and trouble-shooting, is in [docs/kubernetes.md](../../docs/kubernetes.md). It takes
-Kubernetes {kubernetes}.
+Kubernetes {kubernetes}. Nobody publishes an image: build the Dockerfile, and push it to a registry of yours first.
 
 ```
-helm install cachefs charts/cachefs --namespace cachefs --create-namespace
+helm install cachefs charts/cachefs --namespace cachefs --create-namespace \\
+  --set image.repository=registry.example.com/cachefs
 ```
 
 Manifests of volumes and of a training job are in [examples/](examples/).

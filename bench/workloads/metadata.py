@@ -21,7 +21,7 @@ from bench.workloads.base import Alone, Scale
 from cachefs.fuse import probe
 from cachefs.model import CachefsError
 from cachefs.testing.huge_s3 import DIRECTORY, name_of, running_huge_s3
-from cachefs.testing.s3server import free_ports
+from cachefs.testing.ports import hold_port, port_of
 
 NAMES = {Scale.SMOKE: 2_000, Scale.STANDARD: 100_000, Scale.FULL: 1_000_000}
 READ = {Scale.SMOKE: 40, Scale.STANDARD: 400, Scale.FULL: 5_000}
@@ -52,14 +52,16 @@ class Metadata(Alone):
         if (why := probe().why_no_mount) is not None:
             yield Gap(workload=self.name, system="", kind="skipped", why=why)
             return
-        (port,) = free_ports(1)
-        flags = ["--master-http", f"127.0.0.1:{port}"]
         try:
             with (
+                hold_port() as held,
                 running_huge_s3(self.count) as store,
-                running_up(store.url, directory, f"ssd:{directory / 'tier'}:1G", store.options, flags) as up,
+                running_up(
+                    *(store.url, directory, f"ssd:{directory / 'tier'}:1G", store.options),
+                    ["--master-http", f"127.0.0.1:{port_of(held)}"],
+                ) as up,
             ):
-                yield from self._measures(up, f"http://127.0.0.1:{port}/metrics")
+                yield from self._measures(up, f"http://127.0.0.1:{port_of(held)}/metrics")
         except (CachefsError, ReadingFailed, ValueError, OSError) as error:
             yield Gap(workload=self.name, system="", kind="failed", why=str(error))
 

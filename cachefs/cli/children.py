@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 READY_TIMEOUT_S = 120.0
 """The master may need the under-store's deadline, and the worker a while to look through a large tier."""
 END_TIMEOUT_S = 20.0
+_DIE_TIMEOUT_S = 5.0
 
 
 class Child:
@@ -34,6 +35,8 @@ class Child:
         self.role = role
         self.pid = process.pid
         self.facts: dict[str, Any] = {}
+        self.was_killed = False
+        """It hung."""
         self._process = process
         self._link = trio.socket.from_stdlib_socket(link)
 
@@ -67,7 +70,8 @@ class Child:
         return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
 
     def kill(self) -> None:
-        """It hangs; `wait_end` returns."""
+        """It hangs; `wait_end` returns once it is gone."""
+        self.was_killed = True
         self._process.kill()
 
     async def end(self) -> None:
@@ -84,7 +88,8 @@ class Child:
         if scope.cancelled_caught:
             logger.error("killed role=%s pid=%d reason=did-not-end", self.role, self._process.pid)
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # it waits in the kernel, for a disk: nobody can do more
+                self._process.wait(_DIE_TIMEOUT_S)
         self._link.close()
 
 

@@ -24,6 +24,8 @@ from cachefs.store import running_boot_id
 from cachefs.wire.control import GetJob, JobInfo, JobSpec
 
 _LOOK_EVERY_S = 0.25
+_BEGIN_S = 5.0
+"""Whoever interrupts while the master is asked for a job waits so long to be told which one goes on."""
 
 background_option = click.option("--background", is_flag=True, help="Only begin it: `cachefs job show` tells how far.")
 
@@ -44,7 +46,7 @@ def run_job(
 
     run_with_client(master_address, run, admin=True)
     if not found:
-        print("interrupted before it began", file=sys.stderr)
+        print("interrupted; whether it began, `cachefs job list` tells: the master has not answered", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     info = found[-1]
     if as_json:
@@ -64,8 +66,11 @@ def run_job(
 
 
 async def _begin_and_follow(client: Client, spec: JobSpec, found: list[JobInfo]) -> bool:
-    """Until it has ended, or Ctrl-C: returns whether it was that. The last of `found` is how it stands."""
+    """Until it has ended, or Ctrl-C: returns whether it was that. The last of `found` is how it stands; none: the
+    master did not say that it began.
+    """
     interrupted = False
+    beginning = trio.CancelScope(shield=True)
 
     async with trio.open_nursery() as nursery:
 
@@ -75,10 +80,13 @@ async def _begin_and_follow(client: Client, spec: JobSpec, found: list[JobInfo])
                 task_status.started()
                 async for _ in signals:
                     interrupted = True
+                    beginning.deadline = trio.current_time() + _BEGIN_S
                     nursery.cancel_scope.cancel()
 
         await nursery.start(watch)
-        found.append(await client.start_job(spec))
+        with beginning:
+            found.append(await client.start_job(spec))
+        await trio.lowlevel.checkpoint()  # not further when it was interrupted
         began = trio.current_time()
 
         def look() -> HowFar:

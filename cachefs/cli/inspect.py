@@ -165,6 +165,7 @@ def _report_without_master(error: TransportError, worker_socket: str | None, as_
     if details is not None:
         print_tables(table_of(_WORKER_COLUMNS, _tier_rows(details.name, "", "", details), "workers"))
         print(_opens(details.name, details))
+        print(_open_stores(details.name, details))
     for each in troubles:
         print(each)
     if worker_socket is None:
@@ -219,6 +220,7 @@ def _print_report(status: MasterStatus, workers: list[tuple[WorkerInfo, WorkerSt
             continue
         rows += _tier_rows(info.name, info.state, _labels(info), details)
         opens.append(_opens(info.name, details))
+        opens.append(_open_stores(info.name, details))
     print_tables(table_of(columns, mounts, "mounts"), table_of(_WORKER_COLUMNS, rows, "workers"))
     for line in opens:
         print(line)
@@ -257,6 +259,10 @@ def _tier_rows(name: str, state: str, labels: str, details: WorkerStatus) -> lis
 def _opens(name: str, details: WorkerStatus) -> str:
     opens = details.opens
     return f"opens by the mounts of {name}: {opens.passthrough} by passthrough, {opens.cached} in cached mode"
+
+
+def _open_stores(name: str, details: WorkerStatus) -> str:
+    return f"under-stores that {name} has open: {details.open_stores}"
 
 
 def _labels(info: WorkerInfo) -> str:

@@ -6,17 +6,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachefs.cli.node import NODE_METRICS
+from cachefs.cli.restarts import RESTART_METRICS
 from cachefs.fuse.metrics import MOUNT_METRICS
 from cachefs.master.metrics import MASTER_METRICS
 from cachefs.metrics import BOUNDS_S, Metric
 from cachefs.worker.metrics import WORKER_METRICS
 
 PROCESSES: dict[str, Sequence[Metric[Any]]] = {
-    "master": MASTER_METRICS,
-    "worker": WORKER_METRICS,
+    "master": [*MASTER_METRICS, *RESTART_METRICS],
+    "worker": [*WORKER_METRICS, *RESTART_METRICS],
     "mount": MOUNT_METRICS,
     "node-mounts": NODE_METRICS,
 }
+
+ALSO = {
+    "node-mounts": """It shows all of [mount](#mount) as well, of each server that answers within 1.5 s, with the labels
+`mount` (its id: that of the volume, or `host:MOUNTPOINT`) and `mountpoint`."""
+}
+"""What a process shows besides."""
 
 HEAD = f"""# Reference: metrics
 
@@ -40,6 +47,8 @@ def metrics_reference() -> str:
 
 def _process(name: str) -> Iterator[str]:
     yield f"## {name}\n"
+    if name in ALSO:
+        yield f"{ALSO[name]}\n"
     yield "| metric | kind | labels | |"
     yield "|---|---|---|---|"
     for metric in PROCESSES[name]:

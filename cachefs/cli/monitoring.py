@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import click
@@ -64,6 +64,18 @@ async def shown_later(role: str, address: Address | None) -> AsyncGenerator[Show
     async with open_background() as nursery:
         nursery.start_soon(serve, address)
         yield Shown(monitor, {}, ready.set)
+
+
+@asynccontextmanager
+async def shown_if_possible(role: str, address: Address | None) -> AsyncGenerator[Shown, None]:
+    """As `monitored`, for one that takes the place of another and is needed, whatever becomes of its monitoring."""
+    async with AsyncExitStack() as stack:
+        try:
+            shown = await stack.enter_async_context(monitored(role, address))
+        except ConfigError as error:
+            logger.warning("monitoring is not served address=%s error=%s", address, error)
+            shown = Shown(None, {})
+        yield shown
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from cachefs.cli.lifecycle import (
     run_service,
     set_up_logging,
 )
-from cachefs.cli.monitoring import Shown, http_option, monitored, shown_later
+from cachefs.cli.monitoring import Shown, http_option, monitored, shown_if_possible, shown_later
 from cachefs.cli.mount_options import as_arguments, by_flag, mount_config, mount_options, with_profile
 from cachefs.cli.security import security_arguments, security_of, security_options
 from cachefs.cli.settings import Configured
@@ -44,7 +44,7 @@ from cachefs.fuse.keeping import (
     socket_of,
 )
 from cachefs.model import CachefsError, ConfigError
-from cachefs.net import Address, Role, open_background
+from cachefs.net import Address, Role, TcpAddress, open_background
 from cachefs.policy import Promote
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,10 @@ def _run(config: MountConfig, values: Mapping[str, Any], keeper: KeeperLink | No
     http: Address | None = values["http"]
 
     async def service(report: Report) -> None:
-        show = shown_later if is_successor else monitored
+        show = monitored
+        if is_successor:
+            # A port that is chosen is free, also while the one before it has not ended.
+            show = shown_if_possible if isinstance(http, TcpAddress) and http.port == 0 else shown_later
         async with _kept_by(keeper), show("mount", http) as shown:
             await serve(report, shown)
         if values["supervised_fd"] is not None and keeper is not None and not keeper.hands_over:

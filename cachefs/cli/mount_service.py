@@ -31,7 +31,7 @@ from cachefs.fuse import (
     is_dead,
     unmount,
 )
-from cachefs.fuse.keeping import ask, ask_node_keeper, parse_facts
+from cachefs.fuse.keeping import ask, ask_node_keeper, is_listening, parse_facts, socket_of
 from cachefs.model import CachefsError, ConfigError, ExistsError, NamespaceError, TransportError, UnavailableError
 from cachefs.net import Service, Session, open_background
 from cachefs.wire import mounts as m
@@ -47,8 +47,14 @@ _LONGEST_PAUSE_S = 5.0
 _LIVED_S = 30.0
 _LOOK_S = 2.0
 _ANSWER_S = 10.0
+_KEEPER_END_S = 25.0
+"""More than a keeper gives whoever takes its mount away for it."""
 _OF_THE_HOST = "host:"
 """What the ids of mounts begin with that nobody asks for but this service itself."""
+STARTING_S = 120.0
+"""One that is not served for longer does not keep the service from being ready: it may be of a directory that is gone,
+and a service that is never ready is what the update of a cluster waits for.
+"""
 _BUSY_TRIES, _BUSY_PAUSE_S = 20, 0.1
 
 
@@ -60,6 +66,8 @@ class _Mount:
         self.lock = trio.Lock()
         self.state: Literal["serving", "starting", "dead"] = "dead"
         self.why = ""
+        self.since = trio.current_time()
+        """That it is in this state."""
         self.device = ""
         self.child: Child | None = None
         self.keeper_socket = ""
@@ -72,6 +80,8 @@ class _Mount:
         """No server is started any more."""
 
     def become(self, state: Literal["serving", "starting", "dead"], why: str = "") -> None:
+        if state != self.state:
+            self.since = trio.current_time()
         self.state, self.why = state, why
         self.changed.set()
         self.changed = trio.Event()
@@ -131,11 +141,25 @@ class MountService:
             self._start(mount)
 
     async def why_not_ready(self) -> str | None:
-        waiting = [each.mountpoint for each in self.mounts if each.state == "starting"]
-        return f"{len(waiting)} of {len(self._mounts)} mounts are not served yet" if waiting else None
+        late = trio.current_time() - STARTING_S
+        waiting = sum(each.state == "starting" and each.since > late for each in self._mounts.values())
+        return f"{waiting} of {len(self._mounts)} mounts are not served yet" if waiting else None
 
     def degraded(self) -> list[str]:
-        return [f"{each.mountpoint}: {each.why}" for each in self.mounts if each.state == "dead"]
+        late = trio.current_time() - STARTING_S
+        return [
+            f"{mountpoint}: {each.why}"
+            for mountpoint, each in sorted(self._mounts.items())
+            if each.state == "dead" or (each.state == "starting" and each.since <= late)
+        ]
+
+    def watched(self) -> list[tuple[dict[str, str], str]]:
+        """(labels, where it shows its metrics) of each server that was told to."""
+        return [
+            ({"mount": each.record.id, "mountpoint": mountpoint}, each.child.facts["http"])
+            for mountpoint, each in sorted(self._mounts.items())
+            if each.state == "serving" and each.child is not None and "http" in each.child.facts
+        ]
 
     def have(self, host_mounts: Mapping[str, str]) -> None:
         """Ask ourselves for these, a directory of the namespace for each mountpoint, and no others any more."""
@@ -183,7 +207,7 @@ class MountService:
                 return await self._ensure(request)  # it was removed meanwhile
             self._check_same(mount.record, record)
             if mount.scope is not None and mount.state == "serving":
-                if await _answers(record.mountpoint, mount.device):
+                if await self._answers(record.mountpoint, mount.device):
                     return mount.told()
                 await self._wait_for_its_end(mount)
             is_new, was_mounted = mount.scope is None, True
@@ -287,11 +311,11 @@ class MountService:
             return
         others = [each.mountpoint for each in all_mounts() if each.device == found.device]
         others.remove(found.mountpoint)
-        if others and not await _is_dead(found):
+        if others and not await self._is_dead(mountpoint, found):
             raise NamespaceError(f"{mountpoint} is in use: it is mounted on {', '.join(sorted(others)[:3])} as well")
         for _ in range(_BUSY_TRIES):
             try:
-                await trio.to_thread.run_sync(_unmount_now, found)
+                await self._unmount_now(mountpoint, found)
                 break
             except MountError as error:
                 if error.errno != errno.EBUSY:
@@ -313,7 +337,7 @@ class MountService:
         if drop:
             with suppress(MountError, TransportError, OSError):
                 await trio.to_thread.run_sync(ask_node_keeper, self._node_keeper, ["drop", mountpoint])
-                await self._wait_for_the_end_of(mount.keeper_socket)
+                await self._wait_for_the_end_of_its_keeper(mountpoint)
             with suppress(MountError, OSError):
                 await trio.to_thread.run_sync(self._clear, mountpoint)
                 if find_mount(mountpoint) is None:  # looking at one without a server would take for ever
@@ -322,12 +346,18 @@ class MountService:
         if self._mounts.get(mountpoint) is mount:
             del self._mounts[mountpoint]
 
-    async def _wait_for_the_end_of(self, keeper_socket: str) -> None:
+    async def _wait_for_the_end_of_its_keeper(self, mountpoint: str) -> None:
         """It ends the connection of what was mounted and never answered, though it may not see where that is."""
-        with trio.move_on_after(_ANSWER_S), suppress(TransportError):
-            while keeper_socket:
-                await trio.to_thread.run_sync(ask, keeper_socket, "who", _LOOK_S)
+        with trio.move_on_after(_KEEPER_END_S):
+            # It does not answer any more before it is gone; and until then the next server would find it there.
+            while True:
+                if not is_listening(self._keeper_of(mountpoint)):
+                    return
                 await trio.sleep(0.02)
+
+    def _keeper_of(self, mountpoint: str) -> str:
+        """Where it listens, if there is one."""
+        return socket_of(mountpoint, os.path.dirname(self._node_keeper))
 
     # ---- servers ---------------------------------------------------------------------------------------------------
 
@@ -359,7 +389,8 @@ class MountService:
                     if await trio.to_thread.run_sync(find_mount, mount.record.mountpoint) is None and mount.device:
                         mount.device = ""
                         mount.become("dead", "it was unmounted")
-                        logger.warning("unmounted by somebody mountpoint=%s", mount.record.mountpoint)
+                        if not mount.is_to_go:
+                            logger.warning("unmounted by somebody mountpoint=%s", mount.record.mountpoint)
                         return
                     in_a_row = in_a_row + 1 if trio.current_time() < began + _LIVED_S else 1
                     mount.restarts += 1
@@ -417,33 +448,45 @@ class MountService:
         """Take a dead mount away, of which the keeper may not see the mountpoint: it may be in another namespace."""
         while True:
             found = find_mount(mountpoint)
-            if found is None or found.fs_type != FS_TYPE or not is_dead(found):
+            if found is None or found.fs_type != FS_TYPE or not self._is_dead_now(mountpoint, found):
                 return
             logger.warning("a dead mount is taken away mountpoint=%s", mountpoint)
             unmount(mountpoint, lazy=True)
 
+    async def _unmount_now(self, mountpoint: str, found: MountInfo) -> None:
+        """Raises MountError."""
+        dead = await self._is_dead(mountpoint, found)
 
-def _unmount_now(found: MountInfo) -> None:
-    """Raises MountError."""
-    dead = is_dead(found)
-    if dead:
-        with suppress(MountError):
-            abort(found.connection)
-    try:
-        unmount(found.mountpoint, lazy=dead)
-    except MountError as error:
-        if error.errno != errno.EINVAL:  # somebody was faster
-            raise
+        def do() -> None:
+            if dead:
+                with suppress(MountError):
+                    abort(found.connection)
+            try:
+                unmount(found.mountpoint, lazy=dead)
+            except MountError as error:
+                if error.errno != errno.EINVAL:  # somebody was faster
+                    raise
 
+        await trio.to_thread.run_sync(do)
 
-async def _is_dead(found: MountInfo) -> bool:
-    return await trio.to_thread.run_sync(is_dead, found)
+    async def _answers(self, mountpoint: str, device: str) -> bool:
+        """Whether what we mounted there is there, and lives."""
+        found = await trio.to_thread.run_sync(find_mount, mountpoint)
+        return found is not None and found.device == device and not await self._is_dead(mountpoint, found)
 
+    async def _is_dead(self, mountpoint: str, found: MountInfo) -> bool:
+        return await trio.to_thread.run_sync(self._is_dead_now, mountpoint, found)
 
-async def _answers(mountpoint: str, device: str) -> bool:
-    """Whether what we mounted there is there, and lives."""
-    found = await trio.to_thread.run_sync(find_mount, mountpoint)
-    return found is not None and found.device == device and not await _is_dead(found)
+    def _is_dead_now(self, mountpoint: str, found: MountInfo) -> bool:
+        """A mount that only its keeper holds is not looked at: whoever looks waits there for a server, and uses the
+        mount, so that we ourselves would keep it from being unmounted.
+        """
+        with suppress(TransportError, ConfigError):
+            answer = ask(self._keeper_of(mountpoint), "who", _LOOK_S)
+            values, _ = parse_facts(answer.removeprefix("keeper "))
+            if values.get("state") == "none" and values.get("connection") == str(found.connection):
+                return False
+        return is_dead(found)
 
 
 def _checked(key: str, path: str) -> str:

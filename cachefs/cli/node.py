@@ -11,7 +11,7 @@ from typing import Any
 import click
 import trio
 
-from cachefs.cli import params
+from cachefs.cli import params, server_metrics
 from cachefs.cli.common import json_ready_option, log_level_option, supervised_option
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.monitoring import http_option, monitored
@@ -124,6 +124,7 @@ def node_mounts(
         *("--master", str(master_address), "--log-level", log_level),
         *(["--worker-socket", worker_socket] if worker_socket is not None else []),
         *(["--promote", promote] if promote is not None else []),
+        *(["--http", server_metrics.LISTEN] if http is not None else []),
         *(each for key, value in labels for each in ("--label", f"{key}={value}")),
         *security_arguments(),
         *as_arguments(_asked_for(ctx, flags)),
@@ -148,6 +149,7 @@ def node_mounts(
                 shown.monitor.watch(NODE_METRICS, mounts)
                 shown.monitor.ready_if(mounts.why_not_ready)
                 shown.monitor.degraded_by(mounts.degraded)
+                shown.monitor.answer_for(lambda: server_metrics.ask_servers(mounts.watched()))
             mounts.go_on()
             mounts.have({mountpoint: shows for shows, mountpoint in static})
             report({"socket": path, **shown.facts})

@@ -15,7 +15,7 @@ from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, NotAccepted
 from cachefs.model import ConfigError, check_page_size, format_duration, parse_duration, parse_size, write_size
 from cachefs.net import Address, parse_address
 from cachefs.policy import parse_labels
-from cachefs.store import TierConfig, parse_tier
+from cachefs.store import TierConfig, parse_keep_free, parse_tier
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,6 +130,7 @@ DURATION = _Parsed("DURATION", parse_duration, format_duration, number=True)
 SYNC_INTERVAL = _Parsed("DURATION", _sync_interval, written_sync_interval, number=True)
 ADDRESS = _Parsed("HOST:PORT", _address)
 TIER = _Parsed("KIND:DIR:SIZE", _tier, written_tier)
+KEEP_FREE = _Parsed("SIZE|PERCENT", parse_keep_free)
 OCTAL = _Parsed("OCTAL", _octal, lambda value: f"{value:03o}")
 KEY_VALUE = _Parsed("NAME=VALUE", _key_value, "=".join)
 MOUNT = _Parsed("PATH=URL", _mount, "=".join)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,14 +18,17 @@ from cachefs.cli.common import json_ready_option, log_level_option, supervised_o
 from cachefs.cli.lifecycle import LEAST_OPEN_FILES, Report, run_service, set_up_logging
 from cachefs.cli.memory_limit import check_memory_tiers, memory_limit
 from cachefs.cli.monitoring import http_option, monitored
+from cachefs.cli.restarts import RESTART_METRICS, Restarts, restarts_option
 from cachefs.cli.security import security_of, security_options
 from cachefs.cli.settings import Configured
 from cachefs.master import MasterConfig, run_master
-from cachefs.model import ConfigError
+from cachefs.model import ConfigError, format_size
 from cachefs.net import Address, Role, TcpAddress
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import KeepFree, TierConfig, disk_bytes
 from cachefs.worker import WorkerConfig, default_name, run_worker
+
+logger = logging.getLogger(__name__)
 
 
 @click.command(cls=Configured)
@@ -49,6 +54,7 @@ from cachefs.worker import WorkerConfig, default_name, run_worker
 @security_options
 @log_level_option
 @json_ready_option
+@restarts_option
 @supervised_option
 def master(
     data_dir: str,
@@ -62,6 +68,7 @@ def master(
     http: Address | None,
     log_level: str,
     as_json: bool,
+    restarts: tuple[int, int],
     supervised_fd: int | None,
 ) -> None:
     """Keep the namespace: names, attributes, and which worker holds what."""
@@ -78,7 +85,8 @@ def master(
         block_size=block_size,
         page_size=page_size,
     )
-    run_service("master", partial(_run_and_report, "master", run_master, config, http), supervised_fd, as_json=as_json)
+    service = partial(_run_and_report, "master", run_master, config, http, Restarts(*restarts))
+    run_service("master", service, supervised_fd, as_json=as_json)
 
 
 @click.command(cls=Configured)
@@ -115,6 +123,12 @@ def master(
     show_default=True,
     help="What nobody has read for so long counts as free, with all that came with it.",
 )
+@click.option(
+    "--keep-free",
+    type=params.KEEP_FREE,
+    help="What stays free for others on the file systems of ssd tiers, such as 20G or 15%, whoever fills them. "
+    "Default: 1G, or a tenth of a smaller tier.",
+)
 @params.label_option
 @click.option(
     "--advertise",
@@ -126,6 +140,7 @@ def master(
 @security_options
 @log_level_option
 @json_ready_option
+@restarts_option
 @supervised_option
 def worker(
     name: str,
@@ -136,11 +151,13 @@ def worker(
     promote: str,
     files_ahead: int,
     idle_after: float,
+    keep_free: KeepFree | None,
     labels: tuple[tuple[str, str], ...],
     advertise: Address | None,
     http: Address | None,
     log_level: str,
     as_json: bool,
+    restarts: tuple[int, int],
     supervised_fd: int | None,
 ) -> None:
     """Keep blocks on this node: fetch what its mounts ask for, verify it, and evict.
@@ -155,7 +172,7 @@ def worker(
         master=master_address,
         listen=tcp_address("--listen", listen),
         socket=os.path.abspath(socket),
-        tiers=tuple(replace(tier, idle_after_s=idle_after) for tier in tiers),
+        tiers=tuple(replace(_with_free(tier, keep_free), idle_after_s=idle_after) for tier in tiers),
         labels=params.collect_labels(labels),
         advertise=_advertised(listen, advertise),
         security=security,
@@ -165,9 +182,27 @@ def worker(
 
     async def service(report: Report) -> None:
         check_memory_tiers(config.tiers, memory_limit())
-        await _run_and_report("worker", run_worker, config, http, report)
+        _tell_tiers_that_are_too_large(config.tiers)
+        await _run_and_report("worker", run_worker, config, http, Restarts(*restarts), report)
 
     run_service("worker", service, supervised_fd, as_json=as_json, least_open_files=_least_open_files(config))
+
+
+def _with_free(tier: TierConfig, keep_free: KeepFree | None) -> TierConfig:
+    if keep_free is None or tier.kind == "mem":
+        return tier
+    return replace(tier, free_floor_bytes=keep_free.on_disk_of(tier.path))
+
+
+def _tell_tiers_that_are_too_large(tiers: Iterable[TierConfig]) -> None:
+    """They work all the same, and never become as full as somebody hopes."""
+    for tier in tiers:
+        size = disk_bytes(tier.path)
+        # A tmpfs without a limit says 0.
+        if size and tier.capacity_bytes > size - tier.free_floor_bytes:
+            message = "a tier is larger than what its disk has for it tier=%s:%s capacity=%s disk=%s kept_free=%s"
+            sizes = (tier.capacity_bytes, size, tier.free_floor_bytes)
+            logger.warning(message, tier.kind, tier.path, *map(format_size, sizes))
 
 
 def _least_open_files(config: WorkerConfig) -> int:
@@ -176,9 +211,13 @@ def _least_open_files(config: WorkerConfig) -> int:
     return LEAST_OPEN_FILES + 4 * (fetched + config.peer_slots)
 
 
-async def _run_and_report(role: str, run: Any, config: Any, http: Address | None, report: Report) -> None:
+async def _run_and_report(
+    role: str, run: Any, config: Any, http: Address | None, restarts: Restarts, report: Report
+) -> None:
     """Run a service and report the addresses it listens on."""
     async with monitored(role, http) as shown, trio.open_nursery() as nursery:
+        if shown.monitor is not None:
+            shown.monitor.watch(RESTART_METRICS, restarts)
         addresses: list[Address] = await nursery.start(run, config, shown.monitor)
         report({"listen": str(addresses[0]), **shown.facts})
 

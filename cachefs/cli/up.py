@@ -21,13 +21,14 @@ from cachefs.cli.instances import Instance, instance_name, recorded, running, st
 from cachefs.cli.lifecycle import Report, run_service, set_up_logging
 from cachefs.cli.mount import keeper_socket_of, listen_for, server_command
 from cachefs.cli.mount_options import as_arguments, mount_config, mount_options, with_profile
+from cachefs.cli.restarts import Restarts, kill_if_it_hangs
 from cachefs.cli.settings import UFS_OPTIONS_VARIABLE, Configured
 from cachefs.fuse import FS_TYPE, Driver, MountError, abort, allow_left_below, check_apart, find_mount, probe, unmount
 from cachefs.fuse.keeping import command_file, keeper_command
 from cachefs.model import CachefsError, ConfigError, format_duration, format_size, without_credentials
-from cachefs.net import Address, TcpAddress
+from cachefs.net import Address, TcpAddress, open_background
 from cachefs.policy import Promote
-from cachefs.store import TierConfig
+from cachefs.store import KeepFree, TierConfig
 from cachefs.ufs import directory_of
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,14 @@ class UpConfig:
     log_level: str
     driver: Driver = Driver.KERNEL
     hung_after_s: float = 10.0
+    """Of the mount's server."""
+    restart_hung_after_s: float = 30.0
+    """Of master and worker; 0: never."""
 
 
 async def run_up(config: UpConfig, report: Report) -> None:
     """Start the three, wait until the mount is there, and end them, the mount first, when that ends or on cancellation.
-    A master or worker that dies is started again: whoever reads notices a pause at most.
+    A master or worker that dies or hangs is started again: whoever reads notices a pause at most.
 
     Raises CachefsError when the mount fails, or one of the others again and again.
     """
@@ -69,12 +73,13 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
     common = ["--insecure", "--log-level", config.log_level]
     data_dir = os.path.join(config.state_dir, "master")
     master_flags = ["--data-dir", data_dir, "--mount", f"/={config.url}", *config.master_flags, *common]
-    async with _restarted("master", master_flags, secrets) as master:
+    hung_after_s = config.restart_hung_after_s
+    async with _restarted("master", master_flags, secrets, hung_after_s=hung_after_s) as master:
         reach_master = ["--master", master.facts["listen"]]
         worker_flags = ["--socket", socket_path, *config.worker_flags, *common]
         for tier in config.tiers:
             worker_flags += ["--tier", f"{tier.kind}:{tier.path}:{tier.capacity_bytes}"]
-        async with _restarted("worker", [*reach_master, *worker_flags]):
+        async with _restarted("worker", [*reach_master, *worker_flags], hung_after_s=hung_after_s):
             mount_flags = ["--worker-socket", socket_path, *config.mount_flags, *common]
             async with _mount_child(config, [*reach_master, *mount_flags]) as mount:
                 try:
@@ -108,17 +113,21 @@ async def _run_three(config: UpConfig, socket_path: str, report: Report) -> None
 
 @asynccontextmanager
 async def _restarted(
-    role: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    role: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    hung_after_s: float = 0.0,
 ) -> AsyncGenerator[Child, None]:
-    """The first process of that role, ready; when it dies another one takes its place and its addresses, until the end
-    of the block.
+    """The first process of that role, ready; when it dies, or gives no sign of life for `hung_after_s` (0: however
+    long), another one takes its place and its addresses, until the end of the block.
 
     Raises CachefsError when the first does not come up, or one after the other ends: the block is cancelled then.
     """
     # What is ended last must not end because everything is cancelled at once.
     scope = trio.CancelScope()
     async with trio.open_nursery() as nursery:
-        first: Child = await nursery.start(_keep_running, scope, role, arguments, environment)
+        first: Child = await nursery.start(_keep_running, scope, role, arguments, environment, hung_after_s)
         try:
             yield first
         finally:
@@ -130,16 +139,18 @@ async def _keep_running(
     role: str,
     arguments: Sequence[str],
     environment: Mapping[str, str] | None,
+    hung_after_s: float,
     task_status: trio.TaskStatus[Child],
 ) -> None:
     addresses = ["--listen", "127.0.0.1:0"]
-    in_a_row = 0
+    in_a_row, restarts = 0, Restarts()
     with scope:
         while True:
             began = trio.current_time()
-            said = "before it was ready"
+            said, hung = "before it was ready", False
             try:
-                async with child_of(role, [*arguments, *addresses], environment) as child:
+                told = [*arguments, *addresses, *restarts.arguments()]
+                async with child_of(role, told, environment) as child, open_background() as watching:
                     await child.wait_ready()
                     if not scope.shield:
                         scope.shield = True
@@ -147,17 +158,24 @@ async def _keep_running(
                             if name in child.facts:
                                 addresses += [f"--{name}", child.facts[name]]
                         task_status.started(child)
+                    if hung_after_s > 0:
+                        watching.start_soon(kill_if_it_hangs, child, hung_after_s)
                     said = f"with status {await child.wait_end()}"
+                    hung = child.was_killed
             except CachefsError as error:
                 if not scope.shield:
                     raise
                 logger.error("not started again role=%s error=%s", role, error)
+            restarts = Restarts(restarts.ended + (not hung), restarts.hung + hung)
             in_a_row = in_a_row + 1 if trio.current_time() < began + LIVED_S else 1
             if in_a_row > MOST_IN_A_ROW:
                 raise CachefsError(
                     f"the {role} ended unexpectedly {said}, and was started again {MOST_IN_A_ROW} times in a row"
                 )
-            logger.error("the %s ended unexpectedly %s, starting it again count=%d", role, said, in_a_row)
+            logger.error(
+                "the %s %s %s, starting it again count=%d ended=%d hung=%d",
+                *(role, "hung and ended" if hung else "ended unexpectedly", said, in_a_row, *restarts),
+            )
             await trio.sleep(0 if in_a_row == 1 else min(LONGEST_PAUSE_S, 0.1 * 2**in_a_row))
 
 
@@ -214,9 +232,18 @@ async def _mount_child(config: UpConfig, arguments: Sequence[str]) -> AsyncGener
 @click.option("--promote", type=click.Choice([each.value for each in Promote]), help="As of cachefs worker.")
 @click.option("--files-ahead", type=click.IntRange(0, 1000), help="As of cachefs worker.")
 @click.option("--idle-after", type=params.DURATION, help="As of cachefs worker.")
+@click.option("--keep-free", type=params.KEEP_FREE, help="As of cachefs worker.")
 @click.option("--master-http", type=params.ADDRESS, help="--http of cachefs master.")
 @click.option("--worker-http", type=params.ADDRESS, help="--http of cachefs worker.")
 @click.option("--mount-http", type=params.ADDRESS, help="--http of cachefs mount.")
+@click.option(
+    "--restart-hung-after",
+    type=params.DURATION,
+    default="30s",
+    show_default=True,
+    help="A master or worker that gives no sign of life for so long, however slow its store may be, is killed and "
+    "started again; 2s to 1h, 0 = never.",
+)
 @mount_options
 @log_level_option
 @json_ready_option
@@ -235,9 +262,11 @@ def up(
     promote: str | None,
     files_ahead: int | None,
     idle_after: float | None,
+    keep_free: KeepFree | None,
     master_http: Address | None,
     worker_http: Address | None,
     mount_http: Address | None,
+    restart_hung_after: float,
     log_level: str,
     as_json: bool,
     supervised_fd: int | None,
@@ -253,6 +282,8 @@ def up(
     flags = with_profile(ctx, mount_flags)
     # What is wrong with a flag is told before anything is started.
     mount_config(mountpoint, TcpAddress("127.0.0.1", 0), None, flags)
+    if restart_hung_after != 0 and not 2 <= restart_hung_after <= 3600:
+        raise ConfigError("--restart-hung-after", format_duration(restart_hung_after), "2s to 1h, or 0 for never")
     directory = os.path.abspath(state_dir or os.path.join(state_root(), instance_name(url)))
     needed = [("--state-dir", directory), *((f"--tier {tier.kind}:{tier.path}", tier.path) for tier in tiers)]
     if url.startswith("file://"):
@@ -276,12 +307,14 @@ def up(
             *(("--promote", promote) if promote else ()),
             *(("--files-ahead", str(files_ahead)) if files_ahead is not None else ()),
             *(("--idle-after", format_duration(idle_after)) if idle_after is not None else ()),
+            *(("--keep-free", str(keep_free)) if keep_free is not None else ()),
             *_http(worker_http),
         ),
         mount_flags=(*as_arguments(flags), *_http(mount_http)),
         log_level=log_level,
         driver=Driver(flags["driver"]),
         hung_after_s=flags["hung_after"],
+        restart_hung_after_s=restart_hung_after,
     )
     if supervised_fd is None and not as_json:
         places = ", ".join(f"{format_size(tier.capacity_bytes)} in {tier.path}" for tier in tiers)

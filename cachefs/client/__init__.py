@@ -5,6 +5,7 @@ from cachefs.client.config import ClientConfig, Timeouts
 from cachefs.client.dirs import DirReader
 from cachefs.client.files import ContentReader, read_exactly, read_exactly_nowait
 from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.outlasting import pack_names
 from cachefs.client.view import View
 from cachefs.client.volumes import Volumes, open_volumes
 from cachefs.client.workers import Candidate, Workers, ranked
@@ -24,6 +25,7 @@ __all__ = [
     "Workers",
     "open_client",
     "open_volumes",
+    "pack_names",
     "ranked",
     "read_exactly",
     "read_exactly_nowait",

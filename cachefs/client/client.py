@@ -13,6 +13,7 @@ import trio
 from cachefs.client.config import ClientConfig
 from cachefs.client.files import ContentReader, Data
 from cachefs.client.metadata import ChangedName, Metadata
+from cachefs.client.outlasting import recall_names
 from cachefs.client.passed import PassedFiles
 from cachefs.client.patience import patiently
 from cachefs.client.reach import MasterReach
@@ -366,7 +367,7 @@ class Client:
         """
         request = Free(block_names(blocks))
         chosen = await self.workers.get()
-        with trio.move_on_after(_FREED_WITHIN_S), chosen.calling():
+        with trio.move_on_after(_FREED_WITHIN_S), chosen.calling(self.worker):
             return (await self.worker.call(request)).message
         raise TransportError(f"{chosen.candidate} does not answer within {_FREED_WITHIN_S:g} s")
 
@@ -381,7 +382,7 @@ class Client:
                 counts, self._opens = OpenCounts(**self._opens), dict.fromkeys(self._opens, 0)
                 try:
                     told = Opened(block_names(batch), counts)
-                    with chosen.calling():
+                    with chosen.calling(self.worker):
                         reply = (await self.worker.call(told)).message
                     self._many = _OPENED_MANY if reply.follows else _OPENED_BATCH
                     if chosen.is_local:
@@ -399,6 +400,8 @@ class Earlier:
     cluster: ClusterInfo
     epoch: int
     tiers: tuple[str, ...] = ()
+    names: bytes = b""
+    """As of `pack_names`; empty: none."""
 
 
 @asynccontextmanager
@@ -444,6 +447,8 @@ async def _open_again(config: ClientConfig, earlier: Earlier) -> AsyncGenerator[
             logger.warning("no worker yet error=%s", error)
         client = Client(config, earlier.cluster, master, reach, workers, sealed, nursery, earlier.epoch)
         client.metadata.told_by_others = True
+        if earlier.names:
+            await recall_names(client.metadata, earlier.names)
         nursery.start_soon(client.report_opens)
         if config.with_worker:
             nursery.start_soon(workers.follow)

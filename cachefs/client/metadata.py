@@ -19,7 +19,7 @@ import trio
 
 from cachefs.client.config import Timeouts
 from cachefs.client.reach import MasterReach
-from cachefs.client.remembered import Known, Name, Remembered
+from cachefs.client.remembered import Copied, Known, Name, Remembered
 from cachefs.model import (
     NO_INO,
     Attr,
@@ -48,6 +48,8 @@ _CHANGES_FOLLOWED = 10_000
 _STALE_NAMES = 100_000
 """Of a directory that is listed from memory: sorting them takes a third of a second, in which nobody is answered."""
 _STALE_CHUNK = 1000
+
+_PAST = -1.0
 
 FOREVER_S = 365 * 24 * 3600.0
 """What a TTL without end is told to the kernel as."""
@@ -429,6 +431,18 @@ class Metadata:
     def __len__(self) -> int:
         """Inodes remembered."""
         return len(self._remembered)
+
+    def copy(self, most: int) -> tuple[Copied, list[tuple[Ino, int]]]:
+        """What is remembered, for somebody else, and of how many names each directory is that was told whole."""
+        return self._remembered.copy(most), [(ino, whole.names) for ino, whole in self._whole.items()]
+
+    def recall(self, copied: Copied, whole: list[tuple[Ino, int]]) -> Iterator[None]:
+        """Remember that as well, past its time, without what we know better. Raises ValueError, IndexError."""
+        yield from self._remembered.recall(copied)
+        self._by_directory = None
+        for directory, names in whole:
+            if directory not in self._whole:
+                self._whole[directory] = _Whole(_PAST, self._generation, names)
 
     def names(self) -> list[tuple[Ino, str]]:
         """(directory, name) of all that is remembered."""

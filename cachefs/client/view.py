@@ -148,10 +148,10 @@ class View:
         """
         while True:
             chosen = await self._workers.get()
-            peer = None
+            pool, peer = self._pool(chosen), None
             try:
-                with chosen.calling(self._patience_s):
-                    peer = await self._pool(chosen).peer()
+                with chosen.calling(pool, self._patience_s):
+                    peer = await pool.peer()
                     return await peer.call(request)
             except TransportError as error:
                 if peer is not None and not peer.closed.is_set() and self._workers.chosen is chosen:

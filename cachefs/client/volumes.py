@@ -15,6 +15,7 @@ from cachefs.wire.volumes import (
     DeleteVolume,
     GetVolume,
     ListVolumes,
+    RenewVolume,
     SetVolumeQuota,
     VolumeInfo,
     VolumeList,
@@ -36,6 +37,10 @@ class Volumes:
     def __init__(self, master: Pool, patience_s: float) -> None:
         self._master = master
         self._patience_s = patience_s
+
+    def with_patience(self, patience_s: float) -> Volumes:
+        """The same master, asked by somebody who waits as long."""
+        return Volumes(self._master, patience_s)
 
     async def create(
         self,
@@ -68,6 +73,10 @@ class Volumes:
     async def set_quota(self, volume_id: str, quota_bytes: int) -> VolumeInfo:
         """As `SetVolumeQuota`."""
         return await self._ask(SetVolumeQuota(volume_id, quota_bytes))
+
+    async def renew(self, volume_id: str, options: Mapping[str, str]) -> VolumeInfo:
+        """As `RenewVolume`."""
+        return await self._ask(RenewVolume(volume_id, dict(options)))
 
     async def _ask(self, request: Request[R]) -> R:
         return (await patiently(lambda: self._master.call(request), self._patience_s)).message

@@ -20,7 +20,7 @@ from cachefs.client.config import ClientConfig
 from cachefs.client.patience import patiently
 from cachefs.client.reach import MasterReach
 from cachefs.model import CachefsError, ConfigError, TransportError, UnavailableError
-from cachefs.net import Address, Hello, Pool, TcpAddress, UnixAddress, open_peer, parse_address
+from cachefs.net import Address, Hello, Pool, TcpAddress, UnixAddress, is_silent, open_peer, parse_address
 from cachefs.policy import FARTHEST, LEVELS, Place, distance, nearest
 from cachefs.store import SealedReader, running_boot_id
 from cachefs.wire.messages import GetWorkerStatus, ListWorkers, WorkerInfo
@@ -33,8 +33,12 @@ _AVOIDED_S = 10.0
 """How long a worker that was lost is not chosen again."""
 _RESTART_S = 10.0
 """How long the worker of the own host may be away before another one is read through: it is worth waiting for."""
+_SLOW_S = 1.0
+"""A request that takes longer makes us ask the worker for a sign of life: it may only be busy, or its store slow."""
+_SILENT_S = 3.0
+"""One that gives none for so long hangs. A process that has to share two cores with eight others is not as slow."""
 _STUCK_S = 5.0
-"""A request that takes longer makes us ask the master whether the worker is alive."""
+"""A request that takes longer makes us ask the master as well: a worker that it misses waits for it, as we would."""
 _LONGEST_PAUSE_S = 1.0
 _LEAST_PAUSE_S = 0.5
 """Between two looks for a worker where there is none, however many wait for one."""
@@ -68,22 +72,26 @@ class ChosenWorker:
         self.tiers = tiers
         """Paths on this host; none of a worker reached by TCP."""
         self.failing_since: float | None = None
-        self._calls: dict[trio.CancelScope, float] = {}
+        self.is_silent = False
+        """It fails since it was asked for a sign of life and gave none."""
+        self.is_told = False
+        """The log has it that there is no other."""
+        self._calls: dict[trio.CancelScope, _Waiting] = {}
 
     @property
     def is_local(self) -> bool:
         return self.candidate.is_local
 
     @contextmanager
-    def calling(self, limit_s: float = math.inf) -> Iterator[None]:
-        """A request to it, which is given up after `limit_s` if it is known to be away all the while: TransportError
-        then, and when it is found to be away in between.
+    def calling(self, pool: Pool, limit_s: float = math.inf) -> Iterator[None]:
+        """A request to it, by `pool`. TransportError when it is found to be away and another worker is there; when
+        there is none, once it has lasted for `limit_s`, or without a limit at once.
         """
         now = trio.current_time()
         with trio.CancelScope() as scope:
             if self.failing_since is not None:
                 scope.deadline = now + limit_s
-            self._calls[scope] = now
+            self._calls[scope] = _Waiting(now, limit_s, pool)
             try:
                 yield
                 self.answered()
@@ -95,19 +103,33 @@ class ChosenWorker:
     def answered(self) -> None:
         """It is there."""
         if self.failing_since is not None:
-            self.failing_since = None
+            self.failing_since, self.is_silent, self.is_told = None, False, False
             for scope in self._calls:
                 scope.deadline = math.inf
 
-    def is_stuck(self) -> bool:
-        """It may only be busy; the master knows whether it is alive."""
-        oldest = next(iter(self._calls.values()), None)
-        return oldest is not None and oldest < trio.current_time() - _STUCK_S
+    def asked_for(self, seconds: float) -> list[Pool]:
+        """By which its answers are waited for as long as that, or longer."""
+        until = trio.current_time() - seconds
+        return list(dict.fromkeys(each.pool for each in self._calls.values() if each.began <= until))
+
+    def limit_waiting(self) -> None:
+        """It is away, and there is no other: nobody waits for longer than he wanted to."""
+        now = trio.current_time()
+        for scope, waiting in self._calls.items():
+            scope.deadline = now if waiting.limit_s == math.inf else max(now, waiting.began + waiting.limit_s)
 
     def give_up(self) -> None:
         """End its requests: whoever made them asks another."""
         for scope in self._calls:
             scope.cancel()
+
+
+class _Waiting(NamedTuple):
+    """A request under way."""
+
+    began: float
+    limit_s: float
+    pool: Pool
 
 
 def ranked(
@@ -247,6 +269,31 @@ class Workers:
 
         Runs until cancelled.
         """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_silence)
+            nursery.start_soon(self._follow_choice)
+
+    async def _follow_silence(self) -> None:
+        """Whether the one in use gives signs of life while answers are waited for."""
+        while True:
+            await trio.sleep(_SLOW_S / 2)
+            chosen = self.chosen
+            for pool in chosen.asked_for(_SLOW_S) if chosen is not None else ():
+                assert chosen is not None
+                try:
+                    silent = await is_silent(pool, _SILENT_S)
+                except TransportError as error:
+                    # Whoever waits is told by the connection.
+                    logger.debug("%s: no sign of life error=%s", chosen.candidate, error)
+                    continue
+                if silent and chosen.asked_for(_SILENT_S):
+                    chosen.is_silent = True
+                    await self._leave(chosen)
+                    break
+                if not silent and chosen.is_silent:
+                    chosen.answered()
+
+    async def _follow_choice(self) -> None:
         asked = trio.current_time()
         again_s = self._config.look_again_s
         while True:
@@ -254,7 +301,7 @@ class Workers:
             chosen, now = self.chosen, trio.current_time()
             may_improve = self._config.anywhere and (chosen is None or not self._is_first(chosen))
             is_due = may_improve and now >= asked + again_s
-            is_stuck = chosen is not None and chosen.is_stuck() and now >= asked + _LONGEST_PAUSE_S
+            is_stuck = chosen is not None and chosen.asked_for(_STUCK_S) and now >= asked + _LONGEST_PAUSE_S
             failing_since = chosen.failing_since if chosen is not None else None
             if chosen is not None and failing_since is not None and failing_since < now - _RESTART_S and not is_stuck:
                 # Not before: one that answers this and nothing else is to be left for another.
@@ -297,15 +344,19 @@ class Workers:
         return any(each.connected and each.name == chosen.candidate.name for each in workers)
 
     async def _leave(self, chosen: ChosenWorker) -> None:
-        self._note_failure(chosen)
-        if self._config.anywhere:
-            self._avoid(chosen.candidate.address)
-            await self._look(instead_of=chosen)
+        """It hangs, or the master misses it."""
         if self.chosen is chosen:
-            logger.info("worker does not answer, and there is no other name=%s", chosen.candidate.name)
-        else:
+            self._note_failure(chosen)
+            if self._config.anywhere:
+                self._avoid(chosen.candidate.address)
+                await self._look(instead_of=chosen)
+            if self.chosen is chosen:
+                chosen.limit_waiting()
+                if not chosen.is_told:
+                    chosen.is_told = True
+                    logger.info("worker does not answer, and there is no other name=%s", chosen.candidate.name)
+                return
             logger.warning("worker does not answer, reading through another name=%s", chosen.candidate.name)
-        # Also where there is no other: how long one that is away is waited for is up to whoever asks.
         chosen.give_up()
 
     async def _improve(self, chosen: ChosenWorker | None) -> None:

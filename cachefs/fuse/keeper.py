@@ -368,11 +368,8 @@ class Keeper:
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        if self.fuse >= 0:  # not polled while there is a server, whose requests would wake us
-            poll = select.poll()
-            poll.register(self.fuse, 0)
-            if poll.poll(0):
-                self.unmounted()
+        if self.fuse >= 0 and is_over(self.fuse):  # not polled while there is a server, whose requests would wake us
+            self.unmounted()
         for server in (self.server, self.next):
             if server is not None:
                 server.ticks += 1
@@ -423,7 +420,7 @@ class Keeper:
         command = [sys.executable, "-P", "-m", "cachefs", "umount", "--connection", self.connection]
         if self.below:
             command += ["--below", *self.below.split(",")]
-        if self.fuse >= 0:
+        if self.fuse >= 0 and not is_over(self.fuse):
             command.append("--force")  # it lives, so that its number is no other's
         pid = -1
         try:
@@ -477,11 +474,14 @@ class Keeper:
         if word == "upgrade" and arguments:
             self.upgrade(client, arguments)
             return
+        answer = f"keeper {self.facts()}" if word == "who" else f"ok {os.getpid()}" if word == "end" else ""
         try:
-            client.send(f"keeper {self.facts()}".encode() if word == "who" else b"failed not understood")
+            client.send((answer or "failed not understood").encode())
         except OSError:
             pass
         client.close()
+        if word == "end":
+            self.end()
 
     def upgrade(self, client: socket.socket, command: list[str]) -> None:
         why = ""
@@ -520,6 +520,13 @@ class Keeper:
                 pass
             self.asker.close()
             self.asker = None
+
+
+def is_over(fuse: int) -> bool:
+    """Whether that connection has ended: it was unmounted, or aborted."""
+    poll = select.poll()
+    poll.register(fuse, 0)
+    return bool(poll.poll(0))
 
 
 def reap(pid: int) -> int:

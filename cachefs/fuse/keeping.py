@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -410,6 +411,13 @@ def has_finished(path: str) -> bool:
     except (TransportError, ConfigError):
         return True  # it ended, or has not answered for so long
     return values.get("established") == "1"
+
+
+def is_listening(path: str) -> bool:
+    """Whether somebody has that socket, also one that does not answer. Never waits."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) in (0, errno.EAGAIN)
 
 
 def ask(path: str, message: str, limit_s: float = _ANSWER_S) -> str:

@@ -1,6 +1,7 @@
 """What outlives the server of a mount: the open files and how they are open, in a memfd that the keeper holds too.
 
-One page of header, two places for the facts (one of them is current), then a table of open nodes and one of handles:
+One page of header, two places for the facts (one of them is current), then a table of open nodes and one of handles.
+While the master is away, what is remembered of names comes behind all that, and makes the memfd longer.
 
     nodes    [state 8][node, attributes, backing id 72][unused 48]     state: 0 free, 1 in use
     handles  [handle 8][node 8][unique 8][unused 8]                    handle: 0 free
@@ -48,6 +49,9 @@ _HANDLES_AT = _NODES_AT + MAX_NODES * _NODE_SIZE
 _HANDLE_SIZE = 32
 _HANDLE_RECORD = struct.Struct("=QQQ8x")
 _SIZE = _HANDLES_AT + MAX_HANDLES * _HANDLE_SIZE
+_NAMES_HEAD = struct.Struct("=8sQQ")
+_NAMES_MAGIC = b"names  1"
+_NAMES_MOST = 1 << 26
 _GENERATION_SHIFT = 40
 
 
@@ -83,8 +87,9 @@ class Kept:
         is_new = os.fstat(fd).st_size == 0
         if is_new:
             os.ftruncate(fd, _SIZE)
-        elif os.fstat(fd).st_size != _SIZE:
+        elif os.fstat(fd).st_size < _SIZE:
             raise KeptError("the state of this mount was made by another version")
+        self._fd = fd
         self._map = mmap.mmap(fd, _SIZE)
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("Q")
@@ -132,6 +137,39 @@ class Kept:
         at = _FACTS_AT + (other - 1) * _FACTS_SIZE
         self._copy(at, _FACTS_HEAD.pack(len(facts), zlib.crc32(facts)) + facts)
         self._store(_AT_FACTS, other)
+
+    # ---- names -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_names(self) -> bool:
+        return os.fstat(self._fd).st_size > _SIZE
+
+    def names(self) -> bytes:
+        """What `save_names` got last; empty when there is none, or not all of it."""
+        head = os.pread(self._fd, _NAMES_HEAD.size, _SIZE)
+        if len(head) < _NAMES_HEAD.size:
+            return b""
+        magic, length, checksum = _NAMES_HEAD.unpack(head)
+        if magic != _NAMES_MAGIC or length > _NAMES_MOST:
+            return b""
+        found = os.pread(self._fd, length, _SIZE + _NAMES_HEAD.size)
+        return found if len(found) == length and zlib.crc32(found) == checksum else b""
+
+    def save_names(self, names: bytes) -> None:
+        """In the place of those before. From any thread. Raises OSError, without memory for it: there are none then."""
+        self.drop_names()
+        try:
+            written = 0
+            while written < len(names):
+                written += os.pwrite(self._fd, memoryview(names)[written:], _SIZE + _NAMES_HEAD.size + written)
+            os.pwrite(self._fd, _NAMES_HEAD.pack(_NAMES_MAGIC, len(names), zlib.crc32(names)), _SIZE)
+        except OSError:
+            self.drop_names()
+            raise
+
+    def drop_names(self) -> None:
+        """Their memory is free."""
+        os.ftruncate(self._fd, _SIZE)
 
     # ---- taking over -----------------------------------------------------------------------------------------------
 

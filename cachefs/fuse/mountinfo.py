@@ -23,6 +23,10 @@ class MountInfo(NamedTuple):
     source: str
     options: frozenset[str]
     """Of this mount and of its superblock."""
+    root: str
+    """What of the file system is seen there: `/`, or below it the file or directory that a bind mount shows alone. One
+    that was removed since has `//deleted` behind it.
+    """
 
     @property
     def connection(self) -> int:
@@ -50,6 +54,7 @@ def parse_mountinfo(content: bytes) -> list[MountInfo]:
                 fs_type=_unescape(after[0]),
                 source=_unescape(after[1]),
                 options=frozenset(_unescape(b",".join((fields[5], after[2]))).split(",")),
+                root=_unescape(fields[3]),
             )
         )
     return mounts

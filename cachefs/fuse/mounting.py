@@ -333,7 +333,7 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
         except FusermountError as error:
             code, said = error.errno, f"; {error}"
     hint = {
-        errno.EBUSY: "; files on it are open, or a shell stands in it (a lazy unmount is possible)",
+        errno.EBUSY: "; files on it are open, or a shell stands in it (cachefs umount --lazy does not wait)",
         errno.EINVAL: "; nothing is mounted there",
         errno.EPERM: f"; root or the user who mounted it is needed{said}",
     }.get(code, said)

@@ -21,6 +21,10 @@ class NodeMounts:
         self._service = service
         self._patience_s = patience_s
 
+    def with_patience(self, patience_s: float) -> NodeMounts:
+        """The same service, asked by somebody who waits as long."""
+        return NodeMounts(self._service, patience_s)
+
     async def ensure(
         self, mount_id: str, mountpoint: str, path: str, options: Mapping[str, str] | None = None
     ) -> MountState:

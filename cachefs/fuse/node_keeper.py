@@ -9,7 +9,7 @@ Messages, on sockets of whole messages, words of ASCII with `\\0` between them:
 
     keep MOUNTPOINT [NAME=VALUE]...    a keeper for it, with these limits: ok PATH of its socket, that of the one it has
     adopt MOUNTPOINT [NAME=VALUE]...   a keeper with these descriptors: listen, memfd, server and, if mounted, fuse
-    drop MOUNTPOINT                    end the keeper of it, if this process started it: ok
+    drop MOUNTPOINT                    end the keeper of it, whoever started it: ok
     who                                keeping [MOUNTPOINT PID]...
     answers else                       failed WHY
 """
@@ -17,11 +17,13 @@ Messages, on sockets of whole messages, words of ASCII with `\\0` between them:
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 
@@ -34,7 +36,10 @@ PASSED = ("listen", "memfd", "server", "fuse")
 class NodeKeeper:
     def __init__(self, path: str) -> None:
         self.path = path
-        self.listener = listen(path)
+        listener = listen(path)
+        if listener is None:
+            raise OSError(errno.EADDRINUSE, "another node-keeper listens there")
+        self.listener = listener
         self.keepers: dict[int, str] = {}
         """Mountpoint, by process."""
         self.adopted: dict[int, int] = {}
@@ -105,9 +110,7 @@ class NodeKeeper:
                 values.update((name, str(fd)) for name, fd in zip(PASSED, fds, strict=False))
                 return f"ok {self.adopt(arguments[0], values, fds)}"
             if word == "drop" and arguments:
-                for pid, mountpoint in self.keepers.items():
-                    if mountpoint == arguments[0]:
-                        os.kill(pid, signal.SIGTERM)
+                self.drop(arguments[0])
                 return "ok"
             if word == "who":
                 return "\0".join(["keeping", *(f"{path}\0{pid}" for pid, path in self.keepers.items())])
@@ -116,16 +119,35 @@ class NodeKeeper:
         return "failed not understood"
 
     def keep(self, mountpoint: str, values: dict[str, str]) -> str:
-        name = f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
-        path = os.path.join(os.path.dirname(self.path), name)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            probe.setblocking(False)  # a server may hold the listener whose keeper died, and wait for us
-            if probe.connect_ex(path) in (0, errno.EAGAIN):
-                return f"ok {path}"
-        with listen(path) as listener:
+        path = self.socket_of(mountpoint)
+        listener = listen(path)
+        if listener is None:
+            return f"ok {path}"
+        with listener:
             pinned = {"listen": str(listener.fileno()), "path": path, "mode": "keep", "home": self.path}
             self.start(mountpoint, {**values, **pinned}, [listener.fileno()])
         return f"ok {path}"
+
+    def drop(self, mountpoint: str) -> None:
+        """One that an earlier process like this has started, or a server, is told; it is no child of ours, and its
+        process id may be one of another namespace.
+        """
+        ours = [pid for pid, its in self.keepers.items() if its == mountpoint]
+        for pid in ours:
+            os.kill(pid, signal.SIGTERM)
+        if not ours:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+                link.setblocking(False)
+                try:
+                    link.connect(self.socket_of(mountpoint))
+                    link.send(b"end")
+                except OSError:
+                    pass  # there is none, or it hangs
+
+    def socket_of(self, mountpoint: str) -> str:
+        """As `keeping.socket_of`."""
+        name = f"mount_{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
+        return os.path.join(os.path.dirname(self.path), name)
 
     def adopt(self, mountpoint: str, values: dict[str, str], fds: list[int]) -> int:
         """A server that asks again, as it heard no answer, knows nothing of the keeper that it was given then."""
@@ -159,16 +181,33 @@ class NodeKeeper:
         return pid
 
 
-def listen(path: str) -> socket.socket:
-    """What a process that is gone left there is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def listen(path: str) -> socket.socket | None:
+    """None when somebody listens there. What a process that is gone left there is replaced. Raises OSError, also for
+    something that is no socket: it stays.
+    """
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    listener.bind(path)
-    os.chmod(path, 0o600)
-    listener.listen(64)
+        fcntl.flock(directory, fcntl.LOCK_EX)  # of two that begin at once, one is the first
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise OSError(errno.EEXIST, "there is something that is no socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                probe.setblocking(False)  # whoever holds the listener may be in no hurry to accept
+                if probe.connect_ex(path) in (0, errno.EAGAIN):
+                    return None
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            listener.bind(path)
+            os.chmod(path, 0o600)
+            listener.listen(64)
+        except OSError:
+            listener.close()
+            raise
+    finally:
+        os.close(directory)
     listener.setblocking(False)
     return listener
 
@@ -191,7 +230,12 @@ def log(message: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    keeper = NodeKeeper(arguments[1])
+    try:
+        keeper = NodeKeeper(arguments[1])
+    except OSError as error:
+        accepted = f"a path where a socket can be made ({error.strerror})"
+        os.write(2, f"Error: --socket: {arguments[1]!r} is not accepted; expected {accepted}\n".encode())
+        return 1
     os.write(1, f"cachefs node-keeper is ready socket={arguments[1]}\n".encode())
     return keeper.run()
 

@@ -18,6 +18,7 @@ import trio
 from cachefs.client import Client, ClientConfig, Earlier, open_client
 from cachefs.fuse.backing import BackingRegistry
 from cachefs.fuse.fusermount import CONFIGURATION
+from cachefs.fuse.keep_names import keep_names
 from cachefs.fuse.keeping import KeeperLink, MountFacts
 from cachefs.fuse.kept import Found, Kept
 from cachefs.fuse.kernel import KernelSession, SessionOptions
@@ -157,7 +158,9 @@ async def run_mount(
     if keeper is not None and facts is not None and not facts.agreed.resend:
         await trio.to_thread.run_sync(_give_up_connection, keeper, facts)
         facts = None
-    earlier = Earlier(facts.cluster, facts.epoch, facts.tiers) if facts is not None else None
+    earlier = None
+    if keeper is not None and facts is not None:
+        earlier = Earlier(facts.cluster, facts.epoch, facts.tiers, keeper.kept.names())
     async with open_client(config.client, earlier) as client:
         if keeper is not None and facts is not None:
             await keeper.stand_by()
@@ -295,6 +298,8 @@ class _Serving:
             self._agreed = negotiated
         else:
             session.notify_everything()
+        if self._kept is not None:
+            nursery.start_soon(keep_names, client, self._kept)
         operations.on_place = partial(self._save_facts, operations)
         self._save_facts(operations)
         chosen = replace(chosen, notes=(*_notes(self._mounted, config.options), *_where_it_reads(client)))

@@ -10,6 +10,7 @@ from cachefs.wire import quotas as q
 from cachefs.wire import volumes as v
 
 ACCESS: Allowed = {
+    m.Ping: EVERYONE,
     # Reading, and what it brings about.
     m.GetCluster: EVERYONE,
     m.GetAttr: EVERYONE,
@@ -30,6 +31,7 @@ ACCESS: Allowed = {
     # Credentials of under-stores, and what the others believe about who holds what.
     c.RegisterWorker: WORKERS,
     m.GetStores: WORKERS,
+    m.WatchStores: WORKERS,
     m.Resolve: WORKERS,
     m.ResolveNext: WORKERS,
     m.ReportChanged: WORKERS,
@@ -55,6 +57,7 @@ ACCESS: Allowed = {
     v.CreateVolume: ADMINS,
     v.DeleteVolume: ADMINS,
     v.SetVolumeQuota: ADMINS,
+    v.RenewVolume: ADMINS,
     control.StartJob: ADMINS,
     control.CancelJob: ADMINS,
     control.UndrainWorker: ADMINS,

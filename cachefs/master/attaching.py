@@ -10,8 +10,9 @@ from typing import NamedTuple
 import msgspec
 import trio
 
-from cachefs.master.mounted import Holder, MountedStore, UnopenedStore
-from cachefs.master.namespace import Along, Namespace
+from cachefs.master.mount_table import Along, MountTable
+from cachefs.master.mounted import Holder, MountedStore
+from cachefs.master.unopened import UnopenedStore
 from cachefs.meta import Added, MetaStore, is_below, normalise_mount_path
 from cachefs.model import (
     VOLUMES_PATH,
@@ -26,7 +27,7 @@ from cachefs.model import (
     format_size,
     without_credentials,
 )
-from cachefs.ufs import UnderStore, at_most
+from cachefs.ufs import UnderStore, at_most, likely_origin
 from cachefs.wire.messages import StoreInfo
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,25 @@ async def open_mounts(
 
     Raises ConfigError; NotFoundError, DeniedError, UnavailableError when a store that it is told does not answer; one
     that was mounted before may be unavailable. Those added by hand never keep it from starting: without it, nobody
-    could remove them.
+    could remove them. In the place of one that cannot be opened is an `UnopenedStore`.
     """
     gone = store.removed_mounts()
     opened: dict[str, tuple[str, dict[str, str], UnderStore, Callable[[], None], CachefsError | None]] = {}
     pairs = []
     for path, url in told:
-        ufs, close = await _open(holder, url, options)
         path = normalise_mount_path(path)
+        try:
+            ufs, close = await _open(holder, url, options)
+        except UnavailableError as refusal:
+            origin = likely_origin(url)
+            if origin is None or not store.is_attached(path, origin):
+                raise
+            logger.warning(
+                "under-store cannot be opened yet, serving what is known origin=%s error=%s", origin, refusal
+            )
+            pairs.append((path, origin))
+            opened[path] = (url, options, UnopenedStore(origin, refusal), lambda: None, refusal)
+            continue
         pairs.append((path, ufs.origin))
         if (path, ufs.origin) in gone:
             logger.warning(
@@ -158,8 +170,8 @@ class Tried(NamedTuple):
 class Attaching:
     """One change at a time, or two that do not fit together could both be checked before either is made."""
 
-    def __init__(self, namespace: Namespace, holder: Holder) -> None:
-        self._namespace = namespace
+    def __init__(self, mounts: MountTable, holder: Holder) -> None:
+        self._mounts = mounts
         self._holder = holder
         self._lock = trio.Lock()
 
@@ -178,7 +190,7 @@ class Attaching:
         Raises ConfigError for a path or URL that will not do; NotFoundError, UnderStoreError and its kinds when the
         store does not answer as it should.
         """
-        path = await self._namespace.check_free(path)
+        path = await self._mounts.check_free(path)
         ufs, close = await _open(self._holder, url, options)
         with ExitStack() as stack:
             stack.callback(close)
@@ -188,9 +200,9 @@ class Attaching:
     async def attach(self, tried: Tried, along: Along | None = None) -> MountedStore:
         """Raises ConfigError, UnderStoreError when the path is not free any more; CapacityError for too many stores."""
         async with self._lock:
-            path = await self._namespace.check_free(tried.path)
+            path = await self._mounts.check_free(tried.path)
             self._check_fits(tried)
-            mounted = await self._namespace.attach(path, tried.url, tried.options, tried.ufs, tried.keep, along=along)
+            mounted = await self._mounts.attach(path, tried.url, tried.options, tried.ufs, tried.keep, along=along)
         logger.info("under-store attached path=%s origin=%s", path, tried.ufs.origin)
         return mounted
 
@@ -200,7 +212,7 @@ class Attaching:
 
         Raises ExistsError when they make another store of it.
         """
-        origin = self._namespace.mounted_at(path).mount.origin
+        origin = self._mounts.at(path).mount.origin
         ufs, close = await self._holder.open(url, options)
         with ExitStack() as stack:
             stack.callback(close)
@@ -213,14 +225,14 @@ class Attaching:
         """Raises ConfigError, StaleError when it was removed meanwhile; CapacityError."""
         async with self._lock:
             self._check_fits(tried)
-            mounted = self._namespace.mounted_at(tried.path)
-            await self._namespace.reopen(mounted, tried.url, tried.options, tried.ufs, tried.keep(), along)
+            mounted = self._mounts.at(tried.path)
+            await self._mounts.reopen(mounted, tried.url, tried.options, tried.ufs, tried.keep(), along)
         logger.info("under-store has other options path=%s origin=%s", tried.path, tried.ufs.origin)
 
     def _check_fits(self, tried: Tried) -> None:
         known = [
             StoreInfo(each.mount.mount_id, each.url, each.options)
-            for each in self._namespace.mounted()
+            for each in self._mounts.all()
             if each.mount.path != tried.path
         ]
         told = [*known, StoreInfo(0, tried.url, tried.options)]
@@ -239,8 +251,8 @@ class Attaching:
         attached in.
         """
         async with self._lock:
-            mounted = self._namespace.mounted_at(path)
-            others = [each.mount.path for each in self._namespace.mounted() if each is not mounted]
+            mounted = self._mounts.at(path)
+            others = [each.mount.path for each in self._mounts.all() if each is not mounted]
             path = mounted.mount.path
             # What is attached in /volumes does not need what is attached around that.
             inside = [
@@ -253,7 +265,7 @@ class Attaching:
             if not others and not even_last:
                 raise ConfigError("PATH", path, "one of several: without the last one there is nothing left to serve")
             if not dry_run:
-                await self._namespace.detach(mounted, along)
+                await self._mounts.detach(mounted, along)
                 logger.info("under-store removed path=%s origin=%s", path, mounted.mount.origin)
         return mounted
 

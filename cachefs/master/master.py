@@ -19,12 +19,13 @@ from cachefs.master.mounted import Holder, MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.pins import Pinning
 from cachefs.master.quotas import QuotaControl, QuotaShares
+from cachefs.master.unopened import open_when_they_answer
 from cachefs.master.volumes import Volumes
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, normalise_mount_path, open_meta_store
 from cachefs.metrics import Monitor
 from cachefs.model import Geometry, NamespaceChangedError, NotADirectory, without_credentials
-from cachefs.net import Address, Hello, Service, Session, open_background, serve
+from cachefs.net import Address, Hello, Service, Session, answer_ping, open_background, serve
 from cachefs.wire import messages as m
 from cachefs.wire import quotas as q
 
@@ -61,6 +62,7 @@ class Master:
 
     def service(self) -> Service:
         service = Service(ACCESS)
+        service.on_at_once(m.Ping, answer_ping)
         service.on(m.GetCluster, self.get_cluster)
         service.on_at_once(m.GetAttr, self.get_attr)
         service.on(m.ResolvePath, self.resolve_path)
@@ -74,6 +76,7 @@ class Master:
         service.on(m.AddStore, self.add_store)
         service.on(m.RemoveStore, self.remove_store)
         service.on(m.GetStores, self.get_stores)
+        service.on_stream(m.WatchStores, self.watch_stores)
         service.on(m.Pin, self.pin)
         service.on(m.Unpin, self.unpin)
         service.on(m.ListPins, self.list_pins)
@@ -133,7 +136,7 @@ class Master:
             yield progress
 
     async def get_status(self, request: m.GetMasterStatus, session: Session) -> m.MasterStatus:
-        mounts, totals = await self._mount_infos(self._namespace.mounted())
+        mounts, totals = await self._mount_infos(self._namespace.mounts.all())
         uptime_s = trio.current_time() - self._started
         return m.MasterStatus(self._info, uptime_s, mounts, self._cluster.workers.infos(totals))
 
@@ -179,6 +182,12 @@ class Master:
     async def get_stores(self, request: m.GetStores, session: Session) -> m.Stores:
         self._check_namespace(session)
         return m.Stores(_store_infos(self._namespace))
+
+    async def watch_stores(self, request: m.WatchStores, session: Session) -> AsyncGenerator[m.StoresInUse, None]:
+        self._check_namespace(session)
+        async with aclosing(self._namespace.mounts.told.watch()) as changes:
+            async for each in changes:
+                yield each
 
     async def pin(self, request: m.Pin, session: Session) -> m.PinReply:
         paths = [normalise_mount_path(path, "PATH") for path in request.paths]
@@ -247,7 +256,7 @@ class Master:
 
 
 def _store_infos(namespace: Namespace) -> list[m.StoreInfo]:
-    return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in namespace.mounted()]
+    return [m.StoreInfo(each.mount.mount_id, each.url, each.options) for each in namespace.mounts.all()]
 
 
 async def run_master(
@@ -269,7 +278,9 @@ async def run_master(
                 writer = Writer(store)
                 nursery.start_soon(writer.serve)
                 namespace = Namespace(store, writer, mounted, config.sync_interval_s, nursery)
-                attaching = Attaching(namespace, holder)
+                open_when_they_answer(nursery, holder, mounted)
+                del mounted  # whose credentials go with each that is removed
+                attaching = Attaching(namespace.mounts, holder)
                 cluster = Cluster(store, writer, lambda: (info, _store_infos(namespace)), nursery)
                 nursery.start_soon(cluster.workers.run)
                 pinning = Pinning(store, writer, namespace.pins, cluster.workers, geometry)
@@ -294,6 +305,7 @@ async def run_master(
                         jobs=jobs,
                         quotas=shares,
                         leases=lambda: len(cluster.leases),
+                        open_stores=lambda: holder.opened,
                     )
                     service.observe = parts.requests.observe
                     nursery.start_soon(watch_master, monitor, parts)

@@ -39,6 +39,8 @@ class MasterParts:
     requests: Times[str] = field(default_factory=Times)
     leases: Callable[[], int] | None = None
     """How many origin leases are granted."""
+    open_stores: Callable[[], int] | None = None
+    """How many under-stores are open."""
     held: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Worker -> (blocks, bytes), as counted last."""
 
@@ -84,34 +86,39 @@ MASTER_METRICS: Sequence[Metric[MasterParts]] = (
     gauge("cachefs_listings_running", "Directories that are being listed.", lambda parts: parts.namespace.listings),
     gauge("cachefs_writes_waiting", "Writes that wait for the next transaction.", lambda parts: parts.writer.waiting),
     gauge("cachefs_watchers", "Mounts that are told what changes.", lambda parts: len(parts.namespace.watchers)),
-    gauge("cachefs_under_stores", "Under-stores that are attached.", lambda parts: len(parts.namespace.mounted())),
+    gauge("cachefs_under_stores", "Under-stores that are attached.", lambda parts: len(parts.namespace.mounts.all())),
+    gauge(
+        "cachefs_under_stores_open",
+        "Under-stores it has open: those that are attached, and for a while those that are tried, replaced or removed.",
+        lambda parts: parts.open_stores and parts.open_stores(),
+    ),
     gauge(
         "cachefs_under_stores_failing",
         "Of those, the ones at which the last look failed.",
-        lambda parts: sum(each.health.is_failing for each in parts.namespace.mounted()),
+        lambda parts: sum(each.health.is_failing for each in parts.namespace.mounts.all()),
     ),
     gauge(
         "cachefs_under_store_failing_seconds",
         "For how long an under-store has done nothing that it was asked; 0: it answered the last time.",
-        lambda parts: by_label({each.mount.path: each.health.failing_s for each in parts.namespace.mounted()}),
+        lambda parts: by_label({each.mount.path: each.health.failing_s for each in parts.namespace.mounts.all()}),
         "path",
     ),
     counter(
         "cachefs_under_store_failures_total",
         "Looks at an under-store that failed, after their retries.",
-        lambda parts: by_label({each.mount.path: each.health.failures for each in parts.namespace.mounted()}),
+        lambda parts: by_label({each.mount.path: each.health.failures for each in parts.namespace.mounts.all()}),
         "path",
     ),
     gauge("cachefs_volumes", "Volumes that exist.", lambda parts: parts.store.count_volumes()),
     counter(
         "cachefs_served_stale_total",
         "Looks at an under-store that failed, so that what was known before was served.",
-        lambda parts: sum(each.serving_stale for each in parts.namespace.mounted()),
+        lambda parts: sum(each.serving_stale for each in parts.namespace.mounts.all()),
     ),
     counter(
         "cachefs_hidden_keys_total",
         "Keys met that cannot be names of files.",
-        lambda parts: sum(each.ufs.hidden_keys for each in parts.namespace.mounted()),
+        lambda parts: sum(each.ufs.hidden_keys for each in parts.namespace.mounts.all()),
     ),
     gauge(
         "cachefs_leases_granted",

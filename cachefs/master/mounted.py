@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from cachefs.meta import Mount
-from cachefs.model import ObjectInfo, StaleError, UnavailableError
+from cachefs.model import NotFoundError, StaleError
 from cachefs.ufs import StoreHealth, UnderStore, open_under_store
-from cachefs.ufs.files import Claim, Keep
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,16 @@ class MountedStore:
             self.is_told = False
             logger.info("under-store answers again mount=%s", self.mount.path)
 
+    def serve_stale(self, error: Exception) -> None:
+        """It failed, and what is known of it is served: counted, and logged once."""
+        self.serving_stale += 1
+        if isinstance(error, NotFoundError):
+            # A root that is gone is no answer of a store that is well.
+            self.health.failed(error)
+        if not self.is_told:
+            self.is_told = True
+            logger.warning("under-store fails, serving what is known mount=%s error=%s", self.mount.path, error)
+
     def check_attached(self) -> None:
         """To be called, without a checkpoint, before what it was found to have is written: names of one that was
         removed would come back. Raises StaleError.
@@ -81,6 +90,11 @@ class MountedStore:
     def stay(self) -> None:
         """That it is removed could not be written: it is not."""
         self._removed = False
+
+    @property
+    def is_gone(self) -> bool:
+        """It is removed for good."""
+        return self._let_go
 
     def let_go(self) -> None:
         """It is removed for good, and closed as soon as nobody looks at it."""
@@ -100,6 +114,8 @@ class Holder:
     """Opens under-stores, and holds each in a task of `nursery` until it is let go of."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
+        self.opened = 0
+        """How many are open, those among them that are being tried or closed."""
         self._nursery = nursery
 
     async def open(self, url: str, options: Mapping[str, str]) -> tuple[UnderStore, Callable[[], None]]:
@@ -111,32 +127,12 @@ class Holder:
     async def _hold(
         self, url: str, options: Mapping[str, str], let_go: trio.Event, task_status: trio.TaskStatus[UnderStore]
     ) -> None:
-        async with open_under_store(url, options) as ufs:
-            task_status.started(ufs)
-            await let_go.wait()
-
-
-class UnopenedStore:
-    """In the place of one that could be opened when it was added, and cannot now: what is known of it is served."""
-
-    def __init__(self, origin: str, reason: Exception) -> None:
-        self.origin = origin
-        self.hidden_keys = 0
-        self._reason = reason
-
-    def _error(self) -> UnavailableError:
-        return UnavailableError(f"{self.origin} could not be opened: {self._reason}")
-
-    async def stat(self, path: str) -> ObjectInfo:
-        raise self._error()
-
-    def list_dir(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[list[ObjectInfo]]]:
-        raise self._error()
-
-    async def read_range(self, info: ObjectInfo, offset: int, length: int) -> bytes | bytearray | memoryview:
-        raise self._error()
-
-    async def read_files(
-        self, infos: Sequence[ObjectInfo], keep: Keep, at_once: int, claim: Claim
-    ) -> list[Exception | None]:
-        raise self._error()
+        opened = False
+        try:
+            async with open_under_store(url, options) as ufs:
+                opened = True
+                self.opened += 1
+                task_status.started(ufs)
+                await let_go.wait()
+        finally:
+            self.opened -= opened

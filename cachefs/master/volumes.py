@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -20,7 +20,8 @@ import msgspec
 import trio
 
 from cachefs.master.attaching import Attaching
-from cachefs.master.namespace import Along, Namespace
+from cachefs.master.mount_table import Along
+from cachefs.master.namespace import Namespace
 from cachefs.master.quotas import QuotaControl
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, Volume, normalise_mount_path
@@ -30,7 +31,9 @@ from cachefs.model import (
     ExistsError,
     NotADirectory,
     NotFoundError,
+    UnavailableError,
     format_size,
+    is_credential,
     volume_id,
     without_credentials,
 )
@@ -64,6 +67,7 @@ class Volumes:
         service.on_at_once(v.GetVolume, self.get)
         service.on_at_once(v.ListVolumes, self.list)
         service.on(v.SetVolumeQuota, self.set_quota)
+        service.on(v.RenewVolume, self.renew)
 
     async def create(self, request: v.CreateVolume, session: Session) -> v.VolumeInfo:
         wanted = _wanted(request)
@@ -122,6 +126,19 @@ class Volumes:
             async with self._changing(known, replace(known, quota_bytes=request.quota_bytes)) as (changed, along):
                 await self._writer.run(along.write, lambda _: along.then())
             return self._info(changed)
+
+    async def renew(self, request: v.RenewVolume, session: Session) -> v.VolumeInfo:
+        async with self._alone(request.id):
+            known = self._known(request.id)
+            if not known.url:
+                accepted = "a volume with an under-store of its own; this one is a directory of another one"
+                raise ConfigError("id", request.id, accepted)
+            renewed = replace(known, options=with_credentials(known, request.options))
+            if renewed == known:
+                return self._info(known)
+            if not self._is_attached(known.path):
+                raise UnavailableError(f"{known.name!r} ({known.volume_id}): its under-store is not attached now")
+            return await self._reopen(known, renewed)
 
     def get(self, request: v.GetVolume, session: Session) -> v.VolumeInfo:
         return self._info(self._known(request.id))
@@ -203,7 +220,7 @@ class Volumes:
             yield after or at, Along(write, then)
 
     def _is_attached(self, path: str) -> bool:
-        return any(each.mount.path == path for each in self._namespace.mounted())
+        return any(each.mount.path == path for each in self._namespace.mounts.all())
 
     async def _check_directory(self, path: str) -> None:
         """Raises NotFoundError, NotADirectory, UnderStoreError."""
@@ -279,6 +296,21 @@ def _check_same(known: Volume, wanted: Volume) -> None:
     differs += [f"context {name}" for name in _different(known.context, wanted.context)]
     if differs:
         raise ExistsError(f"volume {wanted.name!r} exists ({known.volume_id}) and differs: {', '.join(differs)}")
+
+
+def with_credentials(volume: Volume, given: Mapping[str, str]) -> dict[str, str]:
+    """The options of a volume with other credentials. Raises ExistsError for other changes, naming the options only."""
+    differs = sorted(name for name in given if not is_credential(name) and given[name] != volume.options.get(name))
+    if differs:
+        raise ExistsError(
+            f"volume {volume.name!r} exists ({volume.volume_id}) and differs: "
+            f"{', '.join(f'option {name}' for name in differs)}; only its credentials can be renewed"
+        )
+    options = {**volume.options, **given}
+    if "key" in given and "token" not in given:
+        # That of a session is of the key it came with.
+        options.pop("token", None)
+    return options
 
 
 def _kind(volume: Volume) -> str:

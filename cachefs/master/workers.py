@@ -165,7 +165,7 @@ class Workers:
         if name not in self._by_name:
             raise NotFoundError(f"no worker {name}")
         if self.is_alive(name):
-            raise ConfigError("NAME", name, "a worker that is away")
+            raise ConfigError("NAME", name, "a worker that is away: stop it first")
         self._told_alive.discard(name)
         del self._by_name[name]
         self._tell_members()

@@ -69,20 +69,25 @@ class Writer:
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            writes, self._queue = self._queue[:_WRITES_AT_ONCE], self._queue[_WRITES_AT_ONCE:]
-            if self._queue:
-                self._wanted.set()
-            await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
-            for write in writes:
-                try:
-                    if isinstance(write.result, outcome.Value):
-                        if write.then is not None:
-                            write.then(write.result.value)
-                    elif write.otherwise is not None:
-                        write.otherwise()
-                except Exception:
-                    logger.exception("what was written, or could not be, is not known in memory")
-                write.done.set()
+            await self._write_next()
+
+    async def _write_next(self) -> None:
+        # On its own, so that what was written last is not remembered here until something is written again: it may
+        # have credentials of an under-store that is removed.
+        writes, self._queue = self._queue[:_WRITES_AT_ONCE], self._queue[_WRITES_AT_ONCE:]
+        if self._queue:
+            self._wanted.set()
+        await trio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
+        for write in writes:
+            try:
+                if isinstance(write.result, outcome.Value):
+                    if write.then is not None:
+                        write.then(write.result.value)
+                elif write.otherwise is not None:
+                    write.otherwise()
+            except Exception:
+                logger.exception("what was written, or could not be, is not known in memory")
+            write.done.set()
 
     def _commit(self, writes: list[_Write]) -> None:
         try:

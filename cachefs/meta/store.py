@@ -181,6 +181,10 @@ class MetaStore:
         with self._transaction() as db:
             mounts.remove(db, mount_id)
 
+    def newest_mount(self) -> int:
+        """The largest number that a mount ever had; 0 before the first."""
+        return inodes.last_number(self._reader, "mount")
+
     def added_mounts(self) -> list[Added]:
         """Those that were added by hand."""
         return mounts.added(self._reader)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import trio
 
 from cachefs.metrics.declared import Metric
+from cachefs.metrics.merged import Labelled, merged
 
 P = TypeVar("P")
 
@@ -33,6 +34,7 @@ class Monitor:
         self._content_type = CONTENT_TYPE
         self._why_not_ready: WhyNotReady = _starting
         self._degraded: Callable[[], list[str]] = list
+        self._of_others: Callable[[], Awaitable[list[Labelled]]] | None = None
         self._kept = b""
         self._kept_until = -math.inf
 
@@ -50,14 +52,19 @@ class Monitor:
         """
         self._degraded = degraded
 
+    def answer_for(self, of_others: Callable[[], Awaitable[list[Labelled]]]) -> None:
+        """Show what these say too, whenever somebody asks for /metrics. It takes a bounded time, and raises nothing."""
+        self._of_others = of_others
+
     def text(self) -> bytes:
         """As Prometheus reads it, of this moment."""
         return self._exposition.text()
 
-    def _recent_text(self) -> bytes:
-        now = trio.current_time()
-        if now >= self._kept_until:
-            self._kept, self._kept_until = self.text(), now + KEPT_S
+    async def _recent_text(self) -> bytes:
+        if trio.current_time() >= self._kept_until:
+            others = await self._of_others() if self._of_others is not None else []
+            self._kept = merged(self.text(), others) if others else self.text()
+            self._kept_until = trio.current_time() + KEPT_S
         return self._kept
 
     async def why_not_ready(self) -> str | None:
@@ -68,7 +75,7 @@ class Monitor:
     async def answer(self, path: str) -> tuple[int, str, bytes] | None:
         """(status, content type, body) of one of the paths; None for others."""
         if path == "/metrics":
-            return 200, self._content_type, self._recent_text()
+            return 200, self._content_type, await self._recent_text()
         if path == "/healthz":
             # Whoever gets an answer knows that the event loop runs.
             return 200, _TEXT, b"ok\n"

@@ -34,7 +34,7 @@ from cachefs.model.ids import NO_INO, ROOT_INO, BlockId, ContentKey, Ino, conten
 from cachefs.model.log_limit import LogLimiter
 from cachefs.model.pages import DEFAULT_BLOCK_SIZE, DEFAULT_PAGE_SIZE, BlockSlice, Geometry, check_page_size, div_up
 from cachefs.model.units import GiB, KiB, MiB, TiB, format_duration, format_size, parse_duration, parse_size, write_size
-from cachefs.model.urls import without_credentials
+from cachefs.model.urls import is_credential, without_credentials
 from cachefs.model.volumes import VOLUMES_PATH, volume_id
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "div_up",
     "format_duration",
     "format_size",
+    "is_credential",
     "parse_duration",
     "parse_size",
     "volume_id",

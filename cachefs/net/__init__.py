@@ -5,6 +5,7 @@ from cachefs.net.background import open_background
 from cachefs.net.channel import Answer, Body, FileSlice
 from cachefs.net.flights import Flights
 from cachefs.net.http import serving_http
+from cachefs.net.liveness import answer_ping, is_silent
 from cachefs.net.peer import Peer, Pool, open_peer, open_pool
 from cachefs.net.security import Security, TlsFiles, make_security
 from cachefs.net.service import (
@@ -44,7 +45,9 @@ __all__ = [
     "TlsFiles",
     "Tokens",
     "UnixAddress",
+    "answer_ping",
     "copy_tokens",
+    "is_silent",
     "listening",
     "load_tokens",
     "make_security",

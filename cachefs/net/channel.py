@@ -73,6 +73,8 @@ class Channel:
         self._sending = trio.StrictFIFOLock()
         self._rounds = 0
         self._sends_file = False
+        self.arrivals = 0
+        """Grows with whatever comes from the other side, half a frame too."""
         self.closed = False
 
     # ---- receiving -------------------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class Channel:
                 raise TransportError(f"connection lost: {error.strerror}") from error
             if count == 0:
                 return None
+            self.arrivals += 1
             self._rounds += 1
             if self._rounds > _ROUNDS_WITHOUT_CHECKPOINT:
                 # A peer that always has more for us must not keep everybody else from running.

@@ -6,7 +6,7 @@ import itertools
 import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import outcome
@@ -131,14 +131,20 @@ class Peer:
         self._turns = trio.CapacityLimiter(MAX_CALLS)
         self._error: CachefsError = TransportError(f"{address}: connection closed")
 
-    async def call(self, request: Request[R]) -> Answer[R]:
-        """Ask and wait for the answer; its descriptors are the caller's to close.
+    @property
+    def arrivals(self) -> int:
+        """Grows with whatever comes from the other side."""
+        return self._channel.arrivals
+
+    async def call(self, request: Request[R], *, out_of_turn: bool = False) -> Answer[R]:
+        """Ask and wait for the answer; its descriptors are the caller's to close. `out_of_turn`: however many are under
+        way.
 
         Raises the error the service raised, and TransportError when the connection is lost before the answer: the
         request may have been carried out then. Cancelling tells the service that the answer is not wanted.
         """
         call = _Call(type(request))
-        async with self._turn(), self._asked(request, call):
+        async with nullcontext() if out_of_turn else self._turn(), self._asked(request, call):
             await call.done.wait()
             # Taken before anything that could be cancelled, so that no descriptor is left behind.
             assert call.result is not None
@@ -423,6 +429,11 @@ class Pool:
             self._users -= 1
             if self._retired and not self._users and self._peer is not None:
                 self._peer.end()
+
+    @property
+    def arrivals(self) -> tuple[int, int]:
+        """Changes with whatever comes by its connection, and with a new connection."""
+        return (id(self._peer), self._peer.arrivals) if self._peer is not None else (0, 0)
 
     async def peer(self) -> Peer:
         """The live connection. Raises TransportError."""

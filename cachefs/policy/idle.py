@@ -43,6 +43,9 @@ class IdleGroups(Generic[K]):
     def __len__(self) -> int:
         return len(self._group_of)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._group_of
+
     def add(self, key: K, size: int, now: float) -> None:
         """A key that is there already counts as used, and keeps its size."""
         if key in self._group_of:

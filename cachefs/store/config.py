@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cachefs.model import ConfigError, GiB, format_size, parse_size
+from cachefs.model import ConfigError, GiB, format_size, parse_size, write_size
 
 TierKind = Literal["mem", "ssd"]
 
 ACCEPTED = "KIND:PATH:CAPACITY with kind mem or ssd and an absolute path, such as ssd:/var/cache/cachefs:500G"
+
+MOST_KEPT_FREE_PERCENT = 90
 
 MIN_CAPACITY_PAGES = 4
 """Blocks larger than a quarter of a tier are not admitted, so a tier below four pages would never hold anything."""
@@ -34,6 +36,46 @@ class TierConfig:
 def default_free_floor(capacity_bytes: int) -> int:
     """1 GiB keeps a node's other users of the disk alive; a tenth of a small tier is plenty for a try-out."""
     return min(GiB, capacity_bytes // 10)
+
+
+@dataclass(frozen=True)
+class KeepFree:
+    """What stays free for others on the file system of a tier: so many bytes, or such a part of it."""
+
+    size_bytes: int = 0
+    percent: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.percent}%" if self.percent else write_size(self.size_bytes)
+
+    def on_disk_of(self, path: str) -> int:
+        """Bytes. Raises ConfigError as `disk_bytes`."""
+        return disk_bytes(path) * self.percent // 100 if self.percent else self.size_bytes
+
+
+def disk_bytes(path: str) -> int:
+    """The size of the file system that a directory is on, or would be. Raises ConfigError when nothing is known."""
+    while not os.path.isdir(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        status = os.statvfs(path)
+    except OSError as error:
+        raise ConfigError("--tier", path, f"a directory that can be looked at ({error.strerror})") from error
+    return status.f_blocks * status.f_frsize
+
+
+def parse_keep_free(key: str, text: str) -> KeepFree:
+    """`20G` or `15%`. Raises ConfigError."""
+    accepted = "a size such as 20G, or a part of the file system from 1% to 90%"
+    if text.endswith("%"):
+        number = text.removesuffix("%")
+        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_KEPT_FREE_PERCENT):
+            raise ConfigError(key, text, accepted)
+        return KeepFree(percent=int(number))
+    try:
+        return KeepFree(parse_size(key, text))
+    except ConfigError as error:
+        raise ConfigError(key, text, accepted) from error
 
 
 def parse_tier(text: str, key: str = "--tier", free_floor_bytes: int | None = None) -> TierConfig:

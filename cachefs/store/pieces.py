@@ -13,7 +13,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from cachefs.model import BlockCorruptError, BlockId, KiB
-from cachefs.store.partial import read_into, scratch
+from cachefs.store.page_io import read_into, scratch
 from cachefs.store.sums import page_checksum
 
 PIECE_BYTES = 64 * KiB

@@ -7,7 +7,7 @@ import os
 from cachefs.model import BlockCorruptError
 from cachefs.store.diskfull import capacity_errors
 from cachefs.store.layout import unlink_if_exists
-from cachefs.store.partial import open_uncached, read_into, scratch, write_all
+from cachefs.store.page_io import open_uncached, read_into, scratch, write_all
 
 _NAME = "staging/probe"
 _BYTES = 64 * 1024

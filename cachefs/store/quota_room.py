@@ -38,7 +38,7 @@ class QuotaRoom:
     def apply(self) -> None:
         """Others count for quotas than before. Looks at every block: for a thread."""
         for tier in self._served():
-            tier.apply_quotas()
+            tier.quotas.apply()
         if not self.book.active:
             self.book.reset()
 
@@ -48,7 +48,7 @@ class QuotaRoom:
             self.book.keys.add(blocks[0].key, quota)
             if self.book.active:
                 for tier in self._served():
-                    tier.apply_quotas(blocks)
+                    tier.quotas.apply(blocks)
 
     def of(self, block: BlockId) -> tuple[int, ...]:
         """All quotas that bind it."""
@@ -63,7 +63,7 @@ class QuotaRoom:
         quotas = self.book.of(block.key)
         if not quotas:
             return {}
-        need = self.need(length) - max((tier.quota_bytes(block) for tier in self._served()), default=0)
+        need = self.need(length) - max((tier.quotas.held_bytes(block) for tier in self._served()), default=0)
         lacking = {quota: self.book.lacking(quota, need, block) for quota in quotas} if need > 0 else {}
         return {quota: size for quota, size in lacking.items() if size > 0}
 
@@ -82,7 +82,7 @@ class QuotaRoom:
         ]
 
     def _free(self, quota: int) -> tuple[int, int]:
-        found = [tier.free_of_quota(quota) for tier in self._served()]
+        found = [tier.quotas.free_bytes(quota) for tier in self._served()]
         return sum(idle for idle, _ in found), sum(shared for _, shared in found)
 
     def idle_bytes(self) -> dict[int, int]:
@@ -112,7 +112,7 @@ class QuotaRoom:
         for quota, lacking in self.lacking(block, length).items():
             lacking -= self._free(quota)[0]
             for tier in self._served():
-                for each in tier.to_give_up_of_quota(quota, lacking):
+                for each in tier.quotas.to_give_up(quota, lacking):
                     found[each] = None
                     lacking -= tier.held_bytes(each)
         return list(found)
@@ -126,12 +126,12 @@ class QuotaRoom:
                 raise CapacityError(f"{self.describe(quota)} has no room for {length} bytes")
 
     def _give_up(self, quota: int, need: int, wanted: BlockId | None, *, evict: bool) -> int:
-        """As `Tier.make_room_in_quota`, on all tiers, the last one first."""
+        """As `TierQuotas.make_room`, on all tiers, the last one first."""
         freed = 0
         for tier in reversed(self._served()):
             if freed < need:
                 try:
-                    freed += tier.make_room_in_quota(quota, need - freed, wanted, evict=evict)
+                    freed += tier.quotas.make_room(quota, need - freed, wanted, evict=evict)
                 except OSError as error:
                     self._on_failed(tier, error)
         return freed

@@ -6,10 +6,48 @@ import logging
 import os
 from collections.abc import Iterator
 
-from cachefs.model import BlockId
-from cachefs.store.layout import FAN_OUT, SUMS_SUFFIX, open_directory, unlink_if_exists
+from cachefs.model import BlockId, Geometry
+from cachefs.store.dormant import Dormant
+from cachefs.store.layout import (
+    FAN_OUT,
+    FORMAT_VERSION,
+    SUMS_SUFFIX,
+    Layout,
+    TierFile,
+    open_directory,
+    running_boot_id,
+    unlink_if_exists,
+)
+from cachefs.store.sealed import SealedBlocks
+from cachefs.store.space import allocated_bytes, estimate
+from cachefs.store.suspects import Suspects
 
 logger = logging.getLogger(__name__)
+
+
+def recover(
+    layout: Layout, cluster_id: str, geometry: Geometry, dormant: Dormant, suspects: Suspects, sealed: SealedBlocks
+) -> None:
+    """Tell each of these of the blocks that an earlier worker left. What cannot be used is removed.
+
+    Blocks on the disk. Raises OSError as `scan`; TierError as `Layout.read_tier_file`.
+    """
+    boot_id = running_boot_id()
+    known = layout.read_tier_file()
+    if known is None or known.boot_id != boot_id:
+        empty(layout.partial_fd)
+        move_all(layout.sealed_fd, layout.suspect_fd)
+    for source_fd in (layout.partial_fd, layout.suspect_fd):
+        rejoin(layout.sealed_fd, source_fd)
+    for block, found in scan(layout.partial_fd):
+        dormant.add(block, found.st_blocks * 512)
+    for block, found in scan(layout.suspect_fd):
+        suspects.add(block, allocated_bytes(found) + estimate(0, 1))
+    for block, found in scan(layout.sealed_fd):
+        sealed.add(block, allocated_bytes(found) + estimate(0, geometry.page_count(found.st_size)))
+    if known is None or known.boot_id != boot_id:
+        # Last: a mount uses the tier directly as soon as it carries this boot's id.
+        layout.write_tier_file(TierFile(FORMAT_VERSION, cluster_id, boot_id))
 
 
 def scan(directory_fd: int) -> Iterator[tuple[BlockId, os.stat_result]]:

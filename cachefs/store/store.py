@@ -306,7 +306,7 @@ class Store:
                 level, "tier is %s, was %s path=%s reason=%s", after.value, before.value, tier.config.path, reason
             )
         if was_served is not (tier in self._served):
-            tier.count(lambda: tier in self._served)
+            tier.quotas.count(lambda: tier in self._served)
         if was_served and tier not in self._served:
             for block, _ in tier.blocks():
                 if not self.is_sealed(block):
@@ -400,7 +400,7 @@ class Store:
                 self._drop_in(lower, block)
             return False
         finally:
-            lower.count_copy(block)
+            lower.quotas.count_copy(block)
             self.quotas.settle(block)
 
     # ---- verifying -------------------------------------------------------------------------------------------------

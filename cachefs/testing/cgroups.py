@@ -12,7 +12,7 @@ from pathlib import Path
 from cachefs.model import CachefsError
 
 _ROOT = Path("/sys/fs/cgroup")
-_EMPTY_S = 10.0
+_EMPTY_S = 60.0
 
 
 class MemoryGroup:

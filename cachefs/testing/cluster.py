@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from cachefs.metrics import Monitor
 from cachefs.model import KiB, MiB
 from cachefs.net import Address, Role, Security, TcpAddress, UnixAddress, open_background, open_peer
 from cachefs.store import TierConfig
+from cachefs.testing.ports import hold_port, port_of
 from cachefs.wire import Hello
 from cachefs.wire.messages import GetWorkerStatus, WorkerStatus
 from cachefs.worker import WorkerConfig, run_worker
@@ -29,7 +30,10 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, directory: Path, master: MasterConfig, worker: WorkerConfig, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, directory: Path, master: MasterConfig, worker: WorkerConfig, nursery: trio.Nursery, ports: ExitStack
+    ) -> None:
+        """`ports`: closed when nothing of it runs any more."""
         self.directory = directory
         self.master_config = master
         self.worker_config = worker
@@ -41,6 +45,7 @@ class TestCluster:
         """Those that `add_worker` started."""
         self._nursery = nursery
         self._scopes: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+        self._ports = ports
 
     @property
     def master_address(self) -> Address:
@@ -48,6 +53,7 @@ class TestCluster:
 
     async def start_master(self) -> None:
         """On the port it had, if it ran before."""
+        self.master_config = replace(self.master_config, listen=self._held(self.master_config.listen))
         (address,) = await self._nursery.start(self._run, "master", run_master, self.master_config)
         self.master_config = replace(self.master_config, listen=address)
         self.worker_config = replace(self.worker_config, master=address)
@@ -66,9 +72,16 @@ class TestCluster:
             tiers=(replace(tier, path=str(self.directory / f"{name}.tier")),),
         )
         config = replace(config, **changes)  # type: ignore[arg-type]
+        config = replace(config, listen=self._held(config.listen))
         public, _ = await self._nursery.start(self._run, name, run_worker, config)
         config = self.workers[name] = replace(config, listen=public)
         return config
+
+    def _held(self, listen: Address) -> Address:
+        """With a port that stays ours while whoever listens there is stopped."""
+        if not isinstance(listen, TcpAddress) or listen.port:
+            return listen
+        return TcpAddress(listen.host, port_of(self._ports.enter_context(hold_port(listen.host))))
 
     async def start_again(self, name: str) -> None:
         """A worker that `add_worker` started and `stop` ended, at the address it had."""
@@ -137,14 +150,15 @@ async def running_cluster(
         security=security and security.presenting(Role.WORKER),
         tiers=(TierConfig("ssd", str(directory / "tier"), 64 * MiB),),
     )
-    async with AsyncExitStack() as stack:
-        nursery = await stack.enter_async_context(open_background())
-        cluster = TestCluster(
-            directory,
-            replace(master_config, **(master or {})),  # type: ignore[arg-type]
-            replace(worker_config, **(worker or {})),  # type: ignore[arg-type]
-            nursery,
-        )
-        await cluster.start_master()
-        await cluster.start_worker()
-        yield cluster
+    with ExitStack() as ports:
+        async with open_background() as nursery:
+            cluster = TestCluster(
+                directory,
+                replace(master_config, **(master or {})),  # type: ignore[arg-type]
+                replace(worker_config, **(worker or {})),  # type: ignore[arg-type]
+                nursery,
+                ports,
+            )
+            await cluster.start_master()
+            await cluster.start_worker()
+            yield cluster

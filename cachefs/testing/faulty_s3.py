@@ -18,6 +18,8 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from cachefs.model import CachefsError
+
 Fault = Literal[
     "slow-down",
     "too-many",
@@ -85,6 +87,11 @@ class FaultyS3:
         self._released = threading.Event()
         self._stalled = threading.Semaphore(0)
 
+    @property
+    def at_once(self) -> int:
+        """Requests that are not answered yet."""
+        return self._at_once
+
     def inject(
         self,
         fault: Fault,
@@ -117,10 +124,12 @@ class FaultyS3:
         """End all stalls, now and later."""
         self._released.set()
 
-    def wait_stalled(self, count: int = 1) -> None:
-        """Return when `count` more requests have met a stall."""
+    def wait_stalled(self, count: int = 1, limit_s: float = 120.0) -> None:
+        """Return when `count` more requests have met a stall. Raises CachefsError when that takes longer."""
+        give_up_at = time.monotonic() + limit_s
         for _ in range(count):
-            self._stalled.acquire()
+            if not self._stalled.acquire(timeout=max(0.0, give_up_at - time.monotonic())):
+                raise CachefsError(f"no request has met a stall within {limit_s:g} s")
 
     def stall(self) -> None:
         self._stalled.release()

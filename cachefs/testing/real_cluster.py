@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -17,6 +18,7 @@ from cachefs.client import Client, ClientConfig, open_client
 from cachefs.model import BlockId, KiB, MiB
 from cachefs.net import Role, Security, TcpAddress, UnixAddress, open_peer, parse_address
 from cachefs.store.layout import SUMS_SUFFIX
+from cachefs.testing.ports import hold_port, port_of
 from cachefs.testing.processes import END_TIMEOUT_S, Running, running
 from cachefs.wire import Hello
 from cachefs.wire.messages import GetWorkerStatus, WorkerInfo, WorkerStatus
@@ -54,7 +56,9 @@ class RealCluster:
     ) -> None:
         self.directory = directory
         self.port = 0
-        """Of the master; it keeps it when it is started again."""
+        """Of the master, from its first start on; it keeps it when it is started again."""
+        self._held: socket.socket | None = None
+        """So that nobody else gets it meanwhile."""
         self.processes: dict[str, Running] = {}
         self._security = security
         self._flags = flags
@@ -71,9 +75,10 @@ class RealCluster:
 
     async def start_master(self) -> None:
         """On the port it had, if it ran before."""
-        listen = f"{self._listen}:{self.port}"
-        started = await self._start("master", "master", (), *self._master_flags, "--listen", listen)
-        self.port = int(started.facts["listen"].rpartition(":")[2])
+        if self._held is None:
+            self._held = hold_port(self._listen)
+            self.port = port_of(self._held)
+        await self._start("master", "master", (), *self._master_flags, "--listen", f"{self._listen}:{self.port}")
 
     async def start_worker(self, name: str, *flags: str | Path, host: Host = Host()) -> Running:
         """With a directory of its own, of 256 MiB unless `flags` name a --tier; the one it had, if it ran before.
@@ -153,6 +158,8 @@ class RealCluster:
                 wrong.append(f"{name} ended with status {status}")
         for stack in self._stacks.values():
             stack.close()
+        if self._held is not None:
+            self._held.close()
         for path in self.directory.glob("*.log"):
             if "Traceback" in path.read_text():
                 wrong.append(f"{path.name} has a traceback:\n{path.read_text()}")

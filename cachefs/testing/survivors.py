@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ def names():
     return sorted(found)
 
 print("begun", flush=True)
-while not select.select([sys.stdin], [], [], 0)[0]:
+while not rounds or not select.select([sys.stdin], [], [], 0)[0]:
     at = chance.randrange(len(held_bytes) - 4096)
     timed("held", lambda: os.pread(held, 4096, at), held_bytes[at : at + 4096])
     at = chance.randrange(len(mapped_bytes) - 4096)
@@ -186,12 +186,14 @@ def pid_of(role: str, mountpoint: Path) -> int | None:
 
 def kill(role: str, mountpoint: Path, number: signal.Signals = signal.SIGKILL) -> int:
     """Signal it once it is there, which may be a moment after its predecessor was killed; its process id."""
-    pid = wait_for(role, mountpoint)
-    os.kill(pid, number)
-    return pid
+    while True:
+        pid = wait_for(role, mountpoint)
+        with suppress(ProcessLookupError):  # it has just ended: its successor is meant
+            os.kill(pid, number)
+            return pid
 
 
-def wait_for(role: str, mountpoint: Path, other_than: int | None = None, limit_s: float = 30.0) -> int:
+def wait_for(role: str, mountpoint: Path, other_than: int | None = None, limit_s: float = 60.0) -> int:
     """Its process id, once there is one. Raises CachefsError."""
     give_up_at = time.monotonic() + limit_s
     while (pid := pid_of(role, mountpoint)) in (None, other_than):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import trio
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _THREADS = 4
+CLOSE_S = 5.0
+"""How long closing may take, of connections and of threads, before it is left alone: nobody waits for what hangs."""
 
 
 class Running(Generic[T]):
@@ -48,6 +54,10 @@ class Running(Generic[T]):
         assert self._task is not None
         return self._task.result()
 
+    async def ended(self) -> None:
+        """Cancelled, it leaves the coroutine alone."""
+        await self._done.wait()
+
     async def abandon(self) -> None:
         """Cancel it, and return when it has ended. Does nothing to one that has."""
         if not self._done.is_set():
@@ -76,6 +86,26 @@ class Bridge:
     async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """As `Running.result`, of a coroutine begun now."""
         return await self.start(make).result()
+
+    async def close(self, make: Callable[[], Coroutine[Any, Any, object]], name: str) -> None:
+        """Run a coroutine that gives up connections, at the end. One that fails or hangs is told in the log, with
+        `name`, and left alone. Not to be cancelled.
+        """
+
+        async def close() -> None:
+            async with asyncio.timeout(CLOSE_S):
+                await make()
+
+        running = self.start(close)
+        # A little longer: it may hang where it cannot be told to end.
+        with trio.move_on_after(CLOSE_S + 1.0, shield=True):
+            await running.ended()
+            try:
+                await running.result()
+            except Exception as error:
+                logger.warning("connections are not closed store=%s error=%r", name, error)
+            return
+        logger.warning("connections are not closed, that hangs store=%s", name)
 
     async def in_thread(self, function: Callable[[], None]) -> None:
         """For coroutines: run what may block. Raises what it raises; cancelled, it raises once that has returned.
@@ -120,8 +150,9 @@ class _Call:
             raise self._error
 
 
-@contextmanager
-def open_bridge(name: str) -> Iterator[Bridge]:
+@asynccontextmanager
+async def open_bridge(name: str) -> AsyncGenerator[Bridge, None]:
+    """Its threads have ended when the block has, but for those that hang."""
     loop = asyncio.new_event_loop()
 
     def run() -> None:
@@ -136,8 +167,9 @@ def open_bridge(name: str) -> Iterator[Bridge]:
             del call
 
     calls: SimpleQueue[_Call | None] = SimpleQueue()
-    threads = [threading.Thread(target=work, name=f"{name}-{number}") for number in range(_THREADS)]
-    thread = threading.Thread(target=run, name=name)
+    # Daemons: one that hangs must not keep the process from ending.
+    threads = [threading.Thread(target=work, name=f"{name}-{number}", daemon=True) for number in range(_THREADS)]
+    thread = threading.Thread(target=run, name=name, daemon=True)
     for each in (thread, *threads):
         each.start()
     try:
@@ -145,7 +177,18 @@ def open_bridge(name: str) -> Iterator[Bridge]:
     finally:
         for _ in threads:
             calls.put(None)
-        for each in threads:
-            each.join()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+
+        def join() -> bool:
+            """Whether all have ended."""
+            give_up = time.monotonic() + CLOSE_S
+            for each in threads:
+                each.join(max(0.0, give_up - time.monotonic()))
+            # After those, which call back into the loop.
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(max(0.1, give_up - time.monotonic()))
+            return not any(each.is_alive() for each in (thread, *threads))
+
+        with trio.CancelScope(shield=True):
+            # In a thread, with a place of its own: others are served meanwhile.
+            if not await trio.to_thread.run_sync(join, limiter=trio.CapacityLimiter(1)):
+                logger.warning("threads of an under-store hang, and are left alone name=%s", name)

@@ -15,7 +15,7 @@ import inspect
 import json
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -35,11 +35,12 @@ from cachefs.model import (
     ThrottledError,
     UnavailableError,
     UnderStoreError,
+    is_credential,
 )
 from cachefs.ufs import options as opts
 from cachefs.ufs import settle
 from cachefs.ufs.base import is_file_name
-from cachefs.ufs.bridge import Bridge, open_bridge
+from cachefs.ufs.bridge import CLOSE_S, Bridge, open_bridge
 from cachefs.ufs.files import Claim, Keep, read_one_by_one
 from cachefs.ufs.ftp import Ftp
 from cachefs.ufs.retry import Requests, retry_after_s
@@ -56,11 +57,11 @@ OPTIONS = {
 
 _CHUNK = 1000
 _WRAPPERS = {"async_wrapper", "asyncwrapper", "blockcache", "cached", "dir", "filecache", "generic", "simplecache"}
+_CLIENTS = ("_session", "service_client")
+"""Attributes of asynchronous file systems that have connections: of most, and of Azure's."""
 _ELSEWHERE = {"file", "local", "s3", "s3a"}
 _PLACES = ("account_name", "endpoint_url", "host", "org", "port", "ref", "repo", "sha", "url")
 """Options that say which store it is. No others are shown or become part of `origin`: they may be secret."""
-_SECRETS = ("key", "pass", "secret", "token", "user")
-"""What names of options contain whose values stay texts, whatever they look like."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _VERSIONS = (
     "etag",
@@ -119,6 +120,7 @@ class _ThreadCalls:
     def __init__(self, make: Callable[[], Any], slots: int) -> None:
         self._make = make
         self._idle: deque[Any] = deque()
+        self._closed = False
         # A slot stays taken until its thread ends, also when nobody waits for it any more.
         self._slots = trio.CapacityLimiter(slots)
 
@@ -136,11 +138,49 @@ class _ThreadCalls:
             file_system.invalidate_cache()
             result = getattr(file_system, method)(*arguments)
         except FileNotFoundError:
-            self._idle.append(file_system)
+            self._give_back(file_system)
             raise
-        # After any other error it is not used again: its connection may be in the middle of something.
-        self._idle.append(file_system)
+        except Exception:
+            # It is not used again: its connection may be in the middle of something.
+            _hang_up(file_system)
+            raise
+        self._give_back(file_system)
         return result
+
+    def _give_back(self, file_system: Any) -> None:
+        self._idle.append(file_system)
+        if self._closed:
+            # Nobody waited for this thread any more.
+            self._hang_up_idle()
+
+    def _hang_up_idle(self) -> None:
+        while True:
+            try:
+                file_system = self._idle.pop()
+            except IndexError:
+                return
+            _hang_up(file_system)
+
+    async def close(self) -> None:
+        """Give up the connections that nobody uses; those in use are given up by whoever uses them. What hangs is left
+        alone. Not to be cancelled.
+        """
+        self._closed = True
+        with trio.move_on_after(CLOSE_S, shield=True):
+            await trio.to_thread.run_sync(self._hang_up_idle, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True)
+
+
+_CONNECTIONS = ("ftp", "client", "session")
+"""Attributes of file systems that block, which have connections, and threads with them."""
+
+
+def _hang_up(file_system: Any) -> None:
+    """Without a word to the other side, which may not answer."""
+    for name in _CONNECTIONS:
+        close = getattr(getattr(file_system, name, None), "close", None)
+        if close is not None:
+            with suppress(Exception):
+                close()
 
 
 class _Paths:
@@ -435,8 +475,8 @@ def _value(name: str, text: str) -> Any:
             return json.loads(text)
         except ValueError:
             raise ConfigError(f"{opts.KEY} {name}", "{…}", "a JSON object") from None
-    if any(part in name.lower() for part in _SECRETS):
-        return text
+    if is_credential(name):
+        return text  # whatever it looks like
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return int(text) if text.isascii() and text.isdecimal() else text
@@ -487,17 +527,22 @@ async def open_fsspec(url: str, options: Mapping[str, str]) -> AsyncGenerator[Fs
         return FsspecStore(origin, paths, calls, settling, secrets, Requests(deadline_s, slots), timeout_s)
 
     if not kind.async_impl:
-        yield store(_ThreadCalls(lambda: kind(**arguments), slots))
+        calls = _ThreadCalls(lambda: kind(**arguments), slots)
+        try:
+            yield store(calls)
+        finally:
+            await calls.close()
         return
-    with open_bridge(f"cachefs-{scheme}") as bridge:
+    async with open_bridge(f"cachefs-{scheme}") as bridge:
 
         async def set_up() -> Any:
             return kind(asynchronous=True, **arguments)
 
-        async def close(file_system: Any) -> None:
-            session = getattr(file_system, "_session", None)
-            if session is not None:
-                await session.close()
+        async def close() -> None:
+            for name in _CLIENTS:
+                client = getattr(file_system, name, None)
+                if client is not None:
+                    await client.close()
 
         try:
             file_system = await bridge.run(set_up)
@@ -506,5 +551,4 @@ async def open_fsspec(url: str, options: Mapping[str, str]) -> AsyncGenerator[Fs
         try:
             yield store(_LoopCalls(bridge, file_system))
         finally:
-            with trio.CancelScope(shield=True):
-                await bridge.run(lambda: close(file_system))
+            await bridge.close(close, origin)

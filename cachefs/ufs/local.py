@@ -61,6 +61,8 @@ class LocalStore:
         info = _info(path, os.stat(self._full(path)))
         if info is None:
             raise NotFoundError(f"{path}: neither a file nor a directory")
+        if not path and info.kind is not Kind.DIRECTORY:
+            raise NotFoundError(f"{self._root} is a file; expected a directory")
         return info
 
     @asynccontextmanager
@@ -178,6 +180,13 @@ def directory_of(url: str) -> str:
     if parts.netloc or not os.path.isabs(root) or parts.query or parts.fragment:
         raise ConfigError("URL", without_credentials(url), "file:// and an absolute path, such as file:///srv/data")
     return root
+
+
+def likely_origin(url: str) -> str | None:
+    """Of the store at a file:// URL, where symbolic links do not lead elsewhere: found without looking at the path, as
+    it may hang. None for other URLs, which nothing has to be looked at for. Raises ConfigError.
+    """
+    return f"file://{os.path.normpath(directory_of(url))}" if url.startswith("file://") else None
 
 
 @asynccontextmanager

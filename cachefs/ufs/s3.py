@@ -101,6 +101,10 @@ def parse_s3(url: str, options: Mapping[str, str]) -> S3Config:
     opts.check_names("s3", options, OPTIONS)
     if ("key" in options) != ("secret" in options):
         raise ConfigError(opts.KEY, "key or secret", "both of them, or neither")
+    endpoint = options.get("endpoint_url", "http://x")
+    if not endpoint.startswith(("http://", "https://")) or not urlsplit(endpoint).netloc:
+        accepted = "a URL that begins with http:// or https://, such as http://minio:9000"
+        raise ConfigError(f"{opts.KEY} endpoint_url", without_credentials(endpoint), accepted)
     connections = int(opts.number(options, "max_connections", 64, 1, 4096))
     config: dict[str, Any] = {
         # The only retries are ours, so that one deadline bounds them all.
@@ -141,13 +145,15 @@ class S3Store:
         endpoint = str(client.meta.endpoint_url).rstrip("/")
         self.origin = f"{endpoint}/{config.bucket}/{config.prefix}".rstrip("/")
         self.hidden_keys = 0
+        self._has_told_empty = False
 
     async def stat(self, path: str) -> ObjectInfo:
         async def look() -> ObjectInfo:
             below = self._prefix + path + "/" if path else self._prefix
             lists = self._client.list_objects_v2(Bucket=self._bucket, Prefix=below, MaxKeys=1)
             if not path:
-                await lists
+                if not (await lists).get("Contents"):
+                    self._tell_empty()
                 return _directory("")
             heads = self._client.head_object(Bucket=self._bucket, Key=self._prefix + path)
             both: tuple[Any, Any] = await asyncio.gather(lists, heads, return_exceptions=True)
@@ -162,6 +168,12 @@ class S3Store:
 
         info: ObjectInfo = await self._request(f"stat {path!r}", look)
         return info
+
+    def _tell_empty(self) -> None:
+        """A prefix that is mistyped is no error of an object store: there may be something later."""
+        if not self._has_told_empty:
+            self._has_told_empty = True
+            logger.info("nothing is there yet; is it the right URL? origin=%s", self.origin)
 
     @asynccontextmanager
     async def list_dir(self, path: str) -> AsyncGenerator[AsyncIterator[list[ObjectInfo]], None]:
@@ -318,7 +330,10 @@ class S3Store:
                 return UnavailableError(f"{where}: the store fails ({code})")
             return UnderStoreError(f"{where}: {error}")
         if isinstance(error, (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)):
-            return DeniedError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and so on, or anon=true")
+            return DeniedError(
+                f"{where}: no credentials: the options key and secret are not given, and where the master (or worker) "
+                "was started there is no AWS_ACCESS_KEY_ID and the like either; for a public bucket: anon=true"
+            )
         if isinstance(
             error,
             (
@@ -402,7 +417,7 @@ class _Pages:
 async def open_s3(url: str, options: Mapping[str, str]) -> AsyncGenerator[S3Store, None]:
     """Raises ConfigError for a wrong URL or option. Does not talk to the store yet."""
     config = parse_s3(url, options)
-    with open_bridge("cachefs-s3") as bridge:
+    async with open_bridge("cachefs-s3") as bridge:
 
         async def set_up() -> tuple[Any, RangeReader | None]:
             arguments = dict(config.session)
@@ -422,8 +437,7 @@ async def open_s3(url: str, options: Mapping[str, str]) -> AsyncGenerator[S3Stor
         try:
             yield S3Store(config, client, ranges, bridge)
         finally:
-            with trio.CancelScope(shield=True):
-                await bridge.run(client.close)
+            await bridge.close(client.close, f"s3://{config.bucket}")
 
 
 def parse_time(text: Any) -> datetime:

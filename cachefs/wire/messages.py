@@ -43,6 +43,10 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     """It was done; there is nothing to tell."""
 
 
+class Ping(Request[Done], frozen=True):
+    """To master and worker, from anyone: a sign of life. Answered at once, whatever else they do for whoever asks."""
+
+
 # ---- to the master, from anyone ------------------------------------------------------------------------------------
 
 
@@ -333,6 +337,21 @@ class GetStores(Request[Stores], frozen=True):
     """All that are attached now: asked by a worker that meets one it has not heard of."""
 
 
+class StoresInUse(msgspec.Struct, frozen=True, array_like=True):
+    """Which under-stores are attached, without what it takes to open them."""
+
+    store_ids: list[int]
+    newest: int
+    """The largest number that was ever given to one: what has a number up to it and is not among these is gone for
+    good."""
+    renewed: int
+    """How many times one has got other options since the master started; these are told by `GetStores`."""
+
+
+class WatchStores(StreamRequest[StoresInUse], frozen=True):
+    """Which are attached, and again whenever that or the options of one change, until the asker leaves."""
+
+
 class PinnedContents(msgspec.Struct, frozen=True, array_like=True):
     """A part of all contents that are pinned; the last part puts them in force, in the place of those before."""
 
@@ -472,9 +491,11 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     opens: OpenCounts
     """By the mounts of this node, as far as they have told."""
     stores: list[StoreState] = []
-    """Those it was told to read from."""
+    """Those it has read from and has open."""
     master_away_s: float = 0.0
     """For how many seconds it has had no master; 0: it is registered."""
+    open_stores: int = 0
+    """Under-stores it has open, with those that were removed and are still read from, or are being closed."""
 
 
 class GetWorkerStatus(Request[WorkerStatus], frozen=True):

@@ -103,3 +103,17 @@ class SetVolumeQuota(Request[VolumeInfo], frozen=True):
 
     id: str
     quota_bytes: Limit
+
+
+class RenewVolume(Request[VolumeInfo], frozen=True):
+    """Other credentials for the under-store of a volume, for good, once it is seen to list with them; until then, and
+    when they will not do, those it has stay in force. The same again asks nobody. Never logged, never shown.
+
+    Raises NotFoundError; ExistsError where something differs that is no credential, as it would be another volume;
+    ConfigError for a volume that has no under-store of its own; UnderStoreError and its kinds.
+    """
+
+    id: str
+    options: dict[str, str]
+    """Names and values as of `CreateVolume.options`; what is not given stays, but for a session token, which goes with
+    the key that it is of."""

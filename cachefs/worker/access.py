@@ -8,6 +8,7 @@ from cachefs.wire import control
 from cachefs.wire import messages as m
 
 ACCESS: Allowed = {
+    m.Ping: EVERYONE,
     m.GetWorkerStatus: EVERYONE,
     # Mounts without a worker of their own.
     m.Fetch: EVERYONE,

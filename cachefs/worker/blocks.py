@@ -319,7 +319,7 @@ class Blocks:
     def _is_worth_fetching(self, source: Source) -> bool:
         """Whether it is a small content that is not here, nor on its way."""
         block = BlockId(source.attr.key, 0)
-        is_here = self._store.is_sealed(block) or self._suspects.has(block)
+        is_here = self._store.is_sealed(block) or block in self._suspects
         is_coming = block in self._jobs or block in self._opening or block in self._whole
         return self._is_small(source) and not is_here and not is_coming
 
@@ -462,7 +462,7 @@ class Blocks:
     # ---- sealed ----------------------------------------------------------------------------------------------------
 
     async def is_sealed(self, block: BlockId) -> bool:
-        if self._suspects.has(block):
+        if block in self._suspects:
             return await self._suspects.restore(block, self._disk)
         return self._store.is_sealed(block)
 
@@ -533,6 +533,10 @@ class Blocks:
 
     async def _find_job(self, block: BlockId, source: Source, mode: Promote, for_others: bool) -> Job | None:
         job = self._jobs.get(block)
+        if job is not None and job.partial.dropped:
+            # It was begun while its partial was being given up.
+            job.ended = True
+            self._end_if_done(job)
         if job is not None and not job.ended:
             if not job.in_use and not self._admission.takes_blocks:
                 # Whatever nobody fills any more when this worker is to go stays as it is.
@@ -658,7 +662,7 @@ class Blocks:
             await trio.sleep(self._config.idle_partial_s / 2)
             before = trio.current_time() - self._config.idle_partial_s
             for job in list(self._jobs.values()):
-                if job.users == 0 and job.last_asked < before:
+                if job.users == 0 and not job.arriving and job.last_asked < before:
                     self._end(job)
 
     def close(self) -> None:

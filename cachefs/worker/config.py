@@ -55,3 +55,5 @@ class WorkerConfig:
     """At which all that is cached is read and compared again and again; 0 = never."""
     idle_partial_s: float = 60.0
     """A partial that nobody asked for so long is closed; what it has stays on disk."""
+    removed_store_idle_s: float = 60.0
+    """An under-store that was removed is closed when nobody has read from it for so long: what is open reads on."""

@@ -84,6 +84,9 @@ class Giving:
         _check_range(block, request, partial.page_span(page) if page < partial.page_count else (0, 0))
         if not await self._blocks.is_good(partial, page):
             return None
+        if self._blocks.partial(block) is not partial:
+            # Sealed while it was compared, and closed, or given up: what is here now is something else.
+            return await self._from_here(block, request, session)
         try:
             checksum = partial.checksum(page)
             return await self._send(os.dup(partial.read_fd), block, request, partial, checksum, session)

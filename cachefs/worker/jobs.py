@@ -45,6 +45,8 @@ class Job:
         self.route = route
         self.last_asked = trio.current_time()
         self.users = 0
+        self.arriving = 0
+        """Pages that are being fetched, whether somebody waits for them or not: its files stay open for them."""
         self.filling = False
         self.ended = False
         """Nobody new joins it."""
@@ -372,6 +374,13 @@ class Filler:
         await self._fetch(job, page, self.background)
 
     async def _fetch(self, job: Job, page: int, slots: Slots) -> None:
+        job.arriving += 1
+        try:
+            await self._fetch_page(job, page, slots)
+        finally:
+            job.arriving -= 1
+
+    async def _fetch_page(self, job: Job, page: int, slots: Slots) -> None:
         offset, length = job.partial.page_span(page)
         if job.partial.remembers(page):
             await trio.to_thread.run_sync(self._recall, job.partial, page, limiter=self._disk)

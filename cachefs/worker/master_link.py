@@ -20,7 +20,7 @@ from cachefs.wire.cluster import (
     ReportReply,
     Unsettled,
 )
-from cachefs.wire.messages import block_ids, block_names
+from cachefs.wire.messages import ClusterInfo, block_ids, block_names
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +147,15 @@ class MasterLink:
         self,
         on_registered: Callable[[Registered], Awaitable[None]],
         follow: Callable[[Peer], Awaitable[None]],
-        task_status: trio.TaskStatus[Registered] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[ClusterInfo] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Connect, register, report, and again after every loss, until cancelled.
 
         Raises HandshakeError when the first connection fails because of tokens; later ones are waited out.
 
-        Reports the first registration. `on_registered` is called with each one before requests go out; `follow` runs
-        with each connection, for as long as that lasts. Raises ConfigError when another worker has this one's name.
+        Reports the cluster, as of the first registration. `on_registered` is called with each one before requests go
+        out; `follow` runs with each connection, for as long as that lasts. Raises ConfigError when another worker has
+        this one's name.
         """
         hello = Hello(role="worker", name=self._registration.name)
         first = True
@@ -164,16 +165,18 @@ class MasterLink:
                 async with open_peer(self._address, hello, security=self._security) as peer:
                     registered = (await peer.call(self._registration)).message
                     if first:
-                        task_status.started(registered)
+                        task_status.started(registered.cluster)
                         first = False
+                    epoch = registered.epoch
                     await on_registered(registered)
+                    del registered  # with credentials of stores, which may be removed while this connection lasts
                     self._peer = peer
                     self._up.set()
                     self._away_since = None
-                    logger.info("registered master=%s epoch=%d", self._address, registered.epoch)
+                    logger.info("registered master=%s epoch=%d", self._address, epoch)
                     async with open_background() as following:
                         following.start_soon(follow, peer)
-                        await self._report(peer, registered.epoch)
+                        await self._report(peer, epoch)
             except ConfigError as error:
                 if error.key != "--name" or trio.current_time() > give_up:
                     raise

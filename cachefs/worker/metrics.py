@@ -191,6 +191,12 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
         lambda parts: parts.link.away_s,
     ),
     gauge(
+        "cachefs_under_stores_open",
+        "Under-stores it has open: those that are attached, and those that were removed and are still read from "
+        "or being closed.",
+        lambda parts: parts.sources.open_stores,
+    ),
+    gauge(
         "cachefs_under_store_failing_seconds",
         "For how long an under-store has done nothing that it was asked; 0: it answered the last time.",
         lambda parts: by_label({origin: each.failing_s for origin, each in parts.sources.health.items()}),

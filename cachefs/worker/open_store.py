@@ -1,11 +1,15 @@
-"""An under-store as a worker has it open: its credentials may be renewed while it is read from."""
+"""An under-store as a worker has it open: its credentials may be renewed while it is read from, and it is closed when
+no mount uses it any more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
-from cachefs.model import DeniedError, ObjectInfo, UnavailableError
+import trio
+
+from cachefs.model import DeniedError, ObjectInfo, StaleError, UnavailableError
 from cachefs.ufs import UnderStore
 from cachefs.ufs.files import Claim, Data, Keep
 from cachefs.wire.messages import StoreInfo
@@ -15,7 +19,9 @@ _MAY_BE_RENEWED = (DeniedError, UnavailableError)
 
 
 class OpenStore:
-    """What is known of objects names this, and stays as it is when the store is opened again."""
+    """What is known of objects names this, and stays as it is when the store is opened again. Closed, it raises
+    StaleError for whatever it is asked.
+    """
 
     def __init__(
         self,
@@ -24,18 +30,27 @@ class OpenStore:
         close: Callable[[], None],
         is_renewed: Callable[[OpenStore, StoreInfo], Awaitable[bool]],
     ) -> None:
-        """`close` is called once, when another one is in place and nobody reads from this one any more. `is_renewed`
-        is asked when it refuses or does not answer: whether there are other options than those, and if so they are in
-        place.
+        """`close` is called once, when nobody reads from the store any more, and another one is in its place or it is
+        closed for good. `is_renewed` is asked when it refuses or does not answer: whether there are other options than
+        those, and if so they are in place.
         """
         self.info = info
+        """Without URL and options when it is closed: they are nobody's any more."""
         self.origin = ufs.origin
         self.hidden_keys = 0  # workers list nothing
         self._is_renewed = is_renewed
-        self._ufs = ufs
+        self._ufs: UnderStore | None = ufs
         self._close = close
         self._users = [0]
         """Of the store as it is open now."""
+        self._used_at = trio.current_time()
+        """When a read ended last."""
+        self._unused = trio.Event()
+        """Set when one ends and no other is under way."""
+
+    @property
+    def is_closed(self) -> bool:
+        return self._ufs is None
 
     def reopened(self, info: StoreInfo, ufs: UnderStore, close: Callable[[], None]) -> None:
         """Read from this one from now on; of the same origin."""
@@ -44,23 +59,42 @@ class OpenStore:
         if not users[0]:
             close_before()
 
+    async def close_when_unused(self, for_s: float) -> None:
+        """For good, as soon as nobody has read from it for so many seconds."""
+        while self._users[0] or trio.current_time() < self._used_at + for_s:
+            if self._users[0]:
+                self._unused = trio.Event()
+                await self._unused.wait()
+            else:
+                await trio.sleep_until(self._used_at + for_s)
+        self.info, self._ufs = StoreInfo(self.info.store_id, "", {}), None
+        self._close()
+
     @contextmanager
     def _in_use(self) -> Iterator[UnderStore]:
-        users, close = self._users, self._close
+        ufs, users, close = self._ufs, self._users, self._close
+        if ufs is None:
+            raise StaleError(f"{self.origin} belongs to no mount any more, and is closed on this worker")
         users[0] += 1
         try:
-            yield self._ufs
+            yield ufs
         finally:
             users[0] -= 1
-            if not users[0] and self._users is not users:
-                close()
+            self._used_at = trio.current_time()
+            if not users[0]:
+                self._unused.set()
+                if self._users is not users:
+                    close()
 
     async def stat(self, path: str) -> ObjectInfo:
         with self._in_use() as ufs:
             return await ufs.stat(path)
 
-    def list_dir(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[list[ObjectInfo]]]:
-        return self._ufs.list_dir(path)
+    @asynccontextmanager
+    async def list_dir(self, path: str) -> AsyncGenerator[AsyncIterator[list[ObjectInfo]], None]:
+        with self._in_use() as ufs:
+            async with ufs.list_dir(path) as chunks:
+                yield chunks
 
     async def read_range(self, info: ObjectInfo, offset: int, length: int) -> Data:
         before = self.info

@@ -69,7 +69,8 @@ class Prefetch:
         self._orders: OrderedDict[Reader, FileOrder[_Directory]] = OrderedDict()
         self._fetched: OrderedDict[BlockId, tuple[FileOrder[_Directory], Source]] = OrderedDict()
         self._under_way: dict[BlockId, trio.Event] = {}
-        self._unclaimed: dict[BlockId, None] = {}
+        """By whoever has such an event: a reader may have taken it from a batch that still runs, and failed."""
+        self._unclaimed: dict[trio.Event, None] = {}
         """Of those under way, what was not asked for yet; taken from in other threads too, by `pop` alone."""
 
     async def join(self, block: BlockId) -> bool:
@@ -79,7 +80,7 @@ class Prefetch:
         event = self._under_way.get(block)
         if event is None:
             return False
-        if self._claim(block):
+        if self._claim(event):
             del self._under_way[block]
             return False
         await event.wait()
@@ -88,8 +89,14 @@ class Prefetch:
     def is_coming(self, block: BlockId) -> bool:
         return block in self._under_way
 
-    def _claim(self, block: BlockId) -> bool:
-        return self._unclaimed.pop(block, _TAKEN) is None
+    def _claim(self, event: trio.Event) -> bool:
+        return self._unclaimed.pop(event, _TAKEN) is None
+
+    def _end(self, block: BlockId, event: trio.Event) -> None:
+        """It is kept, or was not going to be."""
+        if self._under_way.get(block) is event:
+            del self._under_way[block]
+        event.set()
 
     def asked(self, reader: Reader, source: Source) -> None:
         """A mount waits for this file."""
@@ -140,6 +147,7 @@ class Prefetch:
     async def _fetch(self, order: FileOrder[_Directory], run: Run, sources: list[Source]) -> None:
         """The files of one store. Their readers find out by themselves what is wrong with those that are not kept."""
         wanted: list[tuple[BlockId, Source]] = []
+        events: list[trio.Event] = []
         for source in sources:
             block = BlockId(source.attr.key, 0)
             if block in self._under_way or not self._is_wanted(source):
@@ -148,8 +156,9 @@ class Prefetch:
                 run.over = True
                 break
             wanted.append((block, source))
-            self._under_way[block] = trio.Event()
-            self._unclaimed[block] = None
+            event = self._under_way[block] = trio.Event()
+            events.append(event)
+            self._unclaimed[event] = None
             self._fetched[block] = order, source
             if len(self._fetched) > _REMEMBERED:
                 self._fetched.popitem(last=False)
@@ -157,11 +166,11 @@ class Prefetch:
             return
 
         def claim(number: int) -> bool:
-            return not run.over and self._claim(wanted[number][0])
+            return not run.over and self._claim(events[number])
 
         def on_kept(number: int) -> None:
             self._counters.files_ahead += 1
-            self._under_way.pop(wanted[number][0]).set()
+            self._end(wanted[number][0], events[number])
 
         try:
             async with self._batches:
@@ -178,11 +187,9 @@ class Prefetch:
             logger.warning("not fetched ahead files=%d error=%r", len(wanted), error)
             run.over = True
         finally:
-            for block, _ in wanted:
-                self._unclaimed.pop(block, None)
-                event = self._under_way.pop(block, None)
-                if event is not None:
-                    event.set()
+            for (block, _), event in zip(wanted, events, strict=True):
+                self._unclaimed.pop(event, None)
+                self._end(block, event)
 
 
 def _directory(source: Source) -> _Directory:

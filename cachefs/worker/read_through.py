@@ -58,14 +58,16 @@ class ReadThrough:
         page = self._pages.get(key)
         if page is None:
             page = await self._flights.join(key, lambda: self._fetch(source, number))
-            self._pages[key] = page
-            if len(self._pages) > self._max_pages:
-                self._pages.popitem(last=False)
         return page
 
     async def _fetch(self, source: Source, number: int) -> bytes | bytearray | memoryview:
         start = number * self._page_size
-        return await self._read(source, start, min(self._page_size, source.attr.size_bytes - start))
+        page = await self._read(source, start, min(self._page_size, source.attr.size_bytes - start))
+        # Here, not by those who wait: whoever comes before they go on finds it as well.
+        self._pages[source, number] = page
+        if len(self._pages) > self._max_pages:
+            self._pages.popitem(last=False)
+        return page
 
     async def _read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
         """Within one block: neither a page nor what a reader asks for goes over its end."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -22,25 +21,27 @@ from cachefs.model import (
     NamespaceError,
     ObjectInfo,
     StaleError,
+    TransportError,
     UnavailableError,
     UnderStoreError,
-    without_credentials,
 )
+from cachefs.net import Peer
 from cachefs.policy import Neighbours
-from cachefs.ufs import StoreHealth, UnderStore, open_under_store
+from cachefs.ufs import StoreHealth, UnderStore
 from cachefs.ufs.files import Claim, Keep
 from cachefs.wire import Request
-from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo
+from cachefs.wire.messages import GetStores, ObjectLocation, Resolve, ResolveNext, StoreInfo, WatchStores
 from cachefs.worker.master_link import MasterLink
 from cachefs.worker.open_store import OpenStore
+from cachefs.worker.stores import Stores
 
 logger = logging.getLogger(__name__)
 _limited = LogLimiter(logger)
 
 R = TypeVar("R")
 
-_ASK_AGAIN_S = 5.0
-"""Between two questions whether an under-store that refuses has other options now; also how long an answer may take."""
+_ANSWER_S = 10.0
+"""How long the master may take to tell of other options, which nobody waits for."""
 
 _REMEMBERED = 100_000
 """Inodes whose objects are remembered, a few hundred bytes each. They never change: an inode names one content."""
@@ -55,22 +56,12 @@ class Source(NamedTuple):
     """Not the number that the master gives it: that means something else under another database."""
 
 
-_OPEN_S = 10.0
-"""How long a store that is just opened is waited for: a path of this machine may be on a file server that hangs."""
-
-
-class _Begun(NamedTuple):
-    """A store that is being opened, or is open."""
-
-    info: StoreInfo
-    done: trio.Event
-    give_up: float
-
-
 class Sources:
-    """Opened with the stores of each registration; `nursery` holds them until the worker ends."""
+    """Opened with the stores of each registration; `nursery` holds them until they are removed, or the worker ends.
+    `removed_idle_s` as of `WorkerConfig`.
+    """
 
-    def __init__(self, master: MasterLink, nursery: trio.Nursery) -> None:
+    def __init__(self, master: MasterLink, nursery: trio.Nursery, removed_idle_s: float = 60.0) -> None:
         self.namespace_id = ""
         """Of the master this worker is registered with: the one that inode numbers are of."""
         self.on_pinned: Callable[[Source], None] = lambda source: None
@@ -78,23 +69,15 @@ class Sources:
         self.on_quota: Callable[[Source, int], None] = lambda source, quota: None
         """Called with what counts for a quota, the innermost one."""
         self._master = master
-        self._nursery = nursery
-        self._open: dict[int, OpenStore] = {}
-        self._begun: dict[int, _Begun] = {}
-        """Those that are open, too, and what is opened in their place."""
-        self._asking = trio.Lock()
-        self._asked_at = -math.inf
-        """When the master was last asked for options because a store refused or did not answer."""
-        self.health: dict[str, StoreHealth] = {}
-        """By origin, of all that were ever read from."""
+        self._stores = Stores(self._ask_stores, nursery, removed_idle_s)
         self._known: OrderedDict[Ino, Source] = OrderedDict()
         self._unused: set[Ino] = set()
         """Of those, which came along with another one and were not asked for yet."""
         self._neighbours = Neighbours()
 
-    async def add(self, namespace_id: str, stores: list[StoreInfo], wanted: int | None = None) -> None:
-        """Open those that are not open yet, and those that have other options now; and wait for them, or for that one
-        alone; not for one that hangs.
+    async def registered(self, namespace_id: str, stores: Sequence[StoreInfo]) -> None:
+        """With a master of that namespace, in which these are all that are attached: open those that are not open yet,
+        and those that have other options now; and wait for them, but not for one that hangs.
 
         Numbers of inodes and stores never change their meaning under one master's database; with another one,
         everything known by number is forgotten. What is being read goes on.
@@ -102,63 +85,40 @@ class Sources:
         if namespace_id != self.namespace_id:
             self._known.clear()
             self._unused.clear()
-            self._open = {}
-            self._begun = {}
+            self._stores.forget()
             self.namespace_id = namespace_id
-        waited_for = []
-        for store in stores:
-            begun = self._begun.get(store.store_id)
-            if begun is None or begun.info != store:
-                begun = _Begun(store, trio.Event(), trio.current_time() + _OPEN_S)
-                self._begun[store.store_id] = begun
-                self._nursery.start_soon(self._hold, store, namespace_id, begun)
-            if wanted in (None, store.store_id):
-                waited_for.append((store, begun))
-        for store, begun in waited_for:
-            with trio.move_on_at(begun.give_up):
-                await begun.done.wait()
-            if not begun.done.is_set():
-                url = without_credentials(store.url)
-                _limited.log(logging.WARNING, url, "under-store is not opened yet, it hangs url=%s", url)
+        self._stores.registered(stores)
+        await self._stores.add(stores)
 
-    async def _hold(self, store: StoreInfo, namespace_id: str, begun: _Begun) -> None:
-        url = without_credentials(store.url)
+    async def follow(self, peer: Peer) -> None:
+        """Hear which stores are in use until the connection is lost, or cancelled."""
         try:
-            async with open_under_store(store.url, store.options) as ufs:
-                let_go = trio.Event()
-                known = self._open.get(store.store_id)
-                if self.namespace_id != namespace_id or self._begun.get(store.store_id) is not begun:
-                    let_go.set()  # it is out of date
-                elif known is None:
-                    self._open[store.store_id] = OpenStore(store, ufs, let_go.set, self._is_renewed)
-                elif known.origin == ufs.origin:
-                    known.reopened(store, ufs, let_go.set)
-                    logger.info("under-store has other options origin=%s", ufs.origin)
-                else:
-                    let_go.set()
-                begun.done.set()
-                await let_go.wait()
-        except CachefsError as error:
-            # A package that is missing here must not take the other stores away.
-            logger.warning("under-store cannot be opened url=%s error=%s", url, error)
-            if self._begun.get(store.store_id) is begun:
-                # Whoever wants it next tries again.
-                del self._begun[store.store_id]
-        finally:
-            begun.done.set()
+            async with peer.stream(WatchStores()) as changes:
+                async for told in changes:
+                    if self._stores.in_use(told):
+                        await self._ask_for_options()
+        except TransportError as error:
+            logger.debug("stores not heard of error=%s", error)
 
-    async def _is_renewed(self, ufs: OpenStore, before: StoreInfo) -> bool:
-        """Whether the store has other options than those that were refused; the master is asked, but not all the time.
-        An object may be refused for itself.
-        """
-        async with self._asking:  # those that are refused at the same time wait for the one answer
-            if ufs.info == before and trio.current_time() >= self._asked_at + _ASK_AGAIN_S:
-                self._asked_at = trio.current_time()
-                namespace_id = self.namespace_id
-                with suppress(CachefsError):
-                    stores = (await self._ask(GetStores(), namespace_id, _ASK_AGAIN_S)).stores
-                    await self.add(namespace_id, stores, before.store_id)
-        return ufs.info != before
+    async def _ask_for_options(self) -> None:
+        try:
+            self._stores.renew(await self._ask_stores(_ANSWER_S))
+        except CachefsError as error:
+            logger.info("other options of under-stores are asked for when these are refused error=%s", error)
+
+    async def _ask_stores(self, patience_s: float | None = None) -> list[StoreInfo]:
+        """All that are attached now. Raises as `_ask`."""
+        return (await self._ask(GetStores(), self.namespace_id, patience_s)).stores
+
+    @property
+    def open_stores(self) -> int:
+        """Those among them that are being closed, or are to be when nobody reads from them."""
+        return self._stores.opened
+
+    @property
+    def health(self) -> dict[str, StoreHealth]:
+        """By origin, of all that are open and were ever read from."""
+        return self._stores.health
 
     @property
     def master_away_s(self) -> float:
@@ -218,13 +178,17 @@ class Sources:
     async def _store(self, location: ObjectLocation, namespace_id: str) -> OpenStore:
         """Where that object is. One that was attached since this worker registered is opened now.
 
-        Raises UnavailableError for one that cannot be opened; NamespaceChangedError, TransportError.
+        Raises StaleError for one that is attached no more, UnavailableError for one that cannot be opened;
+        NamespaceChangedError, TransportError.
         """
-        if location.store_id not in self._open:
+        ufs = self._stores.find(location.store_id)
+        if ufs is None:
             stores = (await self._ask(GetStores(), namespace_id)).stores
-            await self.add(namespace_id, stores, location.store_id)
+            await self._stores.add(stores, location.store_id)
             self._check_namespace(namespace_id)
-        ufs = self._open.get(location.store_id)
+            ufs = self._stores.find(location.store_id)
+            if ufs is None and all(each.store_id != location.store_id for each in stores):
+                raise StaleError(f"the under-store of {location.path} is no longer mounted")
         if ufs is None:
             raise UnavailableError(f"the under-store of {location.path} cannot be opened on this worker; see its log")
         return ufs
@@ -259,7 +223,11 @@ class Sources:
     ) -> list[Exception | None]:
         """As `UnderStore.read_files`, of objects of one under-store."""
         ufs = wanted[0].ufs
-        outcomes = await ufs.read_files([source.info for source in wanted], keep, at_once, claim)
+        try:
+            outcomes = await ufs.read_files([source.info for source in wanted], keep, at_once, claim)
+        except StaleError:
+            self._forget(wanted)
+            raise
         failed = [error for error in outcomes if isinstance(error, UnderStoreError)]
         if len(failed) < len(outcomes):
             self._note_answer(ufs)
@@ -268,9 +236,22 @@ class Sources:
         return outcomes
 
     async def read(self, source: Source, offset: int, length: int) -> bytes | bytearray | memoryview:
-        """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`."""
-        with self._watching(source.ufs):
-            return await source.ufs.read_range(source.info, offset, length)
+        """Exactly those bytes of exactly that version. Raises as `UnderStore.read_range`, and StaleError when the store
+        is closed, as no mount uses it any more.
+        """
+        try:
+            with self._watching(source.ufs):
+                return await source.ufs.read_range(source.info, offset, length)
+        except StaleError:
+            self._forget([source])
+            raise
+
+    def _forget(self, sources: Sequence[Source]) -> None:
+        """Their store is closed: the master is asked, should somebody want them again."""
+        for each in sources:
+            if self._known.get(each.attr.ino) is each:
+                del self._known[each.attr.ino]
+                self._unused.discard(each.attr.ino)
 
     @contextmanager
     def _watching(self, ufs: UnderStore) -> Iterator[None]:
@@ -285,7 +266,7 @@ class Sources:
         self._note_answer(ufs)
 
     def _note_failure(self, ufs: UnderStore, error: UnderStoreError) -> None:
-        health = self._health_of(ufs)
+        health = self._stores.health_of(ufs)
         if not health.is_failing:
             # What is refused may be one object, and the next one not.
             level = logging.INFO if isinstance(error, DeniedError) else logging.WARNING
@@ -295,15 +276,9 @@ class Sources:
         health.failed(error)
 
     def _note_answer(self, ufs: UnderStore) -> None:
-        health = self._health_of(ufs)
+        health = self._stores.health_of(ufs)
         if health.is_failing:
             _limited.log(
                 logging.INFO, ufs.origin, "under-store answers again origin=%s s=%.1f", ufs.origin, health.failing_s
             )
             health.answered()
-
-    def _health_of(self, ufs: UnderStore) -> StoreHealth:
-        health = self.health.get(ufs.origin)
-        if health is None:
-            health = self.health[ufs.origin] = StoreHealth()
-        return health

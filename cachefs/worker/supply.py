@@ -56,6 +56,8 @@ class Route:
     place: BlockPlace | None = None
     """As the master said; None: to be asked for."""
     has_lease: bool = False
+    ended: bool = False
+    """No page of it is wanted any more; one that was on its way may still ask."""
     failed: set[str] = field(default_factory=set)
     """Workers that did not give it."""
     turn: int = 0
@@ -116,10 +118,10 @@ class Supply:
     def _settle(self, route: Route, place: BlockPlace | None) -> None:
         route.place = place if place is not None else BlockPlace([], "")
         if route.place.origin == self._members.name:
-            if route.has_lease:
-                # Several pages asked at once: one grant is kept.
+            if route.has_lease or route.ended:
+                # Several pages asked at once: one grant is kept. None, by who asked when it was ended.
                 self._places.end(route.block)
-            route.has_lease = True
+            route.has_lease = not route.ended
 
     def is_first_copy(self, route: Route) -> bool:
         """Nobody else has it or fetches it, as far as is known."""
@@ -138,6 +140,7 @@ class Supply:
     def end(self, route: Route) -> None:
         """It is sealed, or given up."""
         self.on_end(route.block)
+        route.ended = True
         if route.has_lease:
             route.has_lease = False
             self._places.end(route.block)

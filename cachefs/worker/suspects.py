@@ -21,8 +21,8 @@ class Suspects:
         self._threads = trio.CapacityLimiter(math.inf)
         """Bounded by those of the callers."""
 
-    def has(self, block: BlockId) -> bool:
-        """Whether `restore` tells what it is worth."""
+    def __contains__(self, block: BlockId) -> bool:
+        """Whether it is to be verified, or is being verified now: `restore` tells what it is worth."""
         return block in self._under_way or self._store.is_suspect(block)
 
     async def restore(self, block: BlockId, limiter: trio.CapacityLimiter) -> bool:
@@ -33,7 +33,7 @@ class Suspects:
             done = self._under_way.get(block)
             if done is not None:
                 await done.wait()
-                if not self.has(block):
+                if block not in self:
                     break
                 continue
             async with limiter:

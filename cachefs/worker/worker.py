@@ -13,7 +13,7 @@ import trio
 
 from cachefs.metrics import Monitor, Times
 from cachefs.model import BlockId, CachefsError, ConfigError, NamespaceChangedError
-from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, listening, serve_on
+from cachefs.net import Address, Answer, Hello, Peer, Service, Session, UnixAddress, answer_ping, listening, serve_on
 from cachefs.store import Store, Tier, TierState, open_store, running_boot_id
 from cachefs.wire import cluster as c
 from cachefs.wire import control
@@ -81,6 +81,7 @@ class Worker:
 
     def service(self) -> Service:
         service = Service()
+        service.on_at_once(m.Ping, answer_ping)
         service.observe = self.times.observe if self.times is not None else None
         service.on(m.Promote, self.promote)
         service.on(m.Fetch, self.fetch)
@@ -94,6 +95,7 @@ class Worker:
     def public_service(self) -> Service:
         """What is answered over TCP, to other workers, to mounts of other hosts and to tools."""
         service = Service(ACCESS)
+        service.on_at_once(m.Ping, answer_ping)
         service.on(c.ReadBlock, self._giving.read_block)
         service.on(c.DoubtBlock, self._giving.doubt_block)
         service.on(m.Fetch, self._outside.fetch)
@@ -150,8 +152,17 @@ class Worker:
             m.StoreState(origin, each.failing_s, each.failures, each.last_error)
             for origin, each in sorted(self._sources.health.items())
         ]
-        name, away_s = self._config.name, self._sources.master_away_s
-        return m.WorkerStatus(name, self._sources.namespace_id, uptime_s, tiers, counters, opens, stores, away_s)
+        return m.WorkerStatus(
+            name=self._config.name,
+            namespace_id=self._sources.namespace_id,
+            uptime_s=uptime_s,
+            tiers=tiers,
+            counters=counters,
+            opens=opens,
+            stores=stores,
+            master_away_s=self._sources.master_away_s,
+            open_stores=self._sources.open_stores,
+        )
 
 
 def _tier_info(tier: Tier, state: TierState) -> m.TierInfo:
@@ -230,7 +241,7 @@ async def run_worker(
             labels=dict(config.labels),
         )
         link = MasterLink(config.master, registration, security=config.security)
-        sources = Sources(link, nursery)
+        sources = Sources(link, nursery, config.removed_store_idle_s)
         pins, quotas = Pins(), QuotaFollower()
         members = Members(config.name, config.labels)
         tasks = Tasks()
@@ -246,7 +257,7 @@ async def run_worker(
                     )
                 logger.warning("the master has another namespace now, inode numbers are forgotten")
             known = cluster
-            await sources.add(cluster.namespace_id, registered.stores)
+            await sources.registered(cluster.namespace_id, registered.stores)
 
         async def follow(peer: Peer) -> None:
             async with trio.open_nursery() as following:
@@ -254,9 +265,10 @@ async def run_worker(
                 following.start_soon(_keep_following, quotas.follow, peer)
                 following.start_soon(_keep_following, members.follow, peer)
                 following.start_soon(_keep_following, tasks.follow, peer)
+                following.start_soon(_keep_following, sources.follow, peer)
 
-        registered: c.Registered = await nursery.start(link.serve, on_registered, follow)
-        geometry, cluster = registered.cluster.geometry, registered.cluster
+        cluster: m.ClusterInfo = await nursery.start(link.serve, on_registered, follow)
+        geometry = cluster.geometry
         with open_store(config.tiers, geometry, cluster.cluster_id, pins.keys, quotas=quotas.quotas) as store:
             pins.apply, quotas.apply = store.apply_pins, store.quotas.apply
             quotas.idle, quotas.trim = store.quotas.idle_bytes, store.quotas.trim
@@ -285,8 +297,13 @@ async def run_worker(
             def peer_hello() -> Hello:
                 return Hello(role="worker", name=config.name, namespace_id=sources.namespace_id)
 
+            def on_sealed(block: BlockId, size: int) -> None:
+                # Whoever evicted it since, in another thread, may have been heard of before.
+                if store.is_sealed(block):
+                    link.sealed(block, size)
+
             def on_restored(block: BlockId, size: int) -> None:
-                token.run_sync_soon(link.sealed, block, size)
+                token.run_sync_soon(on_sealed, block, size)
 
             store.on_evicted, store.on_restored = on_evicted, on_restored
             blocks: Blocks | None = None
@@ -298,7 +315,7 @@ async def run_worker(
                     slots = Slots(config.peer_slots, config.peer_bytes)
                     supply = Supply(geometry, members, places, peers, origin, slots)
                     supply.on_end = store.quotas.settle
-                    drops = Drops(store, link, counters, link.sealed)
+                    drops = Drops(store, link, counters, on_sealed)
                     filler = Filler(
                         store,
                         origin,
@@ -307,7 +324,7 @@ async def run_worker(
                         demand_slots=config.demand_slots,
                         background_slots=config.background_slots,
                         load_slots=config.load_slots,
-                        on_sealed=link.sealed,
+                        on_sealed=on_sealed,
                         nursery=background,
                     )
                     admission = Admission(geometry, store, members, supply, drops, quotas, counters)

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import stat
 from contextlib import suppress
 
@@ -35,6 +36,8 @@ _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = -100, 0x100, 0x1000
 _TREE_FLAGS = ctypes.c_uint(_OPEN_TREE_CLONE | _CLOEXEC | _AT_SYMLINK_NOFOLLOW)
 _ATTRIBUTES = 1 | 2 | 4  # MOUNT_ATTR_RDONLY, _NOSUID, _NODEV
 _MS_PRIVATE = 1 << 18
+_OF_A_POD = re.compile(r"(?P<pod>.*/pods/[^/]+)/volumes/[^/]+/(?P<volume>[^/]+)/mount")
+"""Targets that kubelet gives."""
 _FLAGS = frozenset({"ro", "nosuid", "nodev"})
 """The same as /proc/self/mountinfo shows them."""
 
@@ -65,7 +68,7 @@ def bind(mountpoint: str, target: str) -> bool:
     if still is None or still.device != source.device:
         raise UnavailableError(f"the mount at {mountpoint} was taken away just now")
     found = _mounts_at(target)
-    if len(found) == 1 and found[0].device == source.device and found[0].options >= _FLAGS:
+    if len(found) == 1 and _is_whole(found[0], source.device) and found[0].options >= _FLAGS:
         return False
     _take_away(target)
     directory = _empty_directory(target)
@@ -118,6 +121,40 @@ def unbind(target: str) -> bool:
     return True
 
 
+def unbind_parts(target: str, *, shown: str | None = None) -> None:
+    """Take away what kubelet has shown of a target at other places: parts of a volume (subPath), which it binds by
+    itself below the pod's directory. `shown`: the device of what the target shows again; only dead parts of others
+    go then, as kubelet makes them anew when a container starts, but stops at one that does not answer.
+
+    It takes them away before it has the target unpublished. One that is there nevertheless is to keep neither the
+    volume from being unstaged nor the mount alive, for which nobody would come back. Its mountpoint is kubelet's, and
+    stays. Raises MountError.
+    """
+    path = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
+    match = _OF_A_POD.fullmatch(path)
+    if match is None:
+        return
+    below = f"{match['pod']}/volume-subpaths/{match['volume']}/"
+    found = [each for each in all_mounts() if each.fs_type == FS_TYPE and each.mountpoint.startswith(below)]
+    for each in reversed(found):
+        if shown is None or (each.device != shown and is_dead(each)):
+            take_off(each.mountpoint)
+
+
+def take_off(target: str) -> bool:
+    """Unmount what is on top there; who has files open there reads on. False: nothing was. Raises MountError."""
+    try:
+        unmount(target)
+    except MountError as error:
+        if error.errno == errno.EINVAL:  # somebody else was faster
+            return False
+        if error.errno != errno.EBUSY:
+            raise
+        logger.warning("a mount in use is taken out of the tree target=%s", target)
+        unmount(target, lazy=True)
+    return True
+
+
 def check(path: str, limit_s: float = CHECK_S) -> None:
     """Returns when what is mounted there answers: it is another file system than the directory above, and its root can
     be listed.
@@ -147,8 +184,18 @@ def check(path: str, limit_s: float = CHECK_S) -> None:
 def binds_of(device: str, mountpoint: str) -> list[str]:
     """Where else than at `mountpoint` a cachefs mount is shown, by its `MountInfo.device`; in mount order."""
     own = os.path.join(os.path.realpath(os.path.dirname(mountpoint)), os.path.basename(mountpoint))
-    found = (each.mountpoint for each in all_mounts() if each.fs_type == FS_TYPE and each.device == device)
+    found = (each.mountpoint for each in all_mounts() if _is_whole(each, device))
     return [each for each in dict.fromkeys(found) if each != own]
+
+
+def parts_of(device: str) -> list[str]:
+    """Where only a file or directory of it is shown: by others, such as kubelet for the subPath of a pod."""
+    found = (each for each in all_mounts() if each.fs_type == FS_TYPE and each.device == device)
+    return list(dict.fromkeys(each.mountpoint for each in found if each.root != "/"))
+
+
+def _is_whole(info: MountInfo, device: str) -> bool:
+    return info.fs_type == FS_TYPE and info.device == device and info.root == "/"
 
 
 def _mounts_at(target: str) -> list[MountInfo]:
@@ -164,15 +211,8 @@ def _take_away(target: str) -> bool:
     if foreign:
         raise ConfigError("target_path", target, f"a directory without the mount of another kind on it ({foreign[-1]})")
     for _ in found:
-        try:
-            unmount(target)
-        except MountError as error:
-            if error.errno == errno.EINVAL:  # somebody else was faster
-                break
-            if error.errno != errno.EBUSY:
-                raise
-            logger.warning("a mount in use is taken out of the tree target=%s", target)
-            unmount(target, lazy=True)
+        if not take_off(target):
+            break
     return bool(found)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from cachefs_csi.codes import CallError, Code, missing
+from cachefs.cli.mount_options import arguments_of
+from cachefs_csi.codes import CallError, Code, invalid, missing
 from cachefs_csi.csi_pb2 import CapacityRange, VolumeCapability
 
 Mode = VolumeCapability.AccessMode.Mode
+
+_FLAG = re.compile("(?:--)?([a-z][a-z-]*)(?:=(.*))?", re.DOTALL)
 
 READERS = frozenset({Mode.MULTI_NODE_READER_ONLY, Mode.SINGLE_NODE_READER_ONLY})
 
@@ -44,6 +48,29 @@ def check_all(capabilities: Iterable[VolumeCapability]) -> None:
         raise missing("volume_capabilities")
     for each in capabilities:
         check(each)
+
+
+def options_of(capability: VolumeCapability, more: str = "") -> dict[str, str]:
+    """Of the mount, by the names of the flags of `cachefs mount`, whose values the mount service checks; `more` of them
+    with commas between. Raises CallError.
+    """
+    found: dict[str, str] = {}
+    for flag in [*(each for each in more.split(",") if each), *capability.mount.mount_flags]:
+        if flag == "ro":
+            continue
+        match = _FLAG.fullmatch(flag)
+        if match is None or flag == "rw":
+            raise invalid("mountOptions", flag, "NAME=VALUE with the name of a flag of cachefs mount, or ro")
+        name, value = match[1], match[2] or ""
+        if found.setdefault(name, value) != value:
+            raise invalid("mountOptions", flag, f"one value of {name}")
+    return found
+
+
+def check_options(capabilities: Iterable[VolumeCapability]) -> None:
+    """As the mount service of a node will, when a pod waits for it. Raises CallError, ConfigError."""
+    for each in capabilities:
+        arguments_of(options_of(each))
 
 
 def wanted_bytes(wanted: CapacityRange) -> int:

@@ -10,7 +10,7 @@ from cachefs.client.volumes import Volumes
 from cachefs.model import ConfigError, NotFoundError, volume_id
 from cachefs.wire.volumes import MOST_LISTED, VolumeInfo
 from cachefs_csi import csi_pb2 as pb
-from cachefs_csi.capabilities import check_all, wanted_bytes, why_not
+from cachefs_csi.capabilities import check_all, check_options, wanted_bytes, why_not
 from cachefs_csi.codes import CallError, Code, invalid, missing
 from cachefs_csi.parameters import Source, source_of
 
@@ -32,6 +32,8 @@ class Controller:
         if not request.name:
             raise missing("name")
         check_all(request.volume_capabilities)
+        # A class with an option that there is not: told with the claim, and not first when a pod waits.
+        check_options(request.volume_capabilities)
         if request.HasField("volume_content_source"):
             raise CallError(Code.INVALID_ARGUMENT, "volume_content_source: a volume is made of what is in its bucket")
         if request.mutable_parameters:

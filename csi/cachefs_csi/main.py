@@ -28,6 +28,8 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 _MOST_NODE_ID_BYTES = 256
 _PATIENCE_S = 10.0
 """What is away longer (master, mount service) fails a call, which Kubernetes repeats."""
+_PROBE_PATIENCE_S = 1.0
+"""For probes: less than who asks for readiness waits, so that it is told why."""
 
 
 class _Group(click.Group):
@@ -83,7 +85,8 @@ def controller(
                 monitored("csi-controller", http) as shown,
                 open_volumes(master_address, security, patience_s=_PATIENCE_S) as volumes,
             ):
-                identity = Identity(driver_name, lambda: volumes.list(limit=1))
+                asked = volumes.with_patience(_PROBE_PATIENCE_S)
+                identity = Identity(driver_name, lambda: asked.list(limit=1))
                 await _answer(path, identity, {"Controller": Controller(volumes)}, shown, report, ending)
 
         await until_ended(serve)
@@ -95,7 +98,12 @@ def controller(
 @_shared
 @click.option("--node-id", required=True, help="The name of this node in Kubernetes.")
 @click.option("--mounts-socket", required=True, metavar="PATH", help="--socket of this node's `cachefs node-mounts`.")
-@click.option("--may-attach", is_flag=True, help="Static volumes may name an under-store; needs the token of an admin.")
+@click.option(
+    "--may-attach",
+    is_flag=True,
+    help="Static volumes may name an under-store, and volumes that were made take the Secret of a stage; needs the "
+    "token of an admin.",
+)
 @click.option(
     "--inline-urls",
     is_flag=True,
@@ -147,7 +155,7 @@ def node(
                 open_volumes(master_address, security, patience_s=_PATIENCE_S) as volumes,
                 open_node_mounts(os.path.abspath(mounts_socket), patience_s=_PATIENCE_S) as mounts,
             ):
-                identity = Identity(driver_name, mounts.list)
+                identity = Identity(driver_name, mounts.with_patience(_PROBE_PATIENCE_S).list)
                 on_node = Node(config, volumes, mounts, NodeVolumes(mounts, own))
                 await _answer(path, identity, {"Node": on_node}, shown, report, ending)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ import xxhash
 
 from cachefs.client.volumes import Volumes
 from cachefs.fuse.mounts_client import NodeMounts
+from cachefs.model import HandshakeError, TransportError
 from cachefs_csi import csi_pb2 as pb
-from cachefs_csi.capabilities import READERS, Mode, check
+from cachefs_csi.capabilities import READERS, Mode, check, options_of
 from cachefs_csi.codes import CallError, Code, invalid, missing
 from cachefs_csi.node_volumes import NodeVolumes
-from cachefs_csi.parameters import Source, source_of
+from cachefs_csi.parameters import Source, options_of_secrets, source_of
+
+logger = logging.getLogger(__name__)
 
 _Type = pb.NodeServiceCapability.RPC.Type
 _CAN = (
@@ -29,7 +33,6 @@ _MOUNT_OPTIONS = "mountOptions"
 """An attribute: where Kubernetes has no field for them."""
 _MADE = re.compile("vol-[0-9a-f]{32}")
 """Ids that the master gives."""
-_FLAG = re.compile("(?:--)?([a-z][a-z-]*)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Node:
     async def node_stage_volume(self, request: pb.NodeStageVolumeRequest) -> pb.NodeStageVolumeResponse:
         _check_given(request, "volume_id", "staging_target_path", "volume_capability")
         check(request.volume_capability)
-        options = _options_of(request.volume_capability, request.volume_context)
+        options = options_of(request.volume_capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         path = await self._path_of(request.volume_id, request.volume_context, request.secrets)
         options = await self._with_group(request.staging_target_path, request.volume_capability, options)
         await self._on_node.stage(request.volume_id, path, options, request.staging_target_path)
@@ -75,7 +78,7 @@ class Node:
         check(request.volume_capability)
         if not request.staging_target_path:
             raise CallError(Code.FAILED_PRECONDITION, "staging_target_path is missing: volumes are staged first")
-        _options_of(request.volume_capability, request.volume_context)
+        options_of(request.volume_capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         await self._on_node.publish(request.volume_id, request.staging_target_path, request.target_path)
         return pb.NodePublishVolumeResponse()
 
@@ -88,7 +91,7 @@ class Node:
         as_reader.CopyFrom(capability)
         as_reader.access_mode.mode = Mode.SINGLE_NODE_READER_ONLY
         check(as_reader)
-        options = _options_of(capability, request.volume_context)
+        options = options_of(capability, request.volume_context.get(_MOUNT_OPTIONS, ""))
         if capability.mount.volume_mount_group:
             options.setdefault("gid", capability.mount.volume_mount_group)
         source = _source_of(request.volume_context, request.secrets)
@@ -144,6 +147,8 @@ class Node:
     async def _path_of(self, volume_id: str, context: Mapping[str, str], secrets: Mapping[str, str]) -> str:
         """Of the namespace."""
         if _MADE.fullmatch(volume_id) and not context.get("url"):
+            if secrets:
+                await self._renew(volume_id, secrets)
             return context.get("path") or (await self._volumes.get(volume_id)).path
         source = _source_of(context, secrets)
         if not source.url:
@@ -153,6 +158,19 @@ class Node:
             raise invalid("volumeAttributes.url", "given", accepted)
         # Its Secret may have been renewed since it was staged at first, here or on another node.
         return await self._attached(f"static/{volume_id}", source, replaces_options=True)
+
+    async def _renew(self, volume_id: str, secrets: Mapping[str, str]) -> None:
+        """The Secret of its class may have been renewed since it was made, or staged last."""
+        if not self._config.may_attach:
+            logger.warning("the Secret of the stage is not used, see --may-attach volume_id=%s", volume_id)
+            return
+        try:
+            await self._volumes.renew(volume_id, options_of_secrets(secrets))
+        except HandshakeError:
+            raise
+        except TransportError as error:
+            # A pod whose data is cached need not wait for a master to come back.
+            logger.warning("the Secret of the stage is not used, the master is away error=%s", error)
 
     async def _attached(self, name: str, source: Source, *, replaces_options: bool = False) -> str:
         made = await self._volumes.create(
@@ -173,24 +191,6 @@ class Node:
 
 def _source_of(context: Mapping[str, str], secrets: Mapping[str, str]) -> Source:
     return source_of(context, secrets, "volumeAttributes", known=[_MOUNT_OPTIONS])
-
-
-def _options_of(capability: pb.VolumeCapability, context: Mapping[str, str]) -> dict[str, str]:
-    """Of the mount, by the names of the flags of `cachefs mount`, whose values the mount service checks. Raises
-    CallError.
-    """
-    flags = [*(each for each in context.get(_MOUNT_OPTIONS, "").split(",") if each), *capability.mount.mount_flags]
-    found: dict[str, str] = {}
-    for flag in flags:
-        if flag == "ro":
-            continue
-        match = _FLAG.fullmatch(flag)
-        if match is None or flag == "rw":
-            raise invalid("mountOptions", flag, "NAME=VALUE with the name of a flag of cachefs mount, or ro")
-        name, value = match[1], match[2] or ""
-        if found.setdefault(name, value) != value:
-            raise invalid("mountOptions", flag, f"one value of {name}")
-    return found
 
 
 def _check_given(request: object, *names: str) -> None:

@@ -22,7 +22,7 @@ import xxhash
 from cachefs.fuse import FS_TYPE, MountInfo, find_mount, is_dead
 from cachefs.model import ConfigError, DeadlineError, ExistsError, NamespaceError, NotFoundError, UnavailableError
 from cachefs.wire.mounts import MountState
-from cachefs_csi.binding import bind, binds_of, check, unbind
+from cachefs_csi.binding import bind, binds_of, check, parts_of, take_off, unbind, unbind_parts
 
 STATISTICS_S = 5.0
 """What takes longer is told as a mount that does not answer."""
@@ -89,9 +89,11 @@ class NodeVolumes:
         async with self._turn(volume_id):
             found = _ours(staging)
             if found is not None:
-                targets = binds_of(found.device, staging)
-                if targets and not await _is_dead(found):
-                    raise InUseError(f"volume {volume_id} is still shown at {', '.join(targets)}")
+                targets, parts = binds_of(found.device, staging), parts_of(found.device)
+                if (targets or parts) and not await _is_dead(found):
+                    raise InUseError(f"volume {volume_id} is still shown at {', '.join(targets + parts)}")
+                for part in parts:
+                    await trio.to_thread.run_sync(take_off, part)
                 for target in targets:
                     await trio.to_thread.run_sync(unbind, target)
             await self._mounts.remove(staging)
@@ -123,9 +125,13 @@ class NodeVolumes:
             await self._show(own, target)
 
     async def unpublish(self, volume_id: str, target: str) -> None:
-        """Take away what a pod sees, and its own mount if it had one. A target that is not there is no error."""
+        """Take away what a pod sees, and its own mount if it had one. A target that is not there is no error.
+
+        Parts of it that kubelet has shown (subPath) go with it, if they are still there.
+        """
         _check_path("target_path", target)
         async with self._turn(volume_id):
+            await trio.to_thread.run_sync(unbind_parts, target)
             await trio.to_thread.run_sync(unbind, target)
             own = self._own(volume_id, target)
             # Also when only the directory is left: the service may know the mount, though it is dead and taken away.
@@ -163,6 +169,9 @@ class NodeVolumes:
         targets: list[str] = []
         if before is not None and await _is_dead(before):
             targets = binds_of(before.device, mountpoint)
+            for part in parts_of(before.device):
+                # kubelet makes it anew when a container starts, but not where it finds a dead one.
+                await trio.to_thread.run_sync(take_off, part)
         await self._mounts.ensure(volume_id, mountpoint, path, options)
         await trio.to_thread.run_sync(check, mountpoint, abandon_on_cancel=True)
         for target in targets:
@@ -173,6 +182,9 @@ class NodeVolumes:
         if there is not None and wanted is not None and there.device != wanted.device and not await _is_dead(there):
             raise ExistsError(f"target_path {target}: another volume is shown there")
         await trio.to_thread.run_sync(bind, mountpoint, target)
+        if wanted is not None:
+            # Of a mount that died before, and that the mount service has replaced meanwhile.
+            await trio.to_thread.run_sync(partial(unbind_parts, target, shown=wanted.device))
         await trio.to_thread.run_sync(check, target, abandon_on_cancel=True)
 
     def _own(self, volume_id: str, target: str) -> str:

@@ -69,7 +69,7 @@ def test_of_an_answer_that_was_given_up_only_what_was_sent_counts(
         while received < 100_000:
             received += len(sock.recv(10_000))
         assert counting.under_way == 1
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 60
     while counting.under_way and time.monotonic() < give_up:
         time.sleep(0.01)
     assert counting.under_way == 0

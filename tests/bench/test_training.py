@@ -233,7 +233,7 @@ def test_a_worker_that_dies_is_told_and_none_is_left(tmp_path: Path) -> None:
         os.kill(min(workers), signal.SIGKILL)
         with pytest.raises(LoadingFailed, match="has ended"):
             orders(loader, 2)
-    assert children() == before
+    assert not children() - before
 
 
 def test_workers_end_with_a_killed_trainer(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ with OwnLoader(msgspec.json.decode(pathlib.Path({str(tmp_path / "job")!r}).read_
     finally:
         trainer.kill()
         trainer.communicate()
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 60
     while any(is_running(each) for each in workers) and time.monotonic() < give_up:
         time.sleep(0.01)
     assert not any(is_running(each) for each in workers)

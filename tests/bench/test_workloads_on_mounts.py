@@ -185,7 +185,7 @@ def test_a_program_that_hangs_is_ended(tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 100\n")
     program.chmod(0o755)
     with pytest.raises(FioFailed, match="did not end") as raised:
-        run_fio(str(program), "random", {}, tmp_path, 0.5)
+        run_fio(str(program), "random", {}, tmp_path, 3.0)
     assert raised.value.hung
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 

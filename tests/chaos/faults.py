@@ -163,12 +163,14 @@ class Faults:
         for pid in self._scene.having(MOUNT_SERVER_KINDS[event.kind], event.target):
             if event.kind == "kill-mount-keeper":
                 self._scene.orphaned.add(event.target)
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one that is about to become another
+                os.kill(pid, signal.SIGKILL)
             self._did(event)
 
     async def _stopped(self, event: Event, pids: list[int]) -> None:
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         self._did(event)
         try:
             await trio.sleep(event.lasts_s)

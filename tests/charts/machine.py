@@ -6,7 +6,7 @@ something else, in command lines and probes:
 | in a manifest | here |
 |---|---|
 | a path on a hostPath volume | the same path below DIRECTORY/node |
-| a path on a volume of the pod | DIRECTORY/volumes/POD/VOLUME; with its files, where it is a Secret of the chart |
+| a path on a volume of the pod | DIRECTORY/volumes/POD/VOLUME; with its files, where it is a Secret |
 | 0.0.0.0, the address of the pod, the name of the master's Service | one address of 127.0.0.0/8 |
 | the image | the commands of this Python |
 
@@ -25,7 +25,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Machine:
         self._pods = {
             pod["metadata"]["labels"]["app.kubernetes.io/component"]: pod["spec"] for _, pod in workloads_in(manifests)
         }
+
+    def give(self, secret: str, files: Mapping[str, bytes]) -> None:
+        """A Secret that the chart does not make."""
+        self._secrets[secret] = {name: base64.b64encode(content).decode() for name, content in files.items()}
 
     # ---- pods --------------------------------------------------------------------------------------------------------
 
@@ -123,6 +127,13 @@ class Machine:
                 elif "httpGet" in probe and probe["httpGet"]["port"] != "healthz":  # that is a sidecar's
                     url = f"http://{self.address}:{ports[probe['httpGet']['port']]}{probe['httpGet']['path']}"
                     until(lambda url=url: self._answers(component, url), f"{component}: {url}")
+
+    def metrics(self, component: str) -> str:
+        """As it is scraped."""
+        (each,) = self._ours(component)
+        (port,) = [port["containerPort"] for port in each["ports"] if port["name"] == "metrics"]
+        with urllib.request.urlopen(f"http://{self.address}:{port}/metrics", timeout=LIMIT_S) as answer:
+            return str(answer.read().decode())
 
     def kill(self, component: str) -> None:
         process = self.processes.pop(component)
@@ -199,7 +210,7 @@ class Machine:
         place.mkdir(parents=True, exist_ok=True)
         if "secret" in volume:
             data = self._secrets[volume["secret"]["secretName"]]
-            for item in volume["secret"]["items"]:
+            for item in volume["secret"].get("items") or [{"key": name, "path": name} for name in data]:
                 file = place / item["path"]
                 file.write_bytes(base64.b64decode(data[item["key"]]))
                 file.chmod(volume["secret"]["defaultMode"])

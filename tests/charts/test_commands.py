@@ -132,11 +132,11 @@ def test_a_master_is_told_its_under_stores() -> None:
 
 def test_mounts_of_the_host_are_those_of_the_values() -> None:
     _, told = parsed(expanded(container("no csi", "mounts", "mounts")))
-    assert told["static"] == (("/data", "/mnt/cachefs/data"), ("/", "/mnt/cachefs/all"))
+    assert told["static"] == (("/data", "/var/lib/cachefs/host/data"), ("/", "/var/lib/cachefs/host/all"))
     # Without any the service sees the directory as well, and unmounts those that there were.
     for cell in ("no csi", "defaults"):
         mounts = container(cell, "mounts", "mounts").spec["volumeMounts"]
-        (found,) = [each for each in mounts if each["mountPath"] == "/mnt/cachefs"]
+        (found,) = [each for each in mounts if each["mountPath"] == "/var/lib/cachefs/host"]
         assert found["mountPropagation"] == "Bidirectional"
 
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from tests.charts.rendered import CELLS, NAMESPACE, Manifest, containers, manifests, of_kind, one, pod_of, workloads
+from tests.charts.rendered import (
+    CELLS,
+    LOADS,
+    MANAGED_TLS,
+    NAMESPACE,
+    Manifest,
+    containers,
+    manifests,
+    manifests_in,
+    of_kind,
+    one,
+    pod_of,
+    render,
+    workloads,
+)
 
 PRIVILEGED = {"mounts", "csi", "tmpfs"}
 """Containers that mount for their node."""
@@ -77,17 +93,77 @@ def test_ports_and_probes_are_those_that_containers_listen_at(cell: str) -> None
                 probed.add(each.spec["name"])
         for flag, name in (("http", "metrics"), ("listen", "cachefs")):
             address = each.flag(flag)
-            if address is not None and "args" in each.spec and each.spec["name"] != "csi":
+            if address is not None:
                 assert int(address.rpartition(":")[2]) == ports[name], each.spec["name"]
-    assert {"master", "worker", "mounts"} <= probed
+    assert probed >= {"master", "worker", "mounts"} | (set() if cell == "no csi" else {"csi"})
     # A probe that failed would end every mount of the node.
     (keeper,) = [each for each in containers(cell) if each.spec["name"] == "keeper"]
     assert "livenessProbe" not in keeper.spec
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_ports_of_one_pod_and_of_one_node_are_different(cell: str) -> None:
+    """Of pods with the node's network every port is one of the node."""
+    of_nodes: list[int] = []
+    for workload, pod in workloads(cell):
+        ports = [port for each in pod["spec"]["containers"] for port in each.get("ports", [])]
+        numbers = [port["containerPort"] for port in ports]
+        # What it listens at, whether it is said in the manifest or not.
+        words = [word for each in pod["spec"]["containers"] for word in each.get("args", [])]
+        said = [re.fullmatch(r"--(?:http|listen|http-endpoint)=.*:(\d+)", word) for word in words]
+        listening = [int(each[1]) for each in said if each is not None]
+        assert sorted(listening) == sorted(numbers) and len(set(numbers)) == len(numbers), workload["metadata"]["name"]
+        assert not any("hostPort" in port for port in ports)
+        if pod["spec"].get("hostNetwork"):
+            # Two on one node would be two of the same.
+            assert workload["kind"] == "DaemonSet"
+            of_nodes += numbers
+    assert len(set(of_nodes)) == len(of_nodes)
+    assert bool(of_nodes) is (cell in ("ipv6", "everything"))
+
+
+def test_no_two_components_have_the_same_ports_by_default() -> None:
+    """So that it makes no difference who gets the node's network, and one rule of a firewall tells them apart."""
+    found = [
+        (port["containerPort"], component(pod))
+        for _, pod in workloads("defaults")
+        for each in pod["spec"]["containers"]
+        for port in each.get("ports", [])
+        if port["name"] != "healthz"
+    ]
+    assert len({port for port, _ in found}) == len(found) == 7
+
+
+@pytest.mark.parametrize("cell", ["monitoring", "network policy", "everything"])
+def test_who_has_metrics_is_scraped_and_may_be(cell: str) -> None:
+    def with_metrics(pods: Iterable[Manifest]) -> set[str]:
+        return {component(pod) for pod in pods if "metrics" in port_names(pod)}
+
+    wanted = with_metrics(pod for _, pod in workloads(cell))
+    assert wanted == {"master", "worker", "mounts", "csi-node", "csi-controller"}
+    if cell != "network policy":
+        services = [
+            each
+            for monitor in of_kind(cell, "ServiceMonitor")
+            for each in of_kind(cell, "Service")
+            if monitor["spec"]["selector"]["matchLabels"].items() <= each["metadata"]["labels"].items()
+        ]
+        assert {component(pod) for each in services for pod in selected(cell, each["spec"]["selector"])} == wanted
+    if cell != "monitoring":
+        allowed = {
+            component(pod): rule.get("from")
+            for policy in of_kind(cell, "NetworkPolicy")
+            for rule in policy["spec"]["ingress"]
+            if rule["ports"] == [{"port": "metrics"}]
+            for pod in selected(cell, policy["spec"]["podSelector"])
+        }
+        given = CELLS[cell]["networkPolicy"].get("monitoringFrom")
+        assert allowed == dict.fromkeys(wanted, given)
+
+
 def test_a_network_policy_lets_in_who_asks() -> None:
     for cell, may_load in (("network policy", False), ("everything", True)):
-        asking = {"worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
+        asking = {"master", "worker", "mounts", "csi-node", "csi-controller"} | ({"warmup"} if may_load else set())
         for asked, askers in (("master", asking), ("worker", {"worker", "mounts"})):
             (policy,) = [
                 each
@@ -273,12 +349,45 @@ def test_updates_replace_all_but_keepers() -> None:
     assert all(each["rollingUpdate"]["maxUnavailable"] for each in strategies.values())
 
 
-def test_another_load_is_another_job() -> None:
+WRITABLE = ("/var/lib/", "/run/", "/dev/shm/")
+"""Where systems for nodes that are read-only otherwise (Talos, Bottlerocket, Container-Optimized OS) can be written."""
+
+
+@pytest.mark.parametrize("cell", ["defaults", "no csi", "memory only"])
+def test_directories_of_nodes_are_where_every_node_can_be_written(cell: str) -> None:
+    paths = [
+        volume["hostPath"]["path"]
+        for _, pod in workloads(cell)
+        for volume in pod["spec"]["volumes"]
+        if "hostPath" in volume
+    ]
+    assert len(paths) > 5
+    assert [path for path in paths if not path.startswith(WRITABLE)] == []
+
+
+def test_what_a_job_runs_is_part_of_its_name_as_jobs_cannot_be_changed() -> None:
     (job,) = of_kind("warm-up", "Job")
-    (other,) = of_kind("everything", "Job")
-    # Of another image: what a Job runs cannot be changed.
     assert job["metadata"]["name"].startswith("fast-cachefs-warmup-once-")
-    assert other["metadata"]["name"] != job["metadata"]["name"]
+    names = {job["metadata"]["name"]}
+    for other in (
+        {"image": {"tag": "2"}},
+        {"warmup": {"resources": {"limits": {"memory": "1Gi"}}}},
+        {"master": {"port": 7777}},
+        {"tls": MANAGED_TLS},
+        {"imagePullSecrets": [{"name": "registry"}]},
+        {"warmup": {"loads": [{"name": "once", "paths": ["/other"]}]}},
+    ):
+        values = {"warmup": {}, **other}
+        values["warmup"] = {**LOADS, **values["warmup"]}
+        (changed,) = [each for each in manifests_in(render(values)) if each["kind"] == "Job"]
+        assert changed["spec"] != job["spec"]
+        names.add(changed["metadata"]["name"])
+    assert len(names) == 7
+    # What it does not run changes nothing: it would be loaded again for nothing.
+    (same,) = [
+        each for each in manifests_in(render({"warmup": LOADS, "worker": {"filesAhead": 7}})) if each["kind"] == "Job"
+    ]
+    assert same == job
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
+import ssl
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cachefs.testing.fixtures import Bucket
 from cachefs.testing.survivors import make_source, pid_of, reading, wait_for
 from tests.charts.machine import Machine, until
 from tests.charts.rendered import Manifest, manifests_in, render
+from tests.csi.authority import Authority
 
 grpc = pytest.importorskip(
     "grpc", reason="the libraries of the CSI driver are not installed: pip install 'cachefs[csi]'"
@@ -50,7 +53,8 @@ def values(bucket: Bucket) -> dict[str, Any]:
         f"{secret}namespace": "storage",
     }
     return {
-        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}},
+        # However full the disk of this machine is.
+        "worker": {"tiers": {"disks": [{"hostPath": "/var/lib/cachefs/tier", "size": "256M"}]}, "keepFree": "16M"},
         "mounts": {"host": [{"name": "all", "path": "/"}]},
         "csi": {"storageClasses": [{"name": "data", "parameters": parameters, "mountOptions": ["profile=training"]}]},
         "warmup": {"loads": [{"name": "first", "paths": [f"/volumes/{volume_id('pvc-one')}"]}]},
@@ -137,11 +141,30 @@ class Cluster:
 
 @pytest.fixture
 def cluster(s3_bucket: Bucket) -> Iterator[Cluster]:
-    manifests = manifests_in(render(values(s3_bucket)))
+    with running(s3_bucket) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster_with_tls(s3_bucket: Bucket, tmp_path: Path) -> Iterator[Cluster]:
+    names = {"master": "m-tls", "worker": "w-tls", "client": "c-tls"}
+    with running(s3_bucket, tls={"enabled": True, "existingSecrets": names}, certificates=tmp_path / "tls") as found:
+        yield found
+
+
+@contextmanager
+def running(s3_bucket: Bucket, certificates: Path | None = None, **more: Any) -> Iterator[Cluster]:
+    """`certificates`: where to make those for TLS. `more`: values of the chart."""
+    manifests = manifests_in(render({**values(s3_bucket), **more}))
     with tempfile.TemporaryDirectory(prefix="k8s-") as directory, ExitStack() as stack:
         machine = Machine(Path(directory), manifests)
         found = Cluster(machine, manifests, s3_bucket)
         stack.callback(clean_up, found)
+        if certificates is not None:
+            authority = Authority(certificates, machine.address)
+            for role, secret in more["tls"]["existingSecrets"].items():
+                pair = {f"tls.{kind}": (certificates / f"{role}.{kind}").read_bytes() for kind in ("crt", "key")}
+                machine.give(secret, {**pair, "ca.crt": authority.ca.read_bytes()})
         for path in ("plugins_registry", "pods"):
             machine.of_node(f"{KUBELET}/{path}").mkdir(parents=True)
         for component in ORDER:
@@ -165,7 +188,8 @@ def clean_up(cluster: Cluster) -> None:
     for mountpoint in mounted:
         for role in ("mount-keeper", "mount-server"):
             while (pid := pid_of(role, Path(mountpoint))) is not None:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     for mountpoint in reversed(mounted):
         unmount(mountpoint, lazy=True)
 
@@ -194,7 +218,7 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
             for pod in PODS
         ]
         # On the node there is the mount of the values, too.
-        everything = machine.of_node("/mnt/cachefs/all")
+        everything = machine.of_node("/var/lib/cachefs/host/all")
         until(lambda: find_mount(everything) is not None, "the mount of the values")
         assert (everything / "volumes" / volumes["two"] / "warm/000").read_bytes() == files["warm/000"]
 
@@ -214,7 +238,8 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
         servers = [wait_for("mount-server", Path(cluster.staging(claim))) for claim in CLAIMS]
         machine.kill("mounts")
         for pid in servers:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # they end by themselves, too, without their service
+                os.kill(pid, signal.SIGKILL)
         cluster.start("mounts")
         for claim, volume in volumes.items():
             found = cluster.call(
@@ -241,3 +266,27 @@ def test_a_volume_from_the_claim_to_its_end(cluster: Cluster, s3_bucket: Bucket,
     assert cluster.mounted() == [str(everything)]
     mount = find_mount(everything)
     assert mount is not None and mount.fs_type == FS_TYPE
+
+
+def test_with_tls_between_all_of_them(cluster_with_tls: Cluster, s3_bucket: Bucket, tmp_path: Path) -> None:
+    cluster, machine = cluster_with_tls, cluster_with_tls.machine
+    s3_bucket.put({"sets/one/file": b"content"})
+    volume = cluster.create("one")
+    cluster.stage(volume, "one")
+    assert (cluster.publish(volume, "one", "a") / "file").read_bytes() == b"content"
+    # Each finds the others again.
+    for component in ("csi-node", "csi-controller", "master"):
+        machine.kill(component)
+        cluster.start(component)
+    assert cluster.create("one") == volume
+    cluster.call("csi-node", "NodeUnpublishVolume", volume_id=volume, target_path=cluster.target("one", "a"))
+    cluster.call("csi-node", "NodeUnstageVolume", volume_id=volume, staging_target_path=cluster.staging("one"))
+    cluster.call("csi-controller", "DeleteVolume", volume_id=volume)
+    # It is what they speak with the master.
+    context = ssl.create_default_context(cafile=tmp_path / "tls/ca.crt")
+    context.load_cert_chain(tmp_path / "tls/client.crt", tmp_path / "tls/client.key")
+    with (
+        socket.create_connection((machine.address, 7000), timeout=60) as plain,
+        context.wrap_socket(plain, server_hostname=machine.address) as link,
+    ):
+        assert (link.version() or "").startswith("TLS")

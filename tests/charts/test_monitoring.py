@@ -27,7 +27,31 @@ def known() -> dict[str, set[str]]:
         if kind == "histogram":
             for suffix in ("bucket", "sum", "count"):
                 found[f"{name}_{suffix}"] = each
+    # The mount service adds these to what the servers say of themselves.
+    for name in re.findall(r"^\| `(cachefs_\w+)` ", part_of(text, "mount"), re.MULTILINE):
+        found[name] |= {"mount", "mountpoint"}
     return found
+
+
+def part_of(text: str, process: str) -> str:
+    return text.partition(f"\n## {process}\n")[2].partition("\n## ")[0]
+
+
+def scraped() -> set[str]:
+    """Metrics of the processes that ServiceMonitors are for."""
+    text = METRICS.read_text()
+    watched = [
+        each["metadata"]["labels"]["app.kubernetes.io/component"] for each in of_kind("monitoring", "ServiceMonitor")
+    ]
+    assert "`mount`" in part_of(text, "node-mounts")
+    driver = ("CSI driver",)
+    parts = {"mounts": ("node-mounts", "mount"), "csi-controller": driver, "csi-node": driver}
+    return {
+        name
+        for component in watched
+        for process in parts.get(component, (component,))
+        for name in re.findall(r"^\| `(cachefs_\w+)` ", part_of(text, process), re.MULTILINE)
+    }
 
 
 def alerts() -> Iterator[tuple[str, str]]:
@@ -83,6 +107,16 @@ def test_the_dashboard_shows_what_there_is() -> None:
         assert unknown(expression) == [], title
         assert 'namespace="$namespace"' in expression, title
         assert expression.count("(") == expression.count(")") and expression.count("{") == expression.count("}")
+
+
+def test_what_is_asked_for_is_scraped_on_a_cluster() -> None:
+    """Not only known: shown by a process of the chart."""
+    asked = {
+        re.sub("_(bucket|sum|count)$", "", name)
+        for _, expression in (*alerts(), *panels())
+        for name in re.findall(r"\bcachefs_\w+", re.sub(r'"[^"]*"', "", expression))
+    }
+    assert asked and asked <= scraped()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ _STANDARD = Counter(
     {
         "ServiceAccount": 6,
         "Secret": 4,
-        "Service": 3,
+        "Service": 5,
         "DaemonSet": 4,
         "StatefulSet": 1,
         "Deployment": 1,
@@ -40,7 +40,7 @@ _STANDARD = Counter(
 )
 _TLS = Counter({"Certificate": 3})
 _OWN_AUTHORITY = Counter({"Certificate": 1, "Issuer": 2})
-_MONITORING = Counter({"ServiceMonitor": 3, "PrometheusRule": 1, "ConfigMap": 1})
+_MONITORING = Counter({"ServiceMonitor": 5, "PrometheusRule": 1, "ConfigMap": 1})
 _WARMUP = Counter({"ServiceAccount": 1, "Job": 1, "CronJob": 1})
 
 KINDS = {

@@ -151,21 +151,52 @@ def test_pods_that_are_not_root_make_the_file_theirs(tmp_path: Path) -> None:
     assert Role.ADMIN in load_tokens(str(mounts["/etc/cachefs/tokens"] / "tokens.toml"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_the_tmpfs_is_mounted_once(tmp_path: Path) -> None:
+def tmpfs_command(place: Path, mebibytes: int) -> list[str]:
+    """What the init container runs, for another place and size."""
     (init,) = pod_of("everything", "worker")["spec"]["initContainers"]
-    assert init["name"] == "tmpfs"
+    assert init["name"] == "tmpfs" and init["args"][-1] == "512m"
+    words = [*init["command"], *init["args"][:-1], f"{mebibytes}m"]
+    return [word.replace("/dev/shm/cachefs", str(place)) for word in words]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("is_on_a_tmpfs", [False, True], ids=["on a disk", "in /dev/shm"])
+def test_a_tmpfs_of_the_tiers_size_is_mounted_once(tmp_path: Path, is_on_a_tmpfs: bool) -> None:
+    place, shm = tmp_path / "tier", tmp_path / "shm"
+    place.mkdir()
+    shm.mkdir()
+    mounts = 0
+    try:
+        if is_on_a_tmpfs:
+            # As container engines bind a directory of the node, which lies on a tmpfs that is too small.
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", shm], check=True, timeout=60)
+            (shm / "cachefs").mkdir()
+            subprocess.run(["mount", "--bind", shm / "cachefs", place], check=True, timeout=60)
+            mounts = 1
+        # As the pod is started, and started again; and after an upgrade to a larger tier.
+        for mebibytes in (512, 512, 600):
+            subprocess.run(tmpfs_command(place, mebibytes), check=True, timeout=60)
+            mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+            assert mounted.count(str(place)) == mounts + 1
+            status = os.statvfs(place)
+            assert status.f_blocks * status.f_frsize == mebibytes * 2**20
+        # To a smaller one, which does not fit yet: the worker is started all the same, and evicts.
+        (place / "block").write_bytes(bytes(3 * 2**20))
+        subprocess.run(tmpfs_command(place, 2), check=True, timeout=60)
+        assert (place / "block").stat().st_size == 3 * 2**20
+    finally:
+        for each in (place, place, shm):
+            subprocess.run(["umount", each], check=False, timeout=60, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_tmpfs_that_somebody_else_mounted_for_it_is_left_as_it_is(tmp_path: Path) -> None:
     place = tmp_path / "tier"
     place.mkdir()
-    command = [word.replace("/dev/shm/cachefs", str(place)) for word in [*init["command"], *init["args"]]]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "theirs", place], check=True, timeout=60)
     try:
-        # As the pod is started, and started again.
-        for _ in range(2):
-            subprocess.run(command, check=True, timeout=60)
-            mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-            assert mounted.count(str(place)) == 1
-        status = os.statvfs(place)
-        assert status.f_blocks * status.f_frsize == 512 * 2**20
+        subprocess.run(tmpfs_command(place, 512), check=True, timeout=60)
+        assert os.statvfs(place).f_blocks * os.statvfs(place).f_frsize == 2**20
     finally:
         subprocess.run(["umount", place], check=False, timeout=60)
 

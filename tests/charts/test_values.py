@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import click
 import pytest
 
 from cachefs.cli.main import load_command
-from tests.charts.rendered import CHART, MOUNT_OPTIONS, helm, yaml
+from tests.charts.rendered import CHART, MOUNT_OPTIONS, helm, manifests_in, yaml
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"worker": {"tires": {}}}, r"/worker'.*'tires' not allowed"),
@@ -23,9 +24,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"worker": {"tiers": {"disks": [{"hostPath": "x", "size": "1G"}]}}}, r"/disks/0/hostPath'.*'x' does not match"),
     ({"worker": {"tiers": {"disks": [{"hostPath": "/x"}]}}}, r"missing property 'size'"),
+    ({"worker": {"keepFree": "95%"}}, r"/worker/keepFree'.*'95%' does not match"),
     ({"worker": {"filesAhead": 1001}}, r"/worker/filesAhead'.*maximum: got 1,001, want 1,000"),
     ({"worker": {"promote": "sometimes"}}, r"'always', 'if-space', 'never'"),
     ({"worker": {"port": 0}}, r"/worker/port'.*minimum"),
+    ({"csi": {"nodePlugin": {"httpPort": 65536}}}, r"/csi/nodePlugin/httpPort'.*maximum: got 65,536, want 65,535"),
     ({"worker": {"maxUnavailable": "0%"}}, r"/worker/maxUnavailable"),
     ({"master": {"mounts": [{"path": "data", "url": "s3://x"}]}}, r"/master/mounts/0/path'.*'data' does not match"),
     ({"master": {"mounts": [{"path": "/data", "url": "bucket"}]}}, r"/master/mounts/0/url'.*'bucket' does not match"),
@@ -47,6 +50,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"networkPolicy": {"monitoringFrom": [{}]}}, r"/networkPolicy/monitoringFrom/0"),
     ({"warmup": {"loads": [{"name": "x", "paths": []}]}}, r"/warmup/loads/0/paths'.*minItems"),
     ({"topology": {"labels": {"zone": ""}}}, r"/topology/labels/zone"),
+    ({"fullnameOverride": "a.b"}, r"/fullnameOverride'.*'a.b' does not match"),
+    ({"fullnameOverride": "1a"}, r"/fullnameOverride'.*'1a' does not match"),
 ]
 
 TOGETHER: list[tuple[dict[str, Any], str]] = [
@@ -57,10 +62,25 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "either existingSecrets or certManager.enabled",
     ),
     ({"worker": {"tiers": {"disks": []}}}, "worker.tiers: at least one"),
+    ({"master": {"port": 9100}}, "master.httpPort: 9100 is master.port too"),
+    ({"worker": {"httpPort": 7001, "hostNetwork": True}}, "worker.httpPort: 7001 is worker.port too"),
+    ({"csi": {"controller": {"httpPort": 9808}}}, "csi.controller.httpPort: 9808 is that of the liveness sidecar"),
+    ({"csi": {"nodePlugin": {"httpPort": 9808}}}, "csi.nodePlugin.httpPort: 9808 is that of the liveness sidecar"),
     ({"csi": {"inlineUrls": True}}, "csi.inlineUrls needs csi.mayAttach"),
     (
         {"csi": {"inlineUrls": True, "mayAttach": True, "inlineVolumes": False}},
         "csi.inlineUrls needs csi.inlineVolumes",
+    ),
+    (
+        {"warmup": {"loads": [{"name": "x", "paths": ["/a"]}, {"name": "x", "paths": ["/b"]}]}},
+        "warmup.loads: x: the name is there twice",
+    ),
+    (
+        {
+            "fullnameOverride": "training-platform-of-the-vision-team",
+            "warmup": {"loads": [{"name": "nightly-images", "paths": ["/a"], "schedule": "0 4 * * *"}]},
+        },
+        r"warmup.loads: nightly-images: the name .* has 58 characters, and Kubernetes takes 52",
     ),
     ({"csi": {"storageClasses": [{"name": "x", "parameters": {}}]}}, "x: parameters needs exactly one of url and path"),
 ]
@@ -80,6 +100,17 @@ def test_what_does_not_fit_together_is_refused(values: dict[str, Any], message: 
         chart.validate_schema(values)
         with pytest.raises(helm.HelmRenderError, match=message):
             chart.render(values)
+
+
+def test_releases_may_be_called_what_helm_takes() -> None:
+    with helm.Chart.load(CHART) as chart:
+        rendered = chart.render({}, name="v1.2-cache", namespace="x")
+        (service,) = [each for each in manifests_in(rendered) if each["kind"] == "Service" and "worker" in str(each)][
+            :1
+        ]
+        assert re.fullmatch("[a-z][a-z0-9-]{0,62}", service["metadata"]["name"])
+        with pytest.raises(helm.HelmRenderError, match='would begin with "1-cachefs", and Services must begin'):
+            chart.render({}, name="1", namespace="x")
 
 
 def test_the_readme_is_that_of_the_values() -> None:

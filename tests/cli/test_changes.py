@@ -142,7 +142,9 @@ def child(name):
 
 
 end = time.monotonic() + seconds
-while time.monotonic() < end and len(wrong) < 5:
+patience = end + 60
+# On a busy machine nothing may have been read whole by then.
+while (time.monotonic() < end or (not found["fine"] and time.monotonic() < patience)) and len(wrong) < 5:
     name = rng.choice(names)
     if how == "list":
         for entry in os.listdir(root):
@@ -375,7 +377,7 @@ def test_readers_while_objects_change(
             )
         changes = 0
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or changes <= 10:
             name = rng.choice([*SMALL, *LARGE])
             what = rng.choice(["same size", "other size", "other size", "shorter", "delete"])
             if what == "delete":
@@ -388,13 +390,12 @@ def test_readers_while_objects_change(
                 put(name, sizes[name])
             changes += 1
             time.sleep(rng.choice([0.0, 0.01, 0.05]))
-        outputs = {how: reader.communicate(timeout=60)[0] for how, reader in readers}
+        outputs = {how: reader.communicate(timeout=120)[0] for how, reader in readers}
     for how, output in outputs.items():
         *problems, last = output.splitlines()
         found, wrong = json.loads(last)
         assert not problems and not wrong, f"seed {seed}, {changes} changes, {how}: {problems} {wrong}"
         assert found.get("fine", 0) > 0, f"seed {seed}, {changes} changes, {how}: {found}"
-    assert changes > 10
 
 
 def test_the_check_sees_what_it_must() -> None:
@@ -428,7 +429,7 @@ def test_killed_readers_of_a_stalled_store_free_what_they_hold(s3_bucket: Bucket
                 subprocess.Popen(["cat", root / "cold" / str(number)], stdout=subprocess.DEVNULL)
                 for number in range(slots)
             ]
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while (
                 sum(method == "GET" and "cold/" in path and "list-type" not in path for method, path in faulty.requests)
                 < slots
@@ -438,12 +439,12 @@ def test_killed_readers_of_a_stalled_store_free_what_they_hold(s3_bucket: Bucket
             for reader in readers:
                 reader.kill()
             for reader in readers:
-                assert reader.wait(10) == -signal.SIGKILL
-            done = subprocess.run(["cat", root / "other"], capture_output=True, timeout=20)
+                assert reader.wait(30) == -signal.SIGKILL
+            done = subprocess.run(["cat", root / "other"], capture_output=True, timeout=60)
             assert done.stdout == content("other", 1, PAGE)
             # Nothing is left of them: the same files are read once the store answers.
             faulty.release()
             for number in (0, slots - 1):
-                done = subprocess.run(["cat", root / "cold" / str(number)], capture_output=True, timeout=20)
+                done = subprocess.run(["cat", root / "cold" / str(number)], capture_output=True, timeout=60)
                 assert done.stdout == content("cold", 1, PAGE)
             assert process.end() == 0

@@ -32,7 +32,7 @@ pytestmark = [
 OLD = {f"old{number}": random.Random(number).randbytes(8 * PAGE + number) for number in range(6)}
 NEW = {f"new{number}": random.Random(-number - 1).randbytes(8 * PAGE + number) for number in range(24)}
 DATA = OLD | NEW
-LIMIT_S = 60
+LIMIT_S = 180
 
 
 class Scene:

@@ -31,7 +31,6 @@ def test_a_worker_that_does_not_answer_is_named_and_what_it_has_confirmed_is_tol
     free = Client.free
     asked: list[BlockId] = []
     monkeypatch.setattr("cachefs.cli.free._BATCH", 1)
-    monkeypatch.setattr("cachefs.client.client._FREED_WITHIN_S", 0.5)
     with running("master", *of_master, environment=options) as master:
         ask = ("--master", master.facts["listen"], "--insecure")
         place = ("--socket", tmp_path / "w.sock", "--tier", f"ssd:{tmp_path}/tier:64M", "--name", "w1")
@@ -40,6 +39,7 @@ def test_a_worker_that_does_not_answer_is_named_and_what_it_has_confirmed_is_tol
             async def free_and_stop(client: Client, blocks: list[BlockId]) -> FreeReply:
                 asked.extend(blocks)
                 if len(asked) == 2:
+                    monkeypatch.setattr("cachefs.client.client._FREED_WITHIN_S", 0.5)
                     worker.process.send_signal(signal.SIGSTOP)
                 return await free(client, blocks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cachefs.cli.monitoring import shown_if_possible
 from cachefs.fuse import probe
+from cachefs.net import TcpAddress
 from cachefs.testing.processes import Running, mountpoint_below, running
 
 FILES = {f"{number:02}": bytes([number]) * (1000 + number) for number in range(8)}
-FREE_PORT = "127.0.0.1:0"
+HOST = "127.0.0.1"
+FREE_PORT = f"{HOST}:0"
 
 
 def get(process: Running, path: str) -> tuple[int, str]:
@@ -79,3 +83,14 @@ def test_every_process_shows_how_it_does(tmp_path: Path) -> None:
                 assert get(process, "/healthz") == (200, "ok\n")
             for name, content in FILES.items():
                 assert (mountpoint / name).read_bytes() == content
+
+
+@pytest.mark.expect_warnings("it is told that nothing is shown")
+async def test_a_server_that_takes_the_place_of_another_does_without_monitoring() -> None:
+    """It is needed more than its numbers are."""
+    with socket.create_server((HOST, 0)) as taken:
+        address = TcpAddress(HOST, taken.getsockname()[1])
+        async with shown_if_possible("mount", address) as shown:
+            assert shown.monitor is None and shown.facts == {}
+    async with shown_if_possible("mount", TcpAddress(HOST, 0)) as shown:
+        assert shown.monitor is not None and shown.facts["http"].startswith(f"{HOST}:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,10 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import trio
 from click.testing import CliRunner, Result
 
-from cachefs.cli import main
+from cachefs.cli import following, main
+from cachefs.client import Client
 from cachefs.testing.processes import Running, running
+from cachefs.wire.control import JobInfo, JobSpec
 
 DATA = {f"d/{number:02}": random.Random(number).randbytes(20_000 + number) for number in range(12)}
 TOTAL = sum(map(len, DATA.values()))
@@ -52,19 +57,52 @@ def told(master: Running, *arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--master", master.facts["listen"], "--insecure"])
 
 
+def test_whoever_interrupts_while_a_job_begins_is_told_which_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_job = Client.start_job
+
+    async def answered_after_the_interrupt(client: Client, spec: JobSpec, *, dry_run: bool = False) -> JobInfo:
+        info = await start_job(client, spec, dry_run=dry_run)
+        os.kill(os.getpid(), signal.SIGINT)
+        await trio.sleep(0.2)
+        return info
+
+    monkeypatch.setattr(Client, "start_job", answered_after_the_interrupt)
+    with cluster(tmp_path, "w1") as master:
+        done = told(master, "load", "/d", "--on", "w1", "--limit", "10K/s")
+        assert (done.exit_code, "job 1 goes on" in done.stderr) == (130, True), done.output
+        assert [each["job_id"] for each in asked(master, "job", "list")] == [1]
+
+
+def test_a_master_that_does_not_say_whether_a_job_began_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_answered(client: Client, spec: JobSpec, *, dry_run: bool = False) -> JobInfo:
+        os.kill(os.getpid(), signal.SIGINT)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(Client, "start_job", never_answered)
+    monkeypatch.setattr(following, "_BEGIN_S", 0.2)
+    with cluster(tmp_path, "w1") as master:
+        done = told(master, "load", "/d", "--on", "w1")
+        assert (done.exit_code, "`cachefs job list` tells" in done.stderr) == (130, True), done.output
+
+
 def test_data_is_loaded_replicated_moved_and_freed_by_jobs(tmp_path: Path) -> None:
     with cluster(tmp_path, "w1", "w2") as master:
         loaded = asked(master, "load", "/d", "--on", "w1")
         assert (loaded["state"], loaded["copies"], loaded["copied_bytes"]) == ("done", len(DATA), TOTAL)
         # Slower than anybody waits: interrupted, it goes on.
-        slow = [sys.executable, "-m", "cachefs", "replicate", "/d", "--replicas", "2", "--limit", "10K/s"]
+        slow = [sys.executable, "-m", "cachefs", "replicate", "/d", "--replicas", "2", "--limit", "1K/s"]
         slow += ["--master", master.facts["listen"], "--insecure"]
         process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while len(asked(master, "job", "list")) < 2:
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
         assert (process.returncode, "job 2 goes on" in errors) == (130, True)
         assert asked(master, "job", "show", "2")["state"] == "running"
         assert asked(master, "job", "cancel", "2")["state"] == "cancelled"

@@ -97,16 +97,17 @@ def test_interrupted_and_run_again_no_file_is_fetched_twice(bucket: Bucket, tmp_
         up(bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
     ):
         cachefs(process, "load", "/", "--metadata")
-        far.delay_s = 0.1
+        # So that it is not done before it is interrupted.
+        far.inject("stall", part="train/", after=10, times=1000)
         with loading(process, "/train", "--json", "--concurrency", "2") as started:
-            wait_for(lambda: far.asked_bytes >= 50_000)
+            far.wait_stalled()
             # In the background of a shell SIGINT would be ignored; SIGTERM means the same to it.
             started.send_signal(signal.SIGTERM)
-            output, _ = started.communicate(timeout=30)
+            output, _ = started.communicate(timeout=60)
         first = json.loads(output)
         assert started.returncode == 130 and first["interrupted"]
         assert 0 < first["loaded_files"] < 58
-        far.delay_s = 0.0
+        far.release()
         second = facts_of(cachefs(process, "load", "/train", "--json"))
         assert second["failed"] == [] and second["cached_files"] >= first["loaded_files"]
         wanted = sum(len(content) for name, content in DATA.items() if name.startswith("train/"))
@@ -125,12 +126,14 @@ def test_a_file_interrupted_in_its_middle_is_resumed_by_pages(
 ) -> None:
     s3_bucket.put({"shard": SHARD})
     with running_faulty_s3(s3_bucket.server.endpoint) as far:
-        far.delay_s = 0.1
+        # So that it comes no further before it is interrupted.
+        far.inject("stall", part="shard", after=PAGES // 3, times=1000)
         with up(s3_bucket, tmp_path, endpoint_url=far.endpoint) as (mountpoint, process):
             with loading(process, "/shard", "--json") as started:
-                wait_for(lambda: far.asked_bytes >= PAGES // 3 * PAGE)
+                far.wait_stalled()
                 started.send_signal(signal.SIGTERM)
-                output, _ = started.communicate(timeout=30)
+                output, _ = started.communicate(timeout=60)
+            far.release()
             assert started.returncode == 130 and json.loads(output)["loaded_files"] == 0
             if not restarted:
                 go_on(far, mountpoint, process)
@@ -376,7 +379,13 @@ def test_free_drops_what_nobody_uses_and_nothing_in_the_bucket(bucket: Bucket, t
         finally:
             holding.communicate(b"\n", timeout=30)
         assert "0 blocks" not in cachefs(process, "free", "/").stdout
-        assert facts_of(cachefs(process, "load", "/", "--dry-run", "--json"))["cached_bytes"] == 0
+
+        def is_all_gone() -> bool:
+            """The mount hears of the close a moment later, and holds the file until then."""
+            cachefs(process, "free", "/")
+            return bool(facts_of(cachefs(process, "load", "/", "--dry-run", "--json"))["cached_bytes"] == 0)
+
+        wait_for(is_all_gone)
         assert bucket.contents() == before
         # Read again, it is fetched again.
         name = "train/007"

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from cachefs.fuse import find_mount, is_mounted, probe
 from cachefs.model import ConfigError, ExistsError, NamespaceError, UnavailableError
@@ -344,9 +346,11 @@ def test_mounts_of_the_host_and_what_is_shown_of_it(node: Node, tmp_path: Path) 
     assert sorted(os.listdir(host)) == [f"{number:03}" for number in range(40)]
     old = node.ensure(asked).server_pid
     assert get(node, "healthz")[0] == 200
+    counts_of_each_mount_are_shown(node, host, asked)
     until(lambda: get(node, "readyz")[0] == 200)
     os.kill(old, signal.SIGKILL)
     until(lambda: node.states()[str(asked)].restarts == 1 and node.is_serving(asked))
+    until(lambda: shown_of_mounts(node, "cachefs_mount_servers").get(str(asked)) == 2)
     shown = get(node, "metrics")[1]
     assert 'cachefs_node_mounts{state="serving"} 2' in shown and "cachefs_node_mount_restarts_total 1" in shown
     subprocess.run(["umount", asked], check=True)
@@ -356,11 +360,49 @@ def test_mounts_of_the_host_and_what_is_shown_of_it(node: Node, tmp_path: Path) 
     assert service.wait(LIMIT_S) == 0
     other = node.watch(tmp_path / "other")
     node.start_mounts("--mount", f"/cold={host}", "--mount", f"/warm={other}")
-    until(lambda: is_mounted(other) and len(os.listdir(host)) == COLD)
+    until(lambda: is_mounted(other) and number_of_names(host) == COLD)
     assert sorted(node.states()) == sorted(map(str, (host, asked, other)))
     node.start_mounts()
     until(lambda: list(node.states()) == [str(asked)])
     assert not is_mounted(host) and not is_mounted(other)
+
+
+def counts_of_each_mount_are_shown(node: Node, *mountpoints: Path) -> None:
+    """Though the servers are processes of their own, and one of them hangs."""
+    for mountpoint in mountpoints:
+        for path in sorted(each for each in mountpoint.rglob("*") if each.is_file())[:3]:
+            path.read_bytes()
+    until(lambda: shown_of_mounts(node, "cachefs_opens_total") == {str(each): 3 for each in mountpoints})
+    shown = [each for each in samples(node) if each.name == "cachefs_master_away_seconds"]
+    assert {each.labels["mount"] for each in shown} == {each.id for each in node.states().values()}
+    hanging = node.states()[str(mountpoints[-1])].server_pid
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        until(lambda: list(shown_of_mounts(node, "cachefs_opens_total")) == [str(each) for each in mountpoints[:-1]])
+    finally:
+        os.kill(hanging, signal.SIGCONT)
+
+
+def shown_of_mounts(node: Node, name: str) -> dict[str, float]:
+    """The sum of a metric for each mountpoint."""
+    found: dict[str, float] = {}
+    for each in samples(node):
+        if each.name == name:
+            found[each.labels["mountpoint"]] = found.get(each.labels["mountpoint"], 0) + each.value
+    return found
+
+
+def samples(node: Node) -> list[Sample]:
+    text = get(node, "metrics")[1]
+    return [each for family in text_string_to_metric_families(text) for each in family.samples]
+
+
+def number_of_names(directory: Path) -> int:
+    """-1: they cannot be had, as while what is mounted there is taken away."""
+    try:
+        return len(os.listdir(directory))
+    except OSError:
+        return -1
 
 
 def get(node: Node, path: str) -> tuple[int, str]:

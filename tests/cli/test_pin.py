@@ -7,7 +7,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,20 @@ def facts_of(done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
+def read(path: Path) -> bytes:
+    return subprocess.run(["cat", path], capture_output=True, timeout=60).stdout
+
+
 def read_all(mountpoint: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
-        assert subprocess.run(["cat", mountpoint / name], capture_output=True, timeout=60).stdout == content
+        assert read(mountpoint / name) == content
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def worker(process: Running) -> dict[str, Any]:
@@ -124,14 +136,15 @@ def test_what_appears_and_changes_below_a_pin_is_pinned_and_what_is_gone_is_not(
         bucket.put(changed)
         bucket.delete("train/01")
         assert cachefs(process, "refresh", "/train", "--recursive").returncode == 0
-        read_all(mountpoint, changed)
+        # The mount is told a moment after who asked has the answer.
+        for name, content in changed.items():
+            until(lambda name=name, content=content: read(mountpoint / name) == content)
         read_all(mountpoint, OTHERS)
         now = {name: content for name, content in (PINNED | changed).items() if name != "train/01"}
         assert cached(process, "/train") == len(now)
         # What is gone from there takes no room for long: the worker hears of it within seconds.
         whole = sum(-(-len(content) // 4096) * 4096 + 4096 for content in now.values())
-        while worker(process)["tiers"][0]["pinned_bytes"] > whole:
-            pass
+        until(lambda: worker(process)["tiers"][0]["pinned_bytes"] <= whole)
         read_all(mountpoint, OTHERS)
         assert cached(process, "/train") == len(now)
         before = worker(process)["counters"]["under_store_bytes"]
@@ -170,16 +183,16 @@ def test_an_interrupted_pin_goes_on_and_failures_are_listed_exactly(bucket: Buck
         up(bucket, tmp_path, endpoint_url=far.endpoint) as (_, process),
     ):
         cachefs(process, "load", "/", "--metadata")
-        far.delay_s = 0.1
+        # So that it is not done before it is interrupted.
+        far.inject("stall", part="train/", after=2, times=1000)
         command = [sys.executable, "-m", "cachefs", "pin", "/train", "--json", "--master", process.facts["master"]]
         pinning = subprocess.Popen([*command, "--concurrency", "1"], stdout=subprocess.PIPE, text=True)
-        while worker(process)["counters"]["under_store_bytes"] < 2 * SIZE:
-            pass
+        far.wait_stalled()
         pinning.send_signal(signal.SIGTERM)
-        output, _ = pinning.communicate(timeout=30)
+        output, _ = pinning.communicate(timeout=60)
         first = json.loads(output)
         assert pinning.returncode == 130 and first["interrupted"] and 0 < first["loaded_files"] < len(PINNED)
-        far.delay_s = 0.0
+        far.release()
         bucket.delete("train/19")
         done = cachefs(process, "pin", "/train", "--json")
         assert done.returncode == 1

@@ -62,6 +62,7 @@ def test_every_setting_can_be_set_in_the_file_and_in_the_environment(tmp_path: P
         "PATH=MOUNTPOINT": "/x=/mnt/x",
         "NAME=VALUE": "rack=r7",
         "OCTAL": "022",
+        "SIZE|PERCENT": "15%",
         "text": "some",
         "integer range": "1000",
     }

@@ -71,10 +71,16 @@ def cachefs(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def report(process: Running) -> dict[str, Any]:
-    """Of the worker, once it has heard of the opens until now."""
-    facts: dict[str, Any] = json.loads(cachefs("report", "--json", "--master", process.facts["master"]).stdout)
-    status: dict[str, Any] = facts["workers"][0]["status"]
-    return status
+    """Of the worker, as soon as it can be asked: it may just be started again."""
+    found: list[dict[str, Any]] = []
+
+    def can_be_asked() -> bool:
+        told = cachefs("report", "--json", "--master", process.facts["master"]).stdout
+        found[:] = [each["status"] for each in json.loads(told)["workers"] if each["status"] is not None]
+        return bool(found)
+
+    _wait_until(can_be_asked)
+    return found[0]
 
 
 READER = """
@@ -166,7 +172,7 @@ def test_what_is_sealed_is_read_by_passthrough(bucket: Bucket, tmp_path: Path) -
         assert report(process)["opens"]["cached"] == before["cached"]
 
 
-def _wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+def _wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     """For what another process does in its own time; a poll, with a limit that only a failure meets."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -288,7 +294,7 @@ def test_ends_cleanly(bucket: Bucket, tmp_path: Path, number: signal.Signals) ->
 def test_ends_when_somebody_unmounts(bucket: Bucket, tmp_path: Path, driver: Driver) -> None:
     with up(bucket, tmp_path, "--driver", driver.value) as (mountpoint, process):
         assert cachefs("umount", str(mountpoint)).returncode == 0
-        assert process.process.wait(30) == 0
+        assert process.process.wait(60) == 0
         assert_nothing_left(mountpoint, tmp_path)
 
 

@@ -212,7 +212,7 @@ async def listed(reader: DirReader) -> list[Entry]:
 
 
 async def until_away(reach: MasterReach, away: bool = True) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while reach.is_away is not away:
             await trio.sleep(0.01)
 

@@ -172,3 +172,49 @@ print((resident() - before) / len(memory))
 def test_a_million_entries_take_at_most_350_bytes_each() -> None:
     done = subprocess.run([sys.executable, "-c", WEIGH], capture_output=True, text=True, timeout=300, check=True)
     assert float(done.stdout) <= 350
+
+
+# ---- for somebody else ---------------------------------------------------------------------------------------------
+
+
+def attr_of(number: int, size: int = 10) -> Attr:
+    return Attr(Ino(number), Kind.FILE, size, 5, 0o600 + number % 8, number % 3, 0, ContentKey(b"k" * 16))
+
+
+def test_what_is_copied_is_recalled_without_being_believed_or_replacing_what_is_known() -> None:
+    first = Remembered(1000)
+    for number in range(2, 102):
+        first.put(attr_of(number), superseded=number == 7, expires=1e9, generation=3)
+        first.put_name(Ino(1), f"n{number}", Ino(number), expires=1e9, generation=3)
+    first.put_missing(Ino(1), "absent", expires=1e9, generation=3)
+    copied = first.copy(1000)
+    second = Remembered(1000)
+    second.put(attr_of(9, size=99), superseded=False, expires=50.0, generation=1)
+    second.put_name(Ino(1), "absent", Ino(9), expires=50.0, generation=1)
+    for _ in second.recall(copied):
+        pass
+    for number in range(2, 102):
+        known = second.known(Ino(number))
+        if number == 9:
+            assert known == Known(attr_of(9, size=99), False, 50.0, 1)
+        else:
+            assert known == Known(attr_of(number), number == 7, -1.0, 0)
+            assert second.name(Ino(1), f"n{number}") == Name(Ino(number), -1.0, 0)
+    assert second.name(Ino(1), "absent") == Name(Ino(9), 50.0, 1)
+    # Of too many, the newest; and the newest stay the newest.
+    newest = first.copy(10)
+    assert sorted(ino for ino, _ in newest.records) == list(range(92, 102)) and len(newest.names) == 10
+    small = Remembered(5)
+    for _ in small.recall(first.copy(1000)):
+        pass
+    assert small.known(Ino(101)) is not None and small.known(Ino(2)) is None and len(small) == 5
+
+
+def test_what_is_no_copy_is_refused() -> None:
+    whole = Remembered(10)
+    whole.put(attr_of(2), superseded=False, expires=1.0, generation=0)
+    copied = whole.copy(10)
+    for wrong in (copied._replace(layout="<Q"), copied._replace(records=[(2, b"short")]), copied._replace(shapes=[])):
+        with pytest.raises((ValueError, IndexError)):
+            for _ in Remembered(10).recall(wrong):
+                pass

@@ -44,7 +44,7 @@ class Scene:
         return None if attr is None else attr.size_bytes
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.002)
 

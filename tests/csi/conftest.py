@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cachefs.fuse import all_mounts, probe, unmount
 from cachefs.testing.fixtures import BUCKET
 from cachefs.testing.processes import READY_TIMEOUT_S, running
 from cachefs.testing.s3server import S3Server
+from tests.csi.authority import Authority
 
 PATIENCE_S = 60.0
 SECRET_IN_URL = "s3cr3t-in-the-options"
@@ -58,7 +59,7 @@ class Caller:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None and self.process.stdout is not None
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         self.process.stdout.close()
         if self.channel is not None:
             self.channel.close()
@@ -109,8 +110,10 @@ class Rig:
     READER = capability()
     capability = staticmethod(capability)
 
-    def __init__(self, directory: Path, server: S3Server) -> None:
+    def __init__(self, directory: Path, server: S3Server, security: Callable[[str], list[str]] | None = None) -> None:
+        """`security`: the flags for it, by who has them, as the chart divides them: master, worker, client, admin."""
         self.directory = directory
+        self.security = security or (lambda role: ["--insecure"])
         self.s3_url = f"s3://{BUCKET}/csi"
         self.secrets = dict(server.ufs_options)
         """As of a Secret."""
@@ -127,15 +130,19 @@ class Rig:
         for name in ("one", "two"):
             (data / name / "dir").mkdir(parents=True)
             (data / name / "file").write_bytes(name.encode())
+        (self.directory / "outside").mkdir()
+        (self.directory / "outside" / "file").write_bytes(b"outside")
+        (data / "one" / "out").symlink_to(self.directory / "outside")
         here = self.directory
         master = running(
             "master", "--data-dir", here / "master", "--listen", "127.0.0.1:0", "--mount", f"/={data.as_uri()}",
-            "--page-size", "64K", "--insecure", stderr=stack.enter_context((here / "master.log").open("ab")),
+            "--page-size", "64K", *self.security("master"),
+            stderr=stack.enter_context((here / "master.log").open("ab")),
         )  # fmt: skip
         self.master = stack.enter_context(master).facts["listen"]
         worker = running(
             "worker", "--name", "w", "--master", self.master, "--listen", "127.0.0.1:0", "--socket", here / "w.sock",
-            "--tier", f"ssd:{here / 'tier'}:128M", "--insecure",
+            "--tier", f"ssd:{here / 'tier'}:128M", *self.security("worker"),
             stderr=stack.enter_context((here / "worker.log").open("ab")),
         )  # fmt: skip
         stack.enter_context(worker)
@@ -143,7 +150,8 @@ class Rig:
         stack.callback(self.end, self.keeper)
         self.start_service()
         stack.callback(lambda: self.end(self.service))
-        asked = ("--master", self.master, "--insecure", "--http", "127.0.0.1:0")
+        # The node too: it may attach.
+        asked = ("--master", self.master, *self.security("admin"), "--http", "127.0.0.1:0")
         self.controller = Caller(here / "c.sock", here / "controller.log", "controller", *asked)
         self.node = Caller(
             here / "n.sock", here / "node.log", "node", *asked, "--node-id", "node-1",
@@ -165,14 +173,14 @@ class Rig:
         self.service = self.background(
             "node-mounts", "--socket", here / "m.sock", "--keeper-socket", here / "k.sock",
             "--state-dir", here / "state",
-            "--master", self.master, "--worker-socket", here / "w.sock", "--insecure",
+            "--master", self.master, "--worker-socket", here / "w.sock", *self.security("client"),
         )  # fmt: skip
 
     @staticmethod
     def end(process: subprocess.Popen[bytes] | None) -> None:
         if process is not None:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
     # ---- one test's ------------------------------------------------------------------------------------------------
 
@@ -192,7 +200,8 @@ class Rig:
         assert found
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in found:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # servers end by themselves, too, without their service
+                    os.kill(pid, number)
         until(lambda: is_gone(mountpoint))
         self.start_service()
 
@@ -222,12 +231,19 @@ def until(holds: Any, limit_s: float = PATIENCE_S) -> None:
 
 @pytest.fixture(scope="session")
 def rig(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Rig]:
+    with running_rig(tmp_path_factory.mktemp("csi"), s3_server) as found:
+        yield found
+
+
+@contextmanager
+def running_rig(
+    directory: Path, s3_server: S3Server, security: Callable[[str], list[str]] | None = None
+) -> Iterator[Rig]:
     if not probe().can_mount:
         pytest.skip("needs root and /dev/fuse")
-    directory = tmp_path_factory.mktemp("csi")
     s3_server.put_objects(BUCKET, [("csi/file", b"of the bucket"), ("csi/sub/file", b"of the directory")])
     with ExitStack() as stack:
-        found = Rig(directory, s3_server)
+        found = Rig(directory, s3_server, security)
         stack.callback(unmount_all, directory)
         found.start(stack)
         yield found
@@ -237,6 +253,25 @@ def rig(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterat
         if log.name in ("controller.log", "node.log"):
             for secret in (found.secrets.get("secret", ""), SECRET_IN_URL):
                 assert not secret or secret not in text, f"{log.name} has a secret"
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    found = Authority(tmp_path_factory.mktemp("authority") / "ours")
+    found.make_tokens()
+    return found
+
+
+@pytest.fixture(scope="session")
+def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority") / "theirs")
+
+
+@pytest.fixture(scope="session")
+def tls_rig(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server, authority: Authority) -> Iterator[Rig]:
+    """As `rig`, with tokens and TLS between all of them."""
+    with running_rig(tmp_path_factory.mktemp("csi-tls"), s3_server, authority.flags) as found:
+        yield found
 
 
 def unmount_all(directory: Path) -> None:

@@ -12,6 +12,13 @@ GiB = 1 << 30
 CLONE = pb.VolumeContentSource(volume=pb.VolumeContentSource.VolumeSource(volume_id="v"))
 
 
+def with_options(*flags: str) -> list[pb.VolumeCapability]:
+    """As the provisioner asks for a class that has these `mountOptions`."""
+    mode = pb.VolumeCapability.AccessMode.Mode.MULTI_NODE_READER_ONLY
+    mount = pb.VolumeCapability.MountVolume(mount_flags=flags)
+    return [pb.VolumeCapability(mount=mount, access_mode=pb.VolumeCapability.AccessMode(mode=mode))]
+
+
 def made(rig: Any, name: str, **changes: Any) -> Any:
     return rig.controller.call("CreateVolume", **fields(rig, name, **changes)).volume
 
@@ -109,6 +116,10 @@ def test_the_same_name_with_another_place_exists(rig: Any) -> None:
         ({"parameters": {"path": "/one", "subPath": "${node}"}}, "no other variables"),
         ({"parameters": {"path": "/one"}, "secrets": {"key": "k"}}, "secrets are for a url"),
         ({"volume_content_source": CLONE}, "volume_content_source"),
+        ({"volume_capabilities": with_options("colour=red")}, "colour: 'red' is not accepted; expected one of profile"),
+        ({"volume_capabilities": with_options("rw")}, "mountOptions: 'rw'"),
+        ({"volume_capabilities": with_options("open-wait=2G")}, "open-wait"),
+        ({"volume_capabilities": with_options("profile=training", "attr-timeout=soon")}, "attr-timeout: 'soon'"),
     ],
 )  # fmt: skip
 def test_what_will_not_do_is_refused_with_its_name(rig: Any, changes: dict[str, Any], part: str) -> None:
@@ -161,6 +172,11 @@ def test_the_pvc_names_a_directory_of_the_bucket(rig: Any) -> None:
     known = {"csi.storage.k8s.io/pvc/name": "sub", "csi.storage.k8s.io/pvc/namespace": "csi"}
     volume = made(rig, "templated", **own(rig, subPath="${pvc.name}", **known))
     remove(rig, volume.volume_id)
+
+
+def test_a_class_may_have_options_of_mounts(rig: Any) -> None:
+    wanted = with_options("profile=training", "--open-wait=16M", "xattr", "ro")
+    remove(rig, made(rig, "with options", volume_capabilities=wanted).volume_id)
 
 
 def test_deleting_what_was_never_there_is_done(rig: Any) -> None:

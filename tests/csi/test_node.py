@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import socket
+import sqlite3
 import stat
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trio
 from cachefs_csi import csi_pb2 as pb
+from cachefs_csi.node import Node, NodeConfig
+from cachefs_csi.node_volumes import NodeVolumes
 
-from cachefs.fuse import find_mount, open_mount, unmount
+from cachefs.client import open_volumes
+from cachefs.fuse import find_mount, open_mount, open_node_mounts, unmount
+from cachefs.net import TcpAddress
 
 INLINE = {"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.name": "pod"}
 
@@ -95,7 +104,7 @@ def test_the_plugin_is_killed_between_and_during_calls(rig: Any, pods: Any, mome
             # test holds at whichever.
             time.sleep(moment_s)
             rig.node.end(signal.SIGKILL)
-            with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)) if not call.done() else noted(call):
+            with suppress(grpc.RpcError, grpc.FutureCancelledError):  # or it was answered before the kill
                 call.result()
             rig.node.start()
         else:
@@ -111,18 +120,6 @@ def test_the_plugin_is_killed_between_and_during_calls(rig: Any, pods: Any, mome
     killed_during("NodeUnpublishVolume", **volume, target_path=pods.target("pod"))
     killed_during("NodeUnstageVolume", **volume, staging_target_path=pods.staging)
     assert pods.mounted() == [] and not os.path.lexists(pods.target("pod"))
-
-
-class noted:
-    """A call that was answered before the kill, or was cut."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        return isinstance(error, grpc.RpcError)
 
 
 def test_readers_do_not_notice_that_the_plugin_and_the_service_are_killed(rig: Any, pods: Any) -> None:
@@ -305,6 +302,58 @@ def test_a_static_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: An
     assert pods.shown(pods.target("pod")) == b"of the bucket"
 
 
+def options_at_master(rig: Any, volume_id: str) -> dict[str, str]:
+    with closing(sqlite3.connect(f"file:{rig.directory}/master/namespace.db?mode=ro", uri=True)) as db:
+        (text,) = db.execute("SELECT options FROM volumes WHERE volume_id = ?", (volume_id,)).fetchone()
+    found: dict[str, str] = json.loads(text)
+    return found
+
+
+def test_a_dynamic_volume_whose_secret_is_renewed_is_staged_with_that_one(rig: Any, pods: Any) -> None:
+    """That of the class for stages; without one nothing changes."""
+    parameters = {"url": rig.s3_url, "ufs.endpoint_url": rig.secrets["endpoint_url"]}
+    keys = {name: rig.secrets[name] for name in ("key", "secret")}
+    asked = {"name": f"pvc-{pods.directory.name}", "parameters": parameters, "volume_capabilities": [rig.READER]}
+    made = rig.controller.call("CreateVolume", **asked, secrets=keys).volume
+    pods.volume_id, pods.context = made.volume_id, dict(made.volume_context)
+    pods.stage()
+    pods.stage(secrets=keys)
+    assert pods.shown(pods.publish("pod")) == b"of the bucket"
+    ask = {"volume_id": pods.volume_id, "staging_target_path": pods.staging, "volume_capability": rig.READER}
+    ask["volume_context"] = pods.context
+    for wrong, says in (
+        ({**keys, "secret": "not-that-secret"}, "PERMISSION_DENIED"),
+        ({**keys, "AWS_ENDPOINT_URL": "http://not-that-secret"}, "ALREADY_EXISTS"),
+    ):
+        code, message = rig.node.refused("NodeStageVolume", **ask, secrets=wrong)
+        assert code == says and "not-that-secret" not in message
+    assert options_at_master(rig, made.volume_id) == rig.secrets
+    renewed = {"AWS_ACCESS_KEY_ID": rig.new_secrets["key"], "AWS_SECRET_ACCESS_KEY": rig.new_secrets["secret"]}
+    pods.stage(secrets=renewed)
+    assert options_at_master(rig, made.volume_id) == rig.new_secrets
+    assert pods.shown(pods.target("pod")) == b"of the bucket"
+    # The provisioner, asked again, finds it.
+    again = rig.controller.call("CreateVolume", **asked, secrets=renewed).volume
+    assert again.volume_id == made.volume_id
+    assert rig.secrets["secret"] not in rig.node.log()
+
+
+@pytest.mark.expect_warnings("that the Secret is not used is told")
+async def test_a_master_that_is_away_holds_up_no_stage_of_a_volume_that_was_made(tmp_path: Path) -> None:
+    made, context = "vol-" + "0" * 32, {"path": "/volumes/x"}
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        config = NodeConfig("node-1", "csi.cachefs.io", may_attach=True)
+        mounts_socket = str(tmp_path / "m.sock")
+        async with (
+            open_volumes(TcpAddress("127.0.0.1", unused.getsockname()[1]), patience_s=0.1) as volumes,
+            open_node_mounts(mounts_socket) as mounts,
+        ):
+            node = Node(config, volumes, mounts, NodeVolumes(mounts, str(tmp_path)))
+            with trio.fail_after(30):
+                assert await node._path_of(made, context, {"key": "k", "secret": "s"}) == "/volumes/x"
+
+
 def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Path) -> None:
     asked = ("--master", rig.master, "--insecure", "--node-id", "n", "--mounts-socket", rig.directory / "m.sock")
     node = type(rig.node)(tmp_path / "s", rig.directory / "may-not.log", "node", *asked)
@@ -318,6 +367,13 @@ def test_a_driver_that_may_not_attach_says_so(rig: Any, pods: Any, tmp_path: Pat
         code, message = node.refused("NodePublishVolume", **fields)
         assert code == "INVALID_ARGUMENT" and "--inline-urls is not given" in message
         assert not os.path.lexists(pods.target("pod")) and pods.mounted() == []
+        # A volume that was made is mounted with the credentials that it has.
+        made = rig.controller.call(
+            "CreateVolume", name=f"pvc-{tmp_path.name}", parameters={"path": "/one"}, volume_capabilities=[rig.READER]
+        ).volume
+        pods.volume_id, context = made.volume_id, dict(made.volume_context)
+        node.call("NodeStageVolume", volume_id=made.volume_id, volume_context=context, **ask)
+        assert "not used, see --may-attach" in node.log()
     finally:
         node.end()
 

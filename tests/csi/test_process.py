@@ -37,7 +37,7 @@ def test_a_call_that_runs_when_it_ends_is_finished(rig: Any, pods: Any) -> None:
     rig.node.process.send_signal(15)
     try:
         call.result()
-        assert rig.node.process.wait(30) == 0
+        assert rig.node.process.wait(60) == 0
     finally:
         rig.node.end()
         rig.node.start()

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 only_pyfuse3 = pytest.mark.parametrize("driver", [Driver.PYFUSE3], indirect=True, ids=["pyfuse3"])
 

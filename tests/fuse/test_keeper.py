@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import trio
 
 from cachefs.cli.instances import worker_socket
+from cachefs.fuse import find_mount, is_dead, open_mount, probe, unmount
 from cachefs.fuse.keeping import KEEPER, KeeperLink, ask, command_file, keeper_command, listen, parse_facts, socket_of
 from cachefs.model import ConfigError, TransportError
 
@@ -95,7 +97,7 @@ def hasty(directory: Path, body: str, before: str, after: str) -> Iterator[Scene
 
 
 @contextmanager
-def keeper(directory: Path, body: str = "serve()", script: str = KEEPER, **values: str) -> Iterator[Scene]:
+def keeper(directory: Path, body: str = "serve()", script: str = KEEPER, **values: str | int) -> Iterator[Scene]:
     path = str(directory / "socket")
     listener = listen(path)
     assert listener is not None
@@ -103,7 +105,8 @@ def keeper(directory: Path, body: str = "serve()", script: str = KEEPER, **value
     with listener:
         started = keeper_command("/nowhere", {"listen": listener.fileno(), "path": path, **values}, command)
         started[started.index(KEEPER)] = script
-        process = subprocess.Popen(started, pass_fds=[listener.fileno(), command])
+        fuse = [int(values["fuse"])] if "fuse" in values else []
+        process = subprocess.Popen(started, pass_fds=[listener.fileno(), command, *fuse])
     os.close(command)
     scene = Scene(process, path, directory / "log")
     try:
@@ -152,6 +155,57 @@ def test_a_server_that_lets_go_and_does_not_end_is_killed(
     with hasty(tmp_path, stays, "KILL_S = 10.0", "KILL_S = 0.1") as it:
         it.wait(lambda: len(it.said("ready")) == 2)
         assert not os.path.exists(f"/proc/{it.said('ready')[0]}")
+
+
+@pytest.mark.skipif(not probe().can_mount or os.geteuid() != 0, reason="needs root and /dev/fuse")
+def test_a_connection_that_is_over_is_not_ended_by_its_number_which_may_be_anothers(tmp_path: Path) -> None:
+    """It is unmounted and told to end in one moment, as when a volume is removed."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    first.mkdir()
+    other.mkdir()
+    with ExitStack() as stack:
+        fuse, mounted = open_mount(first, "test")
+        with keeper(tmp_path, fuse=fuse, connection=mounted.connection, mode="keep", established=1) as it:
+            os.close(fuse)
+            assert ask(it.path, "who")
+            it.process.send_signal(signal.SIGSTOP)
+            unmount(first)
+            # The kernel gives the lowest number that is free: if nobody is faster, the same again.
+            fd, another = open_mount(other, "test")
+            stack.callback(os.close, fd)
+            stack.callback(unmount, other, lazy=True)
+            it.process.terminate()
+            it.process.send_signal(signal.SIGCONT)
+            assert it.process.wait(LIMIT_S) == 0
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        assert poll.poll(0) == [(fd, select.POLLIN)]  # its INIT, and no error
+        if another.connection != mounted.connection:
+            pytest.skip("the number was taken by somebody else")
+
+
+@pytest.mark.parametrize("word", ["end", "SIGTERM"])
+def test_who_keeps_a_mount_that_nobody_serves_takes_it_away_when_told_to(tmp_path: Path, word: str) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    fuse, mounted = open_mount(mountpoint, "test")
+    with keeper(tmp_path, fuse=fuse, connection=mounted.connection, mode="keep", established=1) as it:
+        os.close(fuse)
+        if word == "end":
+            assert ask(it.path, word) == f"ok {it.process.pid}"
+        else:
+            assert ask(it.path, "who")
+            it.process.terminate()
+        assert it.process.wait(LIMIT_S) == 0
+        # It may have told its mountpoint, which is another here: the connection is over all the same.
+        assert is_dead_or_gone(mountpoint)
+        while find_mount(mountpoint) is not None:
+            unmount(mountpoint, lazy=True)
+
+
+def is_dead_or_gone(mountpoint: Path) -> bool:
+    found = find_mount(mountpoint)
+    return found is None or is_dead(found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -298,3 +298,43 @@ def test_what_another_version_left_is_refused() -> None:
             _ = state.facts
         with pytest.raises(KeptError):
             state.save_facts(bytes(kept.MAX_FACTS + 1))
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_found_whole_or_not_at_all() -> None:
+    with memfd() as fd, closing(Kept(fd)) as state:
+        size = os.fstat(fd).st_size
+        assert (state.names(), state.has_names) == (b"", False)
+        state.add_node(5, attr(5), 1)
+        state.add_handle(77, 5, 1)
+        for names in (b"some names", b"", os.urandom(100_000)):
+            state.save_names(names)
+            assert (state.names(), state.has_names) == (names, True)
+            with closing(Kept(fd)) as successor:
+                assert successor.names() == names
+                assert [each.node for each in successor.load().nodes] == [5]
+        # Written in part, or damaged.
+        for cut in (size + 4, size + 24, size + 1000, os.fstat(fd).st_size - 1):
+            state.save_names(names)
+            os.ftruncate(fd, cut)
+            assert state.names() == b""
+        state.save_names(names)
+        os.pwrite(fd, b"x" * 8, size + 5000)
+        assert state.names() == b""
+        state.drop_names()
+        assert os.fstat(fd).st_size == size and not state.has_names
+        assert [each.node for each in state.load().nodes] == [5]
+
+
+def test_names_for_which_there_is_no_memory_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "no memory")
+
+    with memfd() as fd, closing(Kept(fd)) as state:
+        state.save_names(b"before")
+        monkeypatch.setattr("cachefs.fuse.kept.os.pwrite", full)
+        with pytest.raises(OSError, match="no memory"):
+            state.save_names(b"after")
+        assert (state.names(), state.has_names) == (b"", False)

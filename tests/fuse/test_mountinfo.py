@@ -14,7 +14,7 @@ from cachefs.model import RemoteProtocolError
 
 LINES = rb"""22 28 0:21 / /proc rw,nosuid,nodev,noexec,relatime shared:12 - proc proc rw
 36 28 0:45 / /mnt/two\040words\011and\134more ro,nosuid,nodev,relatime master:2 - fuse.cachefs s3://a\040b ro,user_id=0
-37 28 0:46 / /mnt/data ro - fuse.cachefs first ro
+37 28 0:46 /a\040directory /mnt/data ro - fuse.cachefs first ro
 38 37 0:47 / /mnt/data ro - fuse.sshfs second ro
 """
 
@@ -27,6 +27,7 @@ def test_lines() -> None:
     assert escaped.source == "s3://a b"
     assert escaped.connection == 45
     assert {"ro", "nosuid", "user_id=0"} <= escaped.options
+    assert (proc.root, first.root) == ("/", "/a directory")
     assert (first.mountpoint, second.mountpoint) == ("/mnt/data", "/mnt/data")
 
 

@@ -20,6 +20,7 @@ NAMES = [(1, b"one"), (2, b"two")]
 
 @pytest.fixture
 def link() -> Iterator[tuple[socket.socket, socket.socket]]:
+    wait_for_no_threads()  # those of an earlier test's mount
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.settimeout(20)
     with ours, theirs:

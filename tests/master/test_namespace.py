@@ -136,7 +136,7 @@ async def test_an_outage_serves_what_is_known(tmp_path: Path) -> None:
         assert await it.namespace.lookup(ROOT_INO, "a") is not None
         with pytest.raises(UnavailableError):
             await it.namespace.lookup(ROOT_INO, "unknown")
-        (mounted,) = it.namespace.mounted()
+        (mounted,) = it.namespace.mounts.all()
         assert mounted.serving_stale >= 2
         it.store.down = False
         (it.root / "b").write_bytes(b"x")
@@ -149,7 +149,7 @@ async def test_a_store_that_failed_once_is_asked_again_for_what_it_said_is_missi
     """Nobody asked it since: whether it is still away is not known."""
     async with scene(tmp_path, sync_interval_s=0) as it:
         assert await it.namespace.lookup(ROOT_INO, "late") is None
-        (mounted,) = it.namespace.mounted()
+        (mounted,) = it.namespace.mounts.all()
         for away_s, error in ((0.0, UnavailableError), (100.0, DeniedError)):
             monkeypatch.setattr("cachefs.ufs.health._AWAY_S", away_s)
             mounted.health.failed(error("some while ago"))
@@ -162,7 +162,7 @@ async def test_a_store_that_failed_once_is_asked_again_for_what_it_said_is_missi
         mounted.health.failed(UnavailableError("now"))
         (it.root / "late").write_bytes(b"x")
         assert await it.namespace.lookup(ROOT_INO, "late") is None
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while await it.namespace.lookup(ROOT_INO, "late") is None:
                 await trio.sleep(0.01)
 
@@ -194,7 +194,7 @@ async def test_what_is_old_is_served_and_looked_at_in_the_background(tmp_path: P
         assert await it.names() == ["a"]
         (it.root / "b").write_bytes(b"x")
         assert await it.names() == ["a"]
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while sorted(await it.names()) != ["a", "b"]:
                 await trio.sleep(0.01)
 
@@ -216,7 +216,7 @@ async def test_a_clock_that_was_set_back_makes_everything_old(
         monkeypatch.setattr(time, "time_ns", lambda: real_ns() - back_s * 1_000_000_000)
         (it.root / "dir/b").write_bytes(b"x")
         (it.root / "single").write_bytes(b"changed")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while sorted(await it.names(directory)) != ["a", "b"]:
                 await trio.sleep(0.01)
             while await it.namespace.lookup(ROOT_INO, "single") == before:
@@ -248,7 +248,7 @@ async def test_a_directory_that_is_gone_goes(tmp_path: Path) -> None:
         assert await it.names(directory) == ["file"]
         (it.root / "dir/file").unlink()
         (it.root / "dir").rmdir()
-        with trio.fail_after(10), pytest.raises(StaleError):
+        with trio.fail_after(60), pytest.raises(StaleError):
             while True:
                 await it.names(directory)
                 await trio.sleep(0.01)

@@ -21,7 +21,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 
-from cachefs.master import namespace as namespace_module
+from cachefs.master import freshness
 from cachefs.master.mounted import MountedStore
 from cachefs.master.namespace import Namespace
 from cachefs.master.watchers import Watcher
@@ -255,10 +255,10 @@ async def play(world: World, meta: MetaStore, script: object, clock: Clock) -> b
 @given(interval_s=st.sampled_from((0.0, -1.0, 3600.0)), steps=st.lists(step, min_size=30, max_size=40))
 def test_the_namespace_against_a_model(interval_s: float, steps: list[tuple[str, str, str]]) -> None:
     clock = Clock()
-    before = namespace_module.time
-    namespace_module.time = clock  # type: ignore[assignment]
+    before = freshness.time
+    freshness.time = clock  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory() as root:
             trio.run(run, interval_s, steps, Path(root), clock)
     finally:
-        namespace_module.time = before
+        freshness.time = before

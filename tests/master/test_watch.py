@@ -19,7 +19,7 @@ from cachefs.model import ROOT_INO, Attr, Ino, NotADirectory, NotFoundError, Sta
 from cachefs.testing.cluster import TestCluster, running_cluster
 from cachefs.wire.messages import Changes, Watch
 
-LIMIT_S = 30
+LIMIT_S = 60
 
 
 @asynccontextmanager

@@ -65,7 +65,7 @@ async def test_closing_ends_what_nobody_reads(file: int) -> None:
                     await channel.send(b"", FileSlice(file, 0, SIZE))
 
             nursery.start_soon(send)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await trio.lowlevel.wait_readable(theirs)
                 channel.close()
         # What was under way still comes, and then the end.
@@ -92,7 +92,7 @@ async def test_a_file_is_sent_when_everybody_else_waits_for_threads(file: int) -
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.send, b"", FileSlice(file, 10, 1000))
             try:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     await trio.lowlevel.wait_readable(theirs)
             finally:
                 for each in others:

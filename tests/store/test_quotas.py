@@ -235,7 +235,7 @@ class Counting(RuleBasedStateMachine):
                     expected[quota] += size
         assert {quota: self.quotas.used_bytes(quota) for quota in self.rules} == expected
         for tier, quota in itertools.product(self.store.tiers, self.rules):
-            shared = [each for each in tier._shared if quota in tier._book.counts_for(each)]
+            shared = [each for each in tier._sealed.shared if quota in tier._book.counts_for(each)]
             assert sorted(tier._book.shared(quota)) == sorted(shared)
             assert tier._book.shared_bytes(quota) == sum(tier.held_bytes(each) for each in shared)
             parts = [ids for ids in tier._book._sieves if quota in self.quotas.chain(ids)]
@@ -476,20 +476,20 @@ def test_shared_blocks_of_a_quota_are_found_without_a_look_at_all_others(tmp_pat
             seal(store, block(number), CONTENTS[number])
         store.share([block(number) for number in range(10)], True)
         tier, looked = store.tiers[0], []
-        assert tier.free_of_quota(1) == (0, need(8) + need(9))
+        assert tier.quotas.free_bytes(1) == (0, need(8) + need(9))
 
-        class Watched(dict[BlockId, None]):
+        class Watched(dict[BlockId, int]):
             def __iter__(self) -> Iterator[BlockId]:
                 looked.append(1)
                 return super().__iter__()
 
-        tier._shared = Watched(tier._shared)
+        tier._sealed.shared._sizes = Watched(tier._sealed.shared._sizes)
         store.visited(block(8))
-        assert tier.to_give_up_of_quota(1, 1) == [block(9)] and looked == []
-        assert tier.to_give_up_of_quota(1, need(9) + 1) == [block(9), block(8)]
-        tier._free_of = tier._free_of._replace(until=0.0)
+        assert tier.quotas.to_give_up(1, 1) == [block(9)] and looked == []
+        assert tier.quotas.to_give_up(1, need(9) + 1) == [block(9), block(8)]
+        tier.quotas.look_again()
         store.pin([block(9)])
-        assert tier.free_of_quota(1) == (0, need(8)) and looked == []
+        assert tier.quotas.free_bytes(1) == (0, need(8)) and looked == []
 
 
 def test_what_moves_down_counts_once_all_the_while(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_what_moves_down_counts_once_all_the_while(tmp_path: Path) -> None:
         moved = [each for each, _ in lower.blocks()]
         assert moved and found == [(0, False)] * 2 * len(moved)
         assert store.quotas.book.used_bytes(1) == total and store.quotas.book.lacking(1, 0) == 0
-        assert all(lower.quota_bytes(each) and not upper.quota_bytes(each) for each in moved)
+        assert all(lower.quotas.held_bytes(each) and not upper.quotas.held_bytes(each) for each in moved)
         store.quotas.book.grant({1: 0})
         assert {*lower._book.candidates(1)} == {*moved}
 
@@ -540,7 +540,7 @@ def test_a_copy_that_fails_half_way_counts_with_what_is_left_of_it(tmp_path: Pat
 
         lower.seal = failing  # type: ignore[method-assign]
         assert not store._move(block(3), upper, 0, Promote.IF_SPACE)
-        assert lower.quota_bytes(block(3)) == lower.held_bytes(block(3)) > 0
+        assert lower.quotas.held_bytes(block(3)) == lower.held_bytes(block(3)) > 0
         assert store.quotas.book.used_bytes(1) == need(3) + lower.held_bytes(block(3))
 
 
@@ -574,6 +574,6 @@ def test_a_tier_that_is_down_counts_for_nothing_and_is_not_waited_for(tmp_path: 
         store.probed(upper, True)
         store.probed(upper, True)
         assert store.state(upper) is TierState.HEALTHY
-        assert store.quotas.book.used_bytes(1) == need(2) and upper.quota_bytes(block(2)) == need(2)
+        assert store.quotas.book.used_bytes(1) == need(2) and upper.quotas.held_bytes(block(2)) == need(2)
         assert store.restore(block(3)) and store.quotas.book.used_bytes(1) == need(2) + need(3)
         store.close(began)

@@ -12,7 +12,7 @@ import pytest
 
 from cachefs.model import CapacityError
 from cachefs.policy import Promote
-from cachefs.store import Rule, SealedReader, Store, TierConfig, TierState, open_store, page_checksum, partial
+from cachefs.store import Rule, SealedReader, Store, TierConfig, TierState, open_store, page_checksum, page_io
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 from cachefs.testing.shortage import few_descriptors
 
@@ -72,7 +72,7 @@ def test_a_lack_of_memory_is_no_damage_either(tmp_path: Path, monkeypatch: pytes
         store.tiers[0].distrust()
         assert store.restore(block(1))
         with monkeypatch.context() as patch:
-            patch.setattr(partial, "scratch", scratch)
+            patch.setattr(page_io, "scratch", scratch)
             assert store.check(block(1)) and not store.restore(block(0)) and store.is_suspect(block(0))
         assert all(store.restore(block(number)) for number in range(4)) and is_whole(store)
 

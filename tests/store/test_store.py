@@ -16,8 +16,7 @@ import pytest
 
 from cachefs.model import BlockId, CapacityError, ConfigError, MiB
 from cachefs.policy import Promote
-from cachefs.store import HealthConfig, Store, TierConfig, TierState, open_store, page_checksum
-from cachefs.store import tier as tier_module
+from cachefs.store import HealthConfig, Store, TierConfig, TierState, block_files, open_store, page_checksum
 from cachefs.store.layout import unlink_if_exists
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, read, seal, sealed_path, some
 from cachefs.testing.disks import lying_disk, read_only, small_disk
@@ -337,7 +336,7 @@ def failing_to_remove(monkeypatch: pytest.MonkeyPatch, code: int, suffix: str = 
         unlink_if_exists(name, dir_fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tier_module, "unlink_if_exists", unlink)
+        patch.setattr(block_files, "unlink_if_exists", unlink)
         yield
 
 

@@ -269,6 +269,10 @@ class FtpServer:
             self._server.serve_forever(timeout=0.02, blocking=False)
         self._server.close_all()
 
+    @property
+    def connections(self) -> int:
+        return len(self._server.ip_map)
+
     def end(self) -> None:
         self._ending.set()
 
@@ -283,7 +287,7 @@ def ftp_server(directory: Directory) -> Iterator[FtpServer]:
     thread.join()
 
 
-FTP_OPTIONS = {"username": "reader", "password": "ftp-secret", "deadline": "2"}
+FTP_OPTIONS = {"username": "reader", "password": "ftp-secret", "deadline": "20"}
 
 
 class TestFtp(UnderStoreContract):
@@ -302,6 +306,18 @@ class TestFtp(UnderStoreContract):
                 await ufs.stat("file")
             assert "secret" not in str(caught.value)
             assert "secret" not in ufs.origin
+
+    async def test_closed_it_has_no_connection_left(self, ftp_server: FtpServer, behind: Directory) -> None:
+        behind.put({"file": b"content"})
+        before = ftp_server.connections
+        async with open_under_store(ftp_server.url, FTP_OPTIONS) as ufs:
+            await ufs.stat("file")
+            assert ftp_server.connections == before + 1
+        with trio.fail_after(20):
+            while ftp_server.connections > before:
+                await trio.sleep(0.02)
+        # Whoever has it yet has no connection with it.
+        assert ufs.origin == ftp_server.url.rstrip("/")
 
 
 async def test_a_blocked_thread_is_not_waited_for_and_ends_with_its_socket() -> None:

@@ -39,6 +39,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
         b"\x90",
     ),
     (
+        m.Ping(),
+        b"\x81\xa1q\xa4Ping",
+    ),
+    (
         m.ClusterInfo("c", "n", GEOMETRY, 60.0),
         b"\x84\xaacluster_id\xa1c\xacnamespace_id\xa1n\xa8geometry\x92\xce\x00\x10\x00\x00\xce\x00\x01"
         b"\x00\x00\xafsync_interval_s\xcb@N\x00\x00\x00\x00\x00\x00",
@@ -133,6 +137,14 @@ MESSAGES: list[tuple[Any, bytes]] = [
     (
         m.GetStores(),
         b"\x81\xa1q\xa9GetStores",
+    ),
+    (
+        m.StoresInUse([1, 3], 4, 2),
+        b"\x93\x92\x01\x03\x04\x02",
+    ),
+    (
+        m.WatchStores(),
+        b"\x81\xa1q\xabWatchStores",
     ),
     (
         m.WorkerInfo("w", "h:1", "/s", "boot", True, 1, 2),
@@ -333,12 +345,12 @@ MESSAGES: list[tuple[Any, bytes]] = [
     ),
     (
         m.WorkerStatus("w", "n", 1.5, [], m.FetchCounters(0, 0, 0, 0, 0, 0, 0, 0), m.OpenCounts(0, 0)),
-        b"\x88\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers\x90\xa8counters\x8f\xb1u"
+        b"\x89\xa4name\xa1w\xacnamespace_id\xa1n\xa8uptime_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa5tiers\x90\xa8counters\x8f\xb1u"
         b"nder_store_bytes\x00\xb1under_store_reads\x00\xadpages_fetched\x00\xadblocks_s"
         b"ealed\x00\xa7changed\x00\xa7corrupt\x00\xacnot_admitted\x00\xabfiles_ahead\x00\xaapeer_byt"
         b"es\x00\xaapeer_reads\x00\xadpeer_failures\x00\xacserved_bytes\x00\xacserved_reads\x00\xa6l"
         b"eases\x00\xa5drops\x00\xa5opens\x82\xabpassthrough\x00\xa6cached\x00\xa6stores\x90\xadmaster_awa"
-        b"y_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00",
+        b"y_s\xcb\x00\x00\x00\x00\x00\x00\x00\x00\xabopen_stores\x00",
     ),
     (
         m.GetWorkerStatus(),
@@ -566,6 +578,10 @@ MESSAGES: list[tuple[Any, bytes]] = [
     (
         v.SetVolumeQuota("vol-1", 1 << 40),
         b"\x83\xa1q\xaeSetVolumeQuota\xa2id\xa5vol-1\xabquota_bytes\xcf\x00\x00\x01\x00\x00\x00\x00\x00",
+    ),
+    (
+        v.RenewVolume("vol-1", {"key": "value"}),
+        b"\x83\xa1q\xabRenewVolume\xa2id\xa5vol-1\xa7options\x81\xa3key\xa5value",
     ),
     (
         MOUNT,

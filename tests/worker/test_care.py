@@ -1,9 +1,12 @@
-"""What looks after the store while nobody waits. trio's time jumps over every pause here."""
+"""What looks after the store while nobody waits. trio's time jumps over every pause here, and over nothing that a
+thread does."""
 
 from __future__ import annotations
 
 import errno
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -24,9 +27,22 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, object]]:
-    # Not at once: what runs in a thread takes a moment, too.
-    return "trio", {"clock": MockClock(autojump_threshold=0.01)}
+def anyio_backend(monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, object]]:
+    clock, run_sync, running = MockClock(autojump_threshold=0), trio.to_thread.run_sync, 0
+
+    async def standing_still(*args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        running += 1
+        clock.autojump_threshold = math.inf
+        try:
+            return await run_sync(*args, **kwargs)
+        finally:
+            running -= 1
+            if not running:
+                clock.autojump_threshold = 0
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", standing_still)
+    return "trio", {"clock": clock}
 
 
 @pytest.mark.expect_warnings("a damaged block is worth one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ import trio
 from cachefs.model import Attr, BlockMissingError
 from cachefs.net import Peer, Session, UnixAddress, open_peer
 from cachefs.net.payloads import Room
-from cachefs.store import reader, sums
+from cachefs.store import Partial, reader, sums
+from cachefs.store import partial as partial_module
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.wire import Hello
 from cachefs.wire.cluster import ReadBlock
@@ -61,9 +63,51 @@ async def test_parts_of_pages_wait_for_room_and_give_it_back(tmp_path: Path, mon
             assert answer.payload == CONTENT[offset : offset + length]
         # A whole page goes from the file to the socket, and takes none.
         assert taken == [100, 200]
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(left) < len(taken):
                 await trio.lowlevel.checkpoint()
+
+
+async def test_a_page_of_a_block_that_is_sealed_while_it_is_compared_is_given_and_costs_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "file").write_bytes(CONTENT)
+    comparing, go_on, compare = threading.Event(), threading.Event(), Partial.compare
+
+    def slowly(partial: Partial, page: int) -> bool:
+        comparing.set()
+        assert go_on.wait(60)
+        return compare(partial, page)
+
+    options, quiet = {"settle": "0"}, {"scrub_bytes_per_s": 0}
+    async with (
+        running_cluster(tmp_path, data.as_uri(), ufs_options=options, worker=quiet) as cluster,
+        cluster.client() as client,
+        open_peer(cluster.worker_address, Hello("worker")) as peer,
+    ):
+        attr = await client.metadata.resolve("/file")
+        reader = client.open_content(attr)
+        assert bytes(await reader.read(2 * PAGE, 10)) == CONTENT[2 * PAGE :][:10]
+        reader.close()
+        monkeypatch.setattr(Partial, "compare", slowly)
+        monkeypatch.setattr(partial_module, "_FRESH_S", -1.0)
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def ask() -> None:
+                    answer = await peer.call(ReadBlock(attr.key, 0, 2 * PAGE, PAGE, "held"))
+                    assert answer.payload == CONTENT[2 * PAGE :]
+
+                nursery.start_soon(ask)
+                assert await trio.to_thread.run_sync(comparing.wait, 60)
+                assert await client.promote(attr.ino)
+                go_on.set()
+        finally:
+            go_on.set()
+        status = await cluster.worker_status()
+        assert (status.counters.corrupt, status.tiers[0].blocks) == (0, 1)
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])

@@ -44,7 +44,7 @@ class Other:
         return [not session.closed.is_set() for session in self.sessions]
 
     async def until_open(self, expected: list[bool]) -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while self.open != expected:
                 await trio.sleep(0.005)
 

@@ -91,7 +91,7 @@ async def test_pins_outlive_restarts_of_each_and_hold_while_the_master_is_away(t
             assert await client.promote(attr.ino)
         assert sealed(client, kept) == 5 and await pinned_bytes(cluster) > 30 * PAGE
         await cluster.start_master()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not any(each.connected for each in (await client.master_status()).workers):
                 await trio.sleep(0.01)
         (info,) = (await client.pins(sizes=False)).pins
@@ -144,7 +144,7 @@ async def test_what_is_pinned_goes_before_what_is_not_for_other_workers_too(tmp_
             with pytest.raises(CapacityError):
                 await peer.call(asked(other))
             assert (await peer.call(asked(kept))).payload == content[:PAGE]
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not sealed(client, [kept]):
                 await trio.sleep(0.01)
         assert sealed(client, await attrs_of(client, fill)) < before
@@ -156,14 +156,14 @@ async def test_every_block_of_a_pinned_content_stays(tmp_path: Path) -> None:
         huge = random.Random("huge").randbytes(2 * BLOCK + 5 * PAGE)
         (data / "huge").write_bytes(huge)
         assert b"".join([bytes(part) async for part in client.read_file("/huge", PAGE)]) == huge
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while (await cluster.worker_status()).tiers[0].blocks < 3:
                 await trio.sleep(0.01)
         await client.pin(["/huge"])
         assert await pinned_bytes(cluster) > len(huge)
         for attr in 2 * await attrs_of(client, OTHERS):
             assert await client.promote(attr.ino)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             # The worker reports what it holds every second.
             while (await client.pins(sizes=True)).pins[0].cached_bytes < len(huge):
                 await trio.sleep(0.01)
@@ -181,7 +181,7 @@ async def test_a_pin_holds_again_when_what_was_gone_is_back(tmp_path: Path, monk
         assert before > 30 * PAGE
         (data / "keep").rename(tmp_path / "away")
         await client.refresh("/")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await pinned_bytes(cluster):
                 await trio.sleep(0.01)
         (info,) = (await client.pins(sizes=True)).pins
@@ -190,13 +190,14 @@ async def test_a_pin_holds_again_when_what_was_gone_is_back(tmp_path: Path, monk
         await client.refresh("/")
         # The names are new, the contents are not: nobody has to ask for them.
         await list_all(client)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await pinned_bytes(cluster) < before:
                 await trio.sleep(0.01)
 
 
 async def test_a_worker_that_does_not_confirm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pins_module, "_CONFIRM_TIMEOUT_S", 0.3)
+    # Enough for the other one, which confirms.
+    monkeypatch.setattr(pins_module, "_CONFIRM_TIMEOUT_S", 3.0)
     async with scene(tmp_path) as (cluster, client, _):
         await list_all(client)
         async with open_peer(cluster.master_address, Hello("worker")) as silent:
@@ -204,7 +205,7 @@ async def test_a_worker_that_does_not_confirm_is_named(tmp_path: Path, monkeypat
             reply = await client.pin(["/keep", "/other"])
             assert reply.unconfirmed == ["silent"] and reply.capacity_bytes == CAPACITY + 10 * MiB
         # Its tiers do not count any more; what is pinned stays so, and no more is.
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await client.pins(sizes=False)).limit_bytes > CAPACITY:
                 await trio.sleep(0.01)
         with pytest.raises(CapacityError, match="Nothing was changed"):

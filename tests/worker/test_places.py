@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs.model import Attr, BlockId, ContentKey, Geometry, Ino, Kind, ObjectInfo, TransportError
 from cachefs.net import Answer
@@ -26,10 +27,12 @@ class Master:
 
     def __init__(self, *answers: BlockPlace) -> None:
         self._answers = list(answers)
+        self.may_answer = trio.Event()
+        self.may_answer.set()
 
     async def call_now(self, request: Any) -> Any:
         assert isinstance(request, AskBlocks)
-        await trio.lowlevel.checkpoint()
+        await self.may_answer.wait()
         if not self._answers:
             raise TransportError("away")
         return Answer(BlockPlaces([self._answers.pop(0)] * len(request.blocks)))
@@ -65,6 +68,18 @@ async def test_pages_that_ask_at_once_because_a_worker_died_keep_one_lease() -> 
     supply.end(route)
     supply.end(route)
     assert places.fetching() == [] and places.take_released() == [BLOCKS[0]]
+
+
+async def test_a_page_that_asks_when_its_block_was_given_up_keeps_no_lease() -> None:
+    places, supply = scene(GONE, MINE)
+    (route,) = await supply.routes([(BLOCKS[0], SOURCE, 0)])
+    go = places._link.may_answer = trio.Event()  # type: ignore[attr-defined]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supply._whom_to_ask, route)
+        await trio.testing.wait_all_tasks_blocked()
+        supply.end(route)
+        go.set()
+    assert places.fetching() == [] and not route.has_lease and places.take_released() == [BLOCKS[0]]
 
 
 async def test_a_lease_that_was_asked_about_only_is_not_taken() -> None:

@@ -6,21 +6,26 @@ import errno
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from cachefs.client import Client
-from cachefs.model import Attr, BlockId, MiB
+from cachefs.model import Attr, BlockId, CapacityError, MiB
 from cachefs.policy import Promote
 from cachefs.store import Partial, Store, TierConfig
 from cachefs.testing.cluster import PAGE, TestCluster, running_cluster
 from cachefs.testing.faulty_s3 import FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.ufs.files import Claim, Keep
+from cachefs.worker.origin import Origin
+from cachefs.worker.prefetch import Prefetch
+from cachefs.worker.sources import Source
 
 FILES = 60
 LIMIT_S = 60
@@ -51,14 +56,33 @@ async def scene(
             yield cluster, client, attrs, store
 
 
+_fetching: set[object] = set()
+"""What is fetched ahead now."""
+
+
+@pytest.fixture(autouse=True)
+def fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = Prefetch._go_on
+
+    async def noted(*args: Any) -> None:
+        it = object()
+        _fetching.add(it)
+        try:
+            await go_on(*args)
+        finally:
+            _fetching.discard(it)
+
+    monkeypatch.setattr(Prefetch, "_go_on", noted)
+
+
 async def quiet(cluster: TestCluster) -> tuple[int, int]:
-    """(reads, files ahead) when nothing more comes."""
+    """(reads, files ahead) when nothing more comes, however long the store takes for what is under way."""
     counters = (await cluster.worker_status()).counters
     while True:
         before = counters
         await trio.testing.wait_all_tasks_blocked(0.2)
         counters = (await cluster.worker_status()).counters
-        if counters == before:
+        if counters == before and not _fetching:
             return counters.under_store_reads, counters.files_ahead
 
 
@@ -160,6 +184,49 @@ async def test_what_a_reader_is_about_to_fetch_is_not_fetched_ahead_of_him(
             go.set()
         reads, ahead = await quiet(cluster)
         assert (reads, ahead) == (8, 3)
+
+
+async def test_a_file_that_a_reader_took_out_of_a_batch_and_did_not_get_is_the_next_batchs_own(
+    tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch ends while the second one fetches it."""
+    first, second = trio.Event(), trio.Event()
+    begun, ended, asked_again = trio.Event(), trio.Event(), trio.Event()
+    read_files = Origin.read_files
+
+    async def read(
+        origin: Origin, sources: Sequence[Source], keep: Keep, at_once: int, claim: Claim
+    ) -> list[Exception | None]:
+        if sources[-1].attr.ino != attrs[7].ino:
+            return await read_files(origin, sources, keep, at_once, claim)
+        if len(sources) == 4:
+            begun.set()
+            await first.wait()
+            outcomes = await read_files(origin, sources, keep, at_once, claim)
+            ended.set()
+            return outcomes
+        if not asked_again.is_set():
+            asked_again.set()
+            return [CapacityError("no room for its reader")]
+        assert claim(0)
+        await second.wait()
+        return await read_files(origin, sources, keep, at_once, lambda number: True)
+
+    async with scene(tmp_path, s3_bucket) as (cluster, client, attrs, _):
+        monkeypatch.setattr(Origin, "read_files", read)
+        for attr in attrs[:4]:
+            assert await client.view.promote(attr.ino, reader=1)
+        await begun.wait()
+        assert not await client.view.promote(attrs[7].ino, reader=3)
+        for attr in attrs[:4]:
+            assert await client.view.promote(attr.ino, reader=2)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        first.set()
+        await ended.wait()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        second.set()
+        assert await quiet(cluster) == (8, 4)
+        assert all(is_sealed(client, attr) for attr in attrs[4:8])
 
 
 @pytest.mark.parametrize("mode", list(Promote))

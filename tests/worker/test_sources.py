@@ -36,7 +36,7 @@ class ComesBack:
         self._namespace_id = namespace_id
 
     async def call(self, request: Any, patience_s: float | None = None) -> Any:
-        await self.sources.add(self._namespace_id, [])
+        await self.sources.registered(self._namespace_id, [])
         raise self._error
 
 
@@ -54,10 +54,10 @@ async def test_what_another_namespace_says_of_a_number_is_not_said_of_ours(
     for namespace_id, expected in (("ours", type(error)), ("another", NamespaceChangedError)):
         link = ComesBack(error, namespace_id)
         link.sources = sources = Sources(link, nursery)  # type: ignore[arg-type]
-        await sources.add("ours", [])
+        await sources.registered("ours", [])
         with pytest.raises(expected):
             await sources.resolve(Ino(8))
-        await sources.add("ours", [])
+        await sources.registered("ours", [])
         with pytest.raises(expected):
             await sources.resolve_next(Ino(8), Ino(8), 10)
 
@@ -87,7 +87,7 @@ async def test_shuffled_files_of_a_directory_are_not_asked_for_one_by_one(
 ) -> None:
     link = Remembers(range(100, 400))
     sources = Sources(link, nursery)  # type: ignore[arg-type]
-    await sources.add("ours", [StoreInfo(1, tmp_path.as_uri(), {})])
+    await sources.registered("ours", [StoreInfo(1, tmp_path.as_uri(), {})])
     shuffled = list(range(100, 400))
     random.Random(1).shuffle(shuffled)
     for ino in shuffled:
@@ -99,7 +99,7 @@ async def test_shuffled_files_of_a_directory_are_not_asked_for_one_by_one(
         await sources.resolve(Ino(ino))
     assert len(link.asked) == before
     # Told under another number of the master's: nothing of before is believed.
-    await sources.add("another", [StoreInfo(1, tmp_path.as_uri(), {})])
+    await sources.registered("another", [StoreInfo(1, tmp_path.as_uri(), {})])
     await sources.resolve(Ino(shuffled[0]))
     assert len(link.asked) == before + 1
 
@@ -109,6 +109,6 @@ async def test_what_is_not_in_its_directory_any_more_is_asked_for_by_itself(
 ) -> None:
     link = Remembers(range(100, 110))
     sources = Sources(link, nursery)  # type: ignore[arg-type]
-    await sources.add("ours", [StoreInfo(1, tmp_path.as_uri(), {})])
+    await sources.registered("ours", [StoreInfo(1, tmp_path.as_uri(), {})])
     assert (await sources.resolve(Ino(50))).info.path == "file-50"
     assert [type(each) for each in link.asked] == [ResolveNext, Resolve]

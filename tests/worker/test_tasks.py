@@ -44,7 +44,7 @@ class Asked:
 
 async def given(stream: AsyncGenerator[Tasks, None]) -> list[int]:
     """What comes next."""
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         return [task.task_id for task in (await stream.__anext__()).tasks]
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from cachefs.client import Client
 from cachefs.model import MiB
-from cachefs.store import TierConfig
+from cachefs.store import Partial, Store, TierConfig
 from cachefs.store.layout import SUMS_SUFFIX
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.testing.disks import small_disk, unreadable
 from cachefs.wire.messages import Fetch
+from cachefs.worker.origin import Origin
+from cachefs.worker.sources import Source
 
 CONTENT = random.Random(1).randbytes(2 * BLOCK + 3 * PAGE + 7)
 SMALL = CONTENT[: 3 * PAGE + 7]
@@ -132,3 +136,46 @@ async def test_what_a_reader_says_is_looked_at_and_not_believed(tmp_path: Path) 
             await trio.sleep(0.01)
         assert the_file(tier / "sealed").exists()
         assert (await cluster.worker_status()).counters.corrupt == 0
+
+
+async def test_a_partial_that_is_being_given_up_is_not_filled_by_whoever_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giving_up, give_up_now, fetching, fetch_now = threading.Event(), threading.Event(), trio.Event(), trio.Event()
+    give_up, read = Store.give_up, Origin.read
+
+    def slowly(store: Store, partial: Partial) -> None:
+        giving_up.set()
+        assert give_up_now.wait(LIMIT_S)
+        give_up(store, partial)
+
+    async def when_told(origin: Origin, source: Source, offset: int, length: int) -> Any:
+        if offset == 3 * PAGE:
+            fetching.set()
+            await fetch_now.wait()
+        return await read(origin, source, offset, length)
+
+    async with scene(tmp_path) as (cluster, client, tier):
+        attr = await client.metadata.resolve("/small")
+        answer = await client.worker.call(Fetch(attr.ino, 0, 0, 100, 0))
+        for fd in answer.fds:
+            os.close(fd)
+        monkeypatch.setattr(Store, "give_up", slowly)
+        monkeypatch.setattr(Origin, "read", when_told)
+        try:
+            await client.worker.call(Fetch(attr.ino, 0, 0, 100, answer.message.serial, unreadable=True))
+            assert await trio.to_thread.run_sync(giving_up.wait, LIMIT_S)
+            async with trio.open_nursery() as nursery:
+
+                async def promote() -> None:
+                    assert await client.promote(attr.ino)
+
+                nursery.start_soon(promote)
+                await fetching.wait()
+                give_up_now.set()
+                while (await cluster.worker_status()).counters.corrupt == 0:
+                    await trio.sleep(0.01)
+                fetch_now.set()
+        finally:
+            give_up_now.set()
+        assert the_file(tier / "sealed").read_bytes() == SMALL

@@ -23,6 +23,7 @@ from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire import Connection, Hello, Kind
 from cachefs.wire.messages import Fetch
 from cachefs.worker.origin import Origin
+from cachefs.worker.sources import Source
 
 SMALL = random.Random(1).randbytes(PAGE // 2)
 LARGE = random.Random(2).randbytes(10 * PAGE + 123)
@@ -70,7 +71,7 @@ def sealed_bytes(client: Client, attr: Attr) -> bytes | None:
 
 
 async def until_sealed(cluster: TestCluster, blocks: int) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while (await cluster.worker_status()).tiers[0].blocks < blocks:
             await trio.sleep(0.01)
 
@@ -153,6 +154,44 @@ async def test_a_look_at_the_head_does_not_fetch_the_rest(data: Path, tmp_path: 
         await trio.testing.wait_all_tasks_blocked(0.1)
         # The page it is in, and the one read ahead.
         assert (await cluster.worker_status()).counters.pages_fetched <= 2
+
+
+async def test_an_idle_partial_stays_open_for_the_pages_that_are_on_their_way(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, kept = trio.Event(), trio.Event(), trio.Event()
+    reads: list[int] = []
+    read, write_page = Origin.read, Partial.write_page
+
+    async def slowly(origin: Origin, source: Source, offset: int, length: int) -> Any:
+        reads.append(offset)
+        if offset == PAGE:
+            begun.set()
+            await go_on.wait()
+        return await read(origin, source, offset, length)
+
+    def and_tell(partial: Partial, page: int, *args: Any) -> bool:
+        try:
+            return write_page(partial, page, *args)
+        finally:
+            if page == 1:
+                trio.from_thread.run_sync(kept.set)
+
+    monkeypatch.setattr(Origin, "read", slowly)
+    monkeypatch.setattr(Partial, "write_page", and_tell)
+    async with cluster_of(data, tmp_path, idle_partial_s=0.1) as (_, client):
+        attr = await client.metadata.resolve("/large")
+        reader = client.open_content(attr)
+        with trio.fail_after(60):
+            assert bytes(await reader.read(0, 100)) == LARGE[:100]
+            # Nobody waits for the second page, which is read ahead, and nobody asks for anything meanwhile.
+            await begun.wait()
+            await trio.sleep(0.5)
+            go_on.set()
+            await kept.wait()
+            assert bytes(await reader.read(PAGE, 100)) == LARGE[PAGE:][:100]
+        assert reads.count(PAGE) == 1
+        reader.close()
 
 
 async def test_contents_of_several_blocks(data: Path, tmp_path: Path) -> None:
@@ -329,9 +368,34 @@ async def test_the_master_learns_what_workers_hold(data: Path, tmp_path: Path) -
     async with cluster_of(data, tmp_path) as (_, client):
         attr = await client.metadata.resolve("/large")
         await client.promote(attr.ino)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await client.holders(attr, 0) != ["worker"]:
                 await trio.sleep(0.02)
+
+
+async def test_what_is_evicted_before_it_is_told_of_is_not_reported_as_held(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Store.close
+
+    def and_evict(store: Store, partial: Partial) -> None:
+        close(store, partial)
+        if partial.length == len(SMALL):
+            assert store.evict(partial.block)
+
+    async with cluster_of(data, tmp_path) as (_, client):
+        small, large = [await client.metadata.resolve(f"/{name}") for name in ("small", "large")]
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "close", and_evict)
+            with pytest.raises(BlockCorruptError):  # it is never there
+                await client.promote(small.ino)
+        assert sealed_bytes(client, small) is None
+        # Told of later, or together.
+        await client.promote(large.ino)
+        with trio.fail_after(60):
+            while await client.holders(large, 0) != ["worker"]:
+                await trio.sleep(0.02)
+        assert await client.holders(small, 0) == []
 
 
 async def test_cancelled_readers_leave_the_fetch_to_others(data: Path, tmp_path: Path) -> None:
@@ -385,11 +449,15 @@ async def test_answers_that_nobody_reads_are_not_made(data: Path, tmp_path: Path
             heads = [asking.head(Kind.REQUEST, number, request) for number, request in enumerate(requests, 1)]
             greedy.sendall(b"".join(heads))
             reads = -1
-            while (counters := (await cluster.worker_status()).counters).under_store_reads != reads:
-                reads = counters.under_store_reads
-                assert await read_all(client, await client.metadata.resolve("/small")) == SMALL
-                await trio.testing.wait_all_tasks_blocked(0.1)
-            assert 10 * MiB < counters.under_store_bytes < 40 * MiB
+            with trio.fail_after(60):
+                # Until it has begun, and then until no more comes.
+                while (
+                    counters := (await cluster.worker_status()).counters
+                ).under_store_bytes <= 10 * MiB or counters.under_store_reads != reads:
+                    reads = counters.under_store_reads
+                    assert await read_all(client, await client.metadata.resolve("/small")) == SMALL
+                    await trio.testing.wait_all_tasks_blocked(0.1)
+            assert counters.under_store_bytes < 40 * MiB
             greedy.setblocking(False)
             left = len(requests)
             with trio.fail_after(60):

@@ -4,13 +4,23 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
+{{- /* Releases may have dots in their names, Services may not. */}}
 {{- define "cachefs.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else if contains (include "cachefs.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "cachefs.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "cachefs.name" .) | replace "." "-" | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Of a load. A Job cannot be changed, so what would run otherwise in anything is another Job: another load, image,
+address, or version of this chart, which stands in the labels. (dict "root" $ "this" $this "load" $load) */}}
+{{- define "cachefs.warmupName" -}}
+{{- $name := printf "%s-warmup-%s" (include "cachefs.fullname" .root) .load.name -}}
+{{- if .load.schedule -}}{{- $name -}}{{- else -}}
+{{- printf "%s-%s" $name (include "cachefs.warmupJob" . | sha256sum | trunc 8) -}}
 {{- end -}}
 {{- end -}}
 
@@ -277,8 +287,34 @@ securityContext:
 {{- fail "tls.existingSecrets: all of master, worker and client are needed, or certManager.enabled" -}}
 {{- end -}}
 {{- end -}}
+{{- $full := include "cachefs.fullname" . -}}
+{{- if not (regexMatch "^[a-z]" $full) -}}
+{{- fail (printf "fullnameOverride: names of objects would begin with %q, and Services must begin with a letter: set one that does" $full) -}}
+{{- end -}}
+{{- $loads := dict -}}
+{{- range .Values.warmup.loads -}}
+{{- $this := dict "root" $ "component" "warmup" "role" "admin" -}}
+{{- $name := include "cachefs.warmupName" (dict "root" $ "this" $this "load" .) -}}
+{{- $most := ternary 52 63 (hasKey . "schedule") -}}
+{{- if gt (len $name) $most -}}
+{{- fail (printf "warmup.loads: %s: the name %q has %d characters, and Kubernetes takes %d: a shorter name, or fullnameOverride" .name $name (len $name) $most) -}}
+{{- end -}}
+{{- if hasKey $loads .name -}}{{- fail (printf "warmup.loads: %s: the name is there twice" .name) -}}{{- end -}}
+{{- $_ := set $loads .name true -}}
+{{- end -}}
 {{- if and (not .Values.worker.tiers.memory.enabled) (not .Values.worker.tiers.disks) -}}
 {{- fail "worker.tiers: at least one, memory.enabled or an entry of disks" -}}
+{{- end -}}
+{{- range $name := list "master" "worker" -}}
+{{- $its := index $.Values $name -}}
+{{- if eq (int $its.port) (int $its.httpPort) -}}
+{{- fail (printf "%s.httpPort: %d is %s.port too" $name (int $its.httpPort) $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "controller" "nodePlugin" -}}
+{{- if eq (int (index $.Values.csi $name).httpPort) 9808 -}}
+{{- fail (printf "csi.%s.httpPort: 9808 is that of the liveness sidecar" $name) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.csi.inlineUrls (not .Values.csi.mayAttach) -}}
 {{- fail "csi.inlineUrls needs csi.mayAttach: attaching takes the token of an admin" -}}
@@ -336,9 +372,11 @@ securityContext:
       mountPath: /csi
 {{- end -}}
 
-{{/* Of the driver's container: what the sidecar answers for it. */}}
+{{/* Of the driver's container: alive is what the sidecar answers for it. (dict "httpPort" 9103) */}}
 {{- define "cachefs.csiProbes" -}}
 ports:
+  - name: metrics
+    containerPort: {{ .httpPort }}
   - name: healthz
     containerPort: 9808
 # Whom it asks may be away for a while, as in an upgrade: to start the driver again would only make that longer.
@@ -352,6 +390,28 @@ livenessProbe:
   periodSeconds: 10
   timeoutSeconds: 7
   failureThreshold: 30
+# An update waits for it, and does not take the next one away as long as this one can do nothing.
+readinessProbe:
+  httpGet: {path: /readyz, port: metrics}
+  periodSeconds: 10
+  timeoutSeconds: 7
+{{- end -}}
+
+{{/* By which the operator of Prometheus finds pods that nobody else asks over the network. */}}
+{{- define "cachefs.metricsService" -}}
+apiVersion: v1
+kind: Service
+metadata:
+  {{- include "cachefs.meta" . | nindent 2 }}
+spec:
+  # For monitoring alone.
+  clusterIP: None
+  selector:
+    {{- include "cachefs.selector" . | nindent 4 }}
+  ports:
+    - name: metrics
+      port: {{ .httpPort }}
+      targetPort: metrics
 {{- end -}}
 
 {{/* The spec of a Job that loads. (dict "root" $ "this" $this "load" $load) */}}
