@@ -64,17 +64,17 @@ class Faults:
 class _Injection:
     def __init__(self, control: str) -> None:
         self._control = control
-        self._seen = 0
+        self._seen = 0, 0
         self._fault: list[Any] = []
         self._stat, self._readlink, self._open = os.stat, os.readlink, builtins.open
 
     def check(self, call: Call, where: Callable[[], str]) -> None:
         """Raises OSError if it is to fail."""
-        inode = self._stat(self._control).st_ino
-        if inode != self._seen:
+        found = self._stat(self._control)
+        if (found.st_ino, found.st_mtime_ns) != self._seen:
             with self._open(self._control, encoding="utf-8") as file:
                 self._fault = json.load(file)
-            self._seen = inode
+            self._seen = found.st_ino, found.st_mtime_ns
         if not self._fault:
             return
         *calls, pattern, code = self._fault

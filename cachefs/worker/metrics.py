@@ -121,7 +121,8 @@ WORKER_METRICS: Sequence[Metric[WorkerParts]] = (
     counter("cachefs_changed_total", "Reads that found their object changed or gone.", _count("changed")),
     gauge(
         "cachefs_fetch_slots",
-        "Fetches that may run at once, by who waits for them: demand (readers), background (nobody yet), load.",
+        "Fetches that may run at once, by who waits for them: demand (readers), background (nobody yet), load. Up to "
+        "four more run for under-stores of which none does.",
         lambda parts: by_label({name: slots.total for name, slots in parts.filler.slots.items()}),
         "queue",
     ),

@@ -30,6 +30,7 @@ pytestmark = [
 DATA = {f"file{number}": random.Random(number).randbytes(3 * MiB + number) for number in range(6)}
 LIMIT_S = 120
 CAUGHT_S = 30
+"""Within which a worker is met while it compares."""
 
 
 class Scene:
@@ -73,7 +74,10 @@ class Scene:
             end, pid = time.monotonic() + CAUGHT_S, None
             while time.monotonic() < end:
                 pid = pid or pid_of(self.cluster.socket("a"))
-                if pid is None or not is_comparing(pid, self.tier / directory):
+                if pid is None:
+                    time.sleep(0.01)
+                    continue
+                if not is_comparing(pid, self.tier / directory):
                     continue
                 os.kill(pid, signal.SIGSTOP)
                 while " (stopped)" not in Path(f"/proc/{pid}/status").read_text():
