@@ -177,7 +177,7 @@ class _Database:
                 await self._writer.run(self._store.prove_writable)
                 self._unwritten = None
             except Exception as error:
-                self._unwritten = f"the database fails: {error}"
+                self._unwritten = f"the database fails: {error.__cause__ or error}"
             return self._unwritten
 
 

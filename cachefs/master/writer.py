@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import outcome
 import trio
 
 from cachefs.meta import MetaStore
+from cachefs.model import CachefsError, LogLimiter
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,10 @@ T = TypeVar("T")
 
 _WRITES_AT_ONCE = 64
 """In one transaction: whoever asks for little does not wait for all reports of a cluster that was restarted."""
+
+
+_OF_THE_DISK = frozenset((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN))
+"""The low byte of what SQLite answers then."""
 
 
 class _Write:
@@ -38,6 +44,7 @@ class Writer:
         self._queue: list[_Write] = []
         self._wanted = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
+        self._log = LogLimiter(logger)
 
     @property
     def waiting(self) -> int:
@@ -55,6 +62,8 @@ class Writer:
         `then` is called with the result once that is committed, in the event loop's thread, whether anybody waits or
         not: what is in memory must not differ from the database because an asker left. `otherwise` is called so when it
         could not be written. They must not raise. What is asked for is queued without a checkpoint.
+
+        Raises what `function` does; CachefsError when the disk is full or fails.
         """
         write = _Write(function, then, otherwise)
         self._queue.append(write)
@@ -95,7 +104,7 @@ class Writer:
                 results = [write.function() for write in writes]
         except Exception as error:
             if len(writes) == 1:
-                writes[0].result = outcome.Error(error)
+                writes[0].result = outcome.Error(self._told(error))
             else:
                 # One of them is at fault: alone, it fails alone.
                 for write in writes:
@@ -103,3 +112,12 @@ class Writer:
             return
         for write, result in zip(writes, results, strict=True):
             write.result = outcome.Value(result)
+
+    def _told(self, error: Exception) -> Exception:
+        """What whoever asked gets: of a disk that is full or fails, nothing that looks like a mistake of ours."""
+        if not isinstance(error, sqlite3.Error) or getattr(error, "sqlite_errorcode", 0) & 0xFF not in _OF_THE_DISK:
+            return error
+        self._log.log(logging.WARNING, str(error), "the database cannot be written error=%s", error)
+        told = CachefsError(f"the master's database cannot be written: {error}")
+        told.__cause__ = error
+        return told

@@ -138,10 +138,12 @@ class MetaStore:
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             yield self._writer
+            self._writer.execute("COMMIT")
         except BaseException:
-            self._writer.execute("ROLLBACK")
+            # On a full disk SQLite may have done so by itself, or have left it open though it was to be committed.
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
             raise
-        self._writer.execute("COMMIT")
 
     def set_fact(self, name: str, value: str) -> None:
         """Record something about this namespace for good."""

@@ -1,4 +1,4 @@
-"""Readers of a real mount while the disk of their worker's tier is full again and again."""
+"""Readers of a real mount while the disk of their worker's tier, or of the master, is full."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cachefs.testing.disks import small_disk, why_no_disks
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import mountpoint_below
 from cachefs.testing.real_cluster import PAGE, RealCluster, real_cluster
+from tests.cli.test_http import get
 
 pytestmark = [
     pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse"),
@@ -29,6 +30,7 @@ DATA = {
     f"{number:02}": random.Random(number).randbytes((12 * PAGE if number % 3 else 9000) + number)
     for number in range(36)
 }
+KNOWN = list(DATA)[:6]
 LIMIT_S = 120
 
 
@@ -113,3 +115,34 @@ async def test_a_disk_that_is_full_again_and_again(tmp_path: Path, s3_bucket: Bu
         assert kept and len(kept) == tier.blocks < len(DATA)
         for path in kept:
             assert path.read_bytes() == whole[path.stat().st_size]
+
+
+async def test_the_disk_of_the_master_is_full(tmp_path: Path, s3_bucket: Bucket) -> None:
+    """What is known is read on; what would have to be written down is an error, and nothing once there is room."""
+    s3_bucket.put({name: DATA[name] for name in KNOWN} | {f"new/{name}": DATA[name] for name in KNOWN})
+    with small_disk(tmp_path, 8 * MiB) as disk, mountpoint_below(tmp_path) as mountpoint, trio.fail_after(LIMIT_S):
+        flags = ["--data-dir", disk / "master", "--http", "127.0.0.1:0"]
+        async with real_cluster(
+            tmp_path, s3_bucket.url, workers=["a"], ufs_options=s3_bucket.options, master_flags=flags
+        ) as cluster:
+            await cluster.start_mount("mount", mountpoint, "--worker-socket", cluster.socket("a"))
+            it = Scene(cluster, mountpoint, disk)
+            await it.check(*KNOWN)
+            theirs = disk / "theirs"
+            await trio.to_thread.run_sync(take_what_is_left, theirs)
+            await it.check(*KNOWN)
+            with pytest.raises(OSError, match="Input/output error"):
+                await trio.to_thread.run_sync((mountpoint / "new" / KNOWN[0]).read_bytes, abandon_on_cancel=True)
+            await it.check(*KNOWN)
+            while get(cluster.processes["master"], "/readyz") != (
+                503,
+                "the database fails: database or disk is full\n",
+            ):
+                await trio.sleep(0.1)
+            theirs.unlink()
+            for name in KNOWN:
+                path = mountpoint / "new" / name
+                assert await trio.to_thread.run_sync(path.read_bytes, abandon_on_cancel=True) == DATA[name]
+            await it.check(*KNOWN)
+            while get(cluster.processes["master"], "/readyz") != (200, "ready\n"):
+                await trio.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import trio
 from cachefs.master import writer as module
 from cachefs.master.writer import Writer
 from cachefs.meta import MetaStore, open_meta_store
+from cachefs.model import CachefsError
 
 pytestmark = pytest.mark.anyio
 
@@ -46,3 +48,15 @@ async def test_what_raises_after_it_was_written_ends_nothing(scene: tuple[MetaSt
     await writer.run(lambda: store.set_fact("one", "1"), then)
     await writer.run(lambda: store.set_fact("two", "2"))
     assert (store.fact("one"), store.fact("two")) == ("1", "2")
+
+
+@pytest.mark.expect_warnings("a database that cannot be written is told")
+async def test_a_disk_that_is_full_is_no_mistake_of_ours(scene: tuple[MetaStore, Writer]) -> None:
+    store, writer = scene
+    store._writer.execute("PRAGMA max_page_count = 1")  # no more than it has
+    with pytest.raises(CachefsError, match="the master's database cannot be written: database or disk is full"):
+        await writer.run(lambda: store.set_fact("large", "x" * 1_000_000))
+    await writer.run(lambda: store.set_fact("small", "1"))
+    assert store.fact("small") == "1"
+    with pytest.raises(sqlite3.OperationalError, match="syntax error"):
+        await writer.run(lambda: store._writer.execute("mistake"))
