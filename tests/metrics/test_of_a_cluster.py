@@ -143,7 +143,7 @@ async def test_what_workers_have_yet_to_do_for_a_job_is_shown(tmp_path: Path, mo
     async with cluster_of(tmp_path) as (cluster, client):
 
         async def until(jobs: int, tasks: int) -> None:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while True:
                     found = await shown(cluster.monitors["master"])
                     if (found["cachefs_jobs_running"], found["cachefs_tasks_waiting"]) == (jobs, tasks):
@@ -172,7 +172,7 @@ async def test_what_cannot_be_counted_is_counted_later(tmp_path: Path, monkeypat
     monkeypatch.setattr("cachefs.master.metrics.COUNTED_EVERY_S", 0.01)
     async with cluster_of(tmp_path, files_ahead=0) as (cluster, client):
         assert await client.promote((await client.metadata.resolve("/0")).ino)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await shown(cluster.monitors["master"])).get("cachefs_worker_blocks worker=worker") != 1:
                 await trio.sleep(0.01)
     assert failures == 0
@@ -180,8 +180,11 @@ async def test_what_cannot_be_counted_is_counted_later(tmp_path: Path, monkeypat
 
 async def test_the_master_counts_what_it_is_asked(tmp_path: Path) -> None:
     async with cluster_of(tmp_path) as (cluster, client):
-        before = await shown(cluster.monitors["master"])
-        assert before["cachefs_workers_connected"] == before["cachefs_under_stores"] == before["cachefs_watchers"] == 1
+        with trio.fail_after(60):
+            # The client asks in the background to be told of changes.
+            while (before := await shown(cluster.monitors["master"]))["cachefs_watchers"] != 1:
+                await trio.sleep(0.01)
+        assert before["cachefs_workers_connected"] == before["cachefs_under_stores"] == 1
         assert before["cachefs_under_stores_failing"] == before["cachefs_served_stale_total"] == 0
         for name in FILES:
             await client.metadata.lookup((await client.metadata.resolve("/")).ino, name)
@@ -199,13 +202,13 @@ async def test_a_worker_without_its_master_is_not_ready_and_alive(tmp_path: Path
         assert await ready(worker) == (200, "ready\n")
         assert await ready(cluster.monitors["master"]) == (200, "ready\n")
         await cluster.stop("master")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await ready(worker))[0] == 200:
                 await trio.sleep(0.01)
         assert await ready(worker) == (503, "it is not registered with the master\n")
         assert (await shown(worker))["cachefs_registered"] == 0
         assert (await worker.answer("/healthz") or ())[::2] == (200, b"ok\n")
         await cluster.start_master()
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while await ready(worker) != (200, "ready\n"):
                 await trio.sleep(0.01)
