@@ -41,7 +41,8 @@ def samples(shown: bytes) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
 
 
 def test_what_is_alone_stays_as_it_is() -> None:
-    assert merged(text("a", 1), []) == text("a", 1)
+    alone = text("a", 1)
+    assert merged(alone, []) == alone
 
 
 @pytest.mark.parametrize("value", ["vol-1", "carriage\rreturn", 'odd "quoted" \\ name\nof two lines', ""])
