@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import outcome
 import trio
 
-from cachefs.meta import MetaStore
+from cachefs.meta import MetaStore, is_of_the_disk
 from cachefs.model import CachefsError, LogLimiter
 
 logger = logging.getLogger(__name__)
@@ -19,10 +18,6 @@ T = TypeVar("T")
 
 _WRITES_AT_ONCE = 64
 """In one transaction: whoever asks for little does not wait for all reports of a cluster that was restarted."""
-
-
-_OF_THE_DISK = frozenset((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN))
-"""The low byte of what SQLite answers then."""
 
 
 class _Write:
@@ -115,7 +110,7 @@ class Writer:
 
     def _told(self, error: Exception) -> Exception:
         """What whoever asked gets: of a disk that is full or fails, nothing that looks like a mistake of ours."""
-        if not isinstance(error, sqlite3.Error) or getattr(error, "sqlite_errorcode", 0) & 0xFF not in _OF_THE_DISK:
+        if not is_of_the_disk(error):
             return error
         self._log.log(logging.WARNING, str(error), "the database cannot be written error=%s", error)
         told = CachefsError(f"the master's database cannot be written: {error}")

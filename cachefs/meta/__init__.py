@@ -1,6 +1,6 @@
 """The namespace and the block map, in SQL: inodes and names, mounts, and which worker holds which block."""
 
-from cachefs.meta.database import open_database
+from cachefs.meta.database import is_of_the_disk, open_database
 from cachefs.meta.inodes import Found, Inode, Merged
 from cachefs.meta.jobs import StoredJob
 from cachefs.meta.mounts import Added, Mount, check_mounts, is_below, normalise_mount_path, parent_path
@@ -26,6 +26,7 @@ __all__ = [
     "Volume",
     "check_mounts",
     "is_below",
+    "is_of_the_disk",
     "normalise_mount_path",
     "open_database",
     "open_meta_store",

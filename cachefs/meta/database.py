@@ -14,6 +14,9 @@ from cachefs.model import CachefsError, ConfigError
 
 SCHEMA_VERSION = 5
 
+_OF_THE_DISK = frozenset((sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN))
+"""The low byte of what SQLite answers then."""
+
 # Portable on purpose (PostgreSQL later): no rowid tricks, no upserts that only one of the two knows.
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -260,3 +263,8 @@ def _prepare(connection: sqlite3.Connection) -> str:
         connection.execute("COMMIT")
     (namespace_id,) = connection.execute("SELECT value FROM facts WHERE name = 'namespace_id'").fetchone()
     return str(namespace_id)
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether the database could not be read or written because its disk is full, read-only, or fails."""
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK
