@@ -76,6 +76,8 @@ class Scene:
             time.sleep(0.01)
 
     def upgrade(self, *command: str) -> str:
+        """Once the keeper has heard that the server answers: the log of servers tells that a moment before."""
+        self.wait(lambda: parse_facts(ask(self.path, "who").removeprefix("keeper "))[0]["state"] == "serving")
         return ask(self.path, "\0".join(["upgrade", *command]))
 
 
