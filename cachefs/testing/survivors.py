@@ -170,9 +170,11 @@ def reading(mountpoint: Path, source: Path, count: int = 2) -> Iterator[Readers]
             process.communicate()
 
 
-def pid_of(role: str, mountpoint: Path) -> int | None:
-    """The process with `ROLE MOUNTPOINT` in its command line, as people look for it: `mount-server`, `mount-keeper`."""
-    wanted = [role, str(mountpoint)]
+def pids_of(role: str, mountpoint: Path) -> list[int]:
+    """The processes with `ROLE MOUNTPOINT` in their command lines, as people look for them: `mount-server`,
+    `mount-keeper`.
+    """
+    wanted, found = [role, str(mountpoint)], []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             try:
@@ -180,8 +182,13 @@ def pid_of(role: str, mountpoint: Path) -> int | None:
             except OSError:
                 continue
             if any(words[at : at + 2] == wanted for at in range(len(words))):
-                return int(process.name)
-    return None
+                found.append(int(process.name))
+    return found
+
+
+def pid_of(role: str, mountpoint: Path) -> int | None:
+    """The first of `pids_of`."""
+    return next(iter(pids_of(role, mountpoint)), None)
 
 
 def kill(role: str, mountpoint: Path, number: signal.Signals = signal.SIGKILL) -> int:

@@ -23,7 +23,7 @@ from cachefs.fuse import find_mount, is_mounted, probe
 from cachefs.model import ConfigError, ExistsError, NamespaceError, UnavailableError
 from cachefs.testing.node import Node, node_of, until
 from cachefs.testing.processes import mountpoint_below, running
-from cachefs.testing.survivors import Report, kill, make_source, pid_of, reading, wait_for
+from cachefs.testing.survivors import Report, kill, make_source, pid_of, pids_of, reading, wait_for
 
 pytestmark = pytest.mark.skipif(not probe().can_mount or os.geteuid() != 0, reason="needs root and /dev/fuse")
 
@@ -234,7 +234,7 @@ def test_every_process_is_killed_while_others_read(node: Node, tmp_path: Path, s
         node.kill_keepers()
         service.terminate()
         time.sleep(1.0)
-        assert processes("mount-server", one) == servers[:1]
+        assert pids_of("mount-server", one) == servers[:1]
         node.start_keeper()
         assert service.wait(LIMIT_S) == 0
         service = node.start_mounts()
@@ -245,22 +245,9 @@ def test_every_process_is_killed_while_others_read(node: Node, tmp_path: Path, s
         for readers in (readers_of_one, readers_of_two):
             check(readers.stop())
     for mountpoint in (one, two):
-        assert len(processes("mount-server", mountpoint)) == len(processes("mount-keeper", mountpoint)) == 1
+        assert len(pids_of("mount-server", mountpoint)) == len(pids_of("mount-keeper", mountpoint)) == 1
         node.remove(mountpoint)
     nothing_is_left(node, one)
-
-
-def processes(role: str, mountpoint: Path) -> list[int]:
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except OSError:
-                continue
-            if any(words[at : at + 2] == [role, str(mountpoint)] for at in range(len(words))):
-                found.append(int(process.name))
-    return found
 
 
 def test_all_of_it_is_killed_and_comes_back_with_nobody_asking(node: Node, tmp_path: Path) -> None:
@@ -274,7 +261,7 @@ def test_all_of_it_is_killed_and_comes_back_with_nobody_asking(node: Node, tmp_p
         process.wait()
     for mountpoint in (one, two):
         # Servers end as well, once they notice.
-        for pid in processes("mount-keeper", mountpoint) + processes("mount-server", mountpoint):
+        for pid in pids_of("mount-keeper", mountpoint) + pids_of("mount-server", mountpoint):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     until(lambda: is_not_connected(one) and is_not_connected(two), "the end of the connections")
