@@ -48,7 +48,7 @@ def release_mounts(directory: Path) -> None:
         last = below[-1]
         if last.fs_type.startswith("fuse"):
             with suppress(MountError):
-                abort(last.connection)
+                abort(last)
         unmount(last.mountpoint, lazy=True)
 
 

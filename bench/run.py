@@ -433,7 +433,7 @@ def _abort(path: Path | None) -> None:
     mounted = find_mount(path)
     if mounted is not None and mounted.fs_type.startswith("fuse"):
         with suppress(MountError):
-            abort(mounted.connection)
+            abort(mounted)
 
 
 def _kill(mounted: Mounted | None) -> None:

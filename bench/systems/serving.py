@@ -95,7 +95,6 @@ def serving(
     mountpoint.mkdir(parents=True, exist_ok=True)
     name = Path(command[0]).name
     process = None
-    connection = None
     polite_s = 0.0
     try:
         with (place / "log").open("ab") as output:
@@ -110,32 +109,30 @@ def serving(
                 preexec_fn=end_with_parent,
             )
         deadline = time.monotonic() + START_LIMIT_S
-        while (mounted := find_mount(mountpoint)) is None:
+        while find_mount(mountpoint) is None:
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended instead of mounting:\n{end_of_log(place)}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not mount in {START_LIMIT_S:g} s:\n{end_of_log(place)}")
             time.sleep(0.05)
-        connection = mounted.connection
         yield [pid for pid in group_members(process.pid) if not _only_mounts(pid)]
         polite_s = END_LIMIT_S
     finally:
-        while find_mount(mountpoint) is not None:
+        while (mounted := find_mount(mountpoint)) is not None:
+            if not polite_s:
+                with suppress(MountError):
+                    abort(mounted)
             unmount(mountpoint, lazy=True)
         if process is not None:
-            _end(process, connection, polite_s)
+            _end(process, polite_s)
 
 
-def _end(process: subprocess.Popen[bytes], connection: int | None, polite_s: float) -> None:
+def _end(process: subprocess.Popen[bytes], polite_s: float) -> None:
     if polite_s:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(polite_s)
-    if connection is not None:
-        # Gone already, where all went well.
-        with suppress(MountError):
-            abort(connection)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

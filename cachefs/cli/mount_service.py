@@ -460,7 +460,7 @@ class MountService:
         def do() -> None:
             if dead:
                 with suppress(MountError):
-                    abort(found.connection)
+                    abort(found)
             try:
                 unmount(found.mountpoint, lazy=dead)
             except MountError as error:

@@ -18,10 +18,12 @@ from cachefs.fuse import (
     MountError,
     MountInfo,
     abort,
+    abort_of,
     all_mounts,
     allow_below,
     find_mount,
     is_dead,
+    is_over,
     unmount,
 )
 from cachefs.model import ConfigError
@@ -35,6 +37,7 @@ from cachefs.model import ConfigError
 @click.option("--lazy", is_flag=True, help="Also while files on it are open: they stay usable until they are closed.")
 @click.option("--force", is_flag=True, help="Also when its server hangs: open files get errors.")
 @click.option("--connection", type=int, hidden=True, help="Only the mount with this connection, dead or alive.")
+@click.option("--device", type=int, hidden=True, help="With --connection: its /dev/fuse file, which we inherited.")
 @click.option("--below", type=(int, int, int), hidden=True, help="With --connection: Mount.below.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be unmounted.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all.")
@@ -46,6 +49,7 @@ def umount(
     lazy: bool,
     force: bool,
     connection: int | None,
+    device: int | None,
     below: tuple[int, int, int] | None,
     dry_run: bool,
     yes: bool,
@@ -57,7 +61,7 @@ def umount(
     those of other users and jobs too, and asks first, if there is a terminal to ask at.
     """
     if connection is not None:
-        _end(mountpoints, connection, force, below)
+        _end(mountpoints, connection, device, below)
         return
     if everything and (mountpoints or dead):
         other = "MOUNTPOINT" if mountpoints else "--dead"
@@ -88,20 +92,20 @@ def umount(
         sys.exit(1)
 
 
-def _end(mountpoints: tuple[str, ...], connection: int, force: bool, below: tuple[int, int, int] | None) -> None:
-    """For whoever kept a mount that cannot be saved. `force`: whoever asks holds the device, and it lives. `below`: see
-    `Mount`.
-
-    In this order: the number of a connection is another's once nothing is mounted by it.
+def _end(mountpoints: tuple[str, ...], connection: int, device: int | None, below: tuple[int, int, int] | None) -> None:
+    """For whoever kept a mount that cannot be saved. `device`: while that lives, so does the mount; else the number may
+    be another's by now. `below`: see `Mount`.
     """
-    with suppress(MountError):  # not root: it ends with its server
-        if force:
-            abort(connection)
+    lives = device is not None and not is_over(device)
+    if device is not None:
+        with suppress(MountError):  # not root: it ends with its server
+            abort_of(device, connection)
     for mountpoint in mountpoints:
         found = find_mount(mountpoint)
         if found is not None and found.fs_type == FS_TYPE and found.connection == connection:
             with suppress(MountError):  # somebody was faster
-                unmount(mountpoint, lazy=True)
+                if lives or is_dead(found):
+                    unmount(mountpoint, lazy=True)
         if below is not None:
             allow_below(Mount(os.path.realpath(mountpoint), "", "", below=below))
 
@@ -123,7 +127,7 @@ def _unmount(info: MountInfo, lazy: bool, force: bool) -> str | None:
     problem = None
     if force:
         try:
-            abort(info.connection)
+            abort(info)
         except MountError as error:
             problem = str(error)
     try:

@@ -185,7 +185,7 @@ def _remove_mount(mountpoint: str, mount: Child) -> None:
     if left is not None and left.fs_type == FS_TYPE and left.connection == mount.facts.get("connection"):
         logger.warning("removing what the mount left mountpoint=%s", mountpoint)
         with suppress(MountError):  # not root: it ends with its server
-            abort(left.connection)
+            abort(left)
         with suppress(MountError):  # its server was faster
             unmount(mountpoint, lazy=True)
 

@@ -7,6 +7,7 @@ errors to errno.
 from pathlib import Path
 
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
+from cachefs.fuse.connections import MountError, abort, abort_of, is_dead, is_over
 from cachefs.fuse.errno import errno_of
 from cachefs.fuse.fusermount import user_allow_other
 from cachefs.fuse.kernel import KernelSession, SessionOptions
@@ -14,13 +15,10 @@ from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenM
 from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, all_mounts, find_mount, is_mounted
 from cachefs.fuse.mounting import (
     Mount,
-    MountError,
     MountOptions,
     Probe,
-    abort,
     allow_below,
     allow_left_below,
-    is_dead,
     max_read_limit,
     mount,
     open_device,
@@ -76,6 +74,7 @@ __all__ = [
     "SessionOptions",
     "StatfsReply",
     "abort",
+    "abort_of",
     "all_mounts",
     "allow_below",
     "allow_left_below",
@@ -84,6 +83,7 @@ __all__ = [
     "find_mount",
     "is_dead",
     "is_mounted",
+    "is_over",
     "max_read_limit",
     "mount",
     "open_device",

@@ -420,8 +420,8 @@ class Keeper:
         command = [sys.executable, "-P", "-m", "cachefs", "umount", "--connection", self.connection]
         if self.below:
             command += ["--below", *self.below.split(",")]
-        if self.fuse >= 0 and not is_over(self.fuse):
-            command.append("--force")  # it lives, so that its number is no other's
+        if self.fuse >= 0:
+            command += ["--device", str(self.fuse)]  # whether its number is still its own, this tells
         pid = -1
         try:
             pid = os.fork()
@@ -431,6 +431,8 @@ class Keeper:
         if pid == 0:
             try:
                 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+                if self.fuse >= 0:
+                    os.set_inheritable(self.fuse, True)
                 os.execv(command[0], [*command, self.mountpoint])
             finally:
                 os._exit(127)

@@ -30,6 +30,7 @@ from time import perf_counter
 import trio
 
 from cachefs.fuse.answers import REFUSED_OPEN_FLAGS, ErrorAnswers, check_length
+from cachefs.fuse.connections import MountError
 from cachefs.fuse.kept import Kept
 from cachefs.fuse.notify import KnownNames, Notifier
 from cachefs.fuse.protocol import AttrReply, DirEntry, EntryReply, OpenDirReply, OpenReply, Operations
@@ -163,7 +164,8 @@ class KernelSession:
         """Serve until the mount ends, which is a normal return. Started once the kernel and we have agreed.
 
         Cancelled: requests in progress stay unanswered, for a successor; without one, unmount and close the device.
-        Raises LocalProtocolError if the device is not mounted, RemoteProtocolError if the kernel is too old.
+        Raises LocalProtocolError if the device is not mounted, RemoteProtocolError if the kernel is too old, MountError
+        if the mount ends before they have agreed.
         """
         if self._waiting is not None:
             raise LocalProtocolError("a session serves once")
@@ -181,6 +183,8 @@ class KernelSession:
                 if self._notifier is not None:
                     self._notifier.close()
         logger.info("session ended requests=%d", self.requests.total())
+        if self.agreed is None and not self._reading.cancelled_caught:
+            raise MountError("the mount was taken away before it was ready", errno.ENODEV)
 
     def drain(self) -> None:
         """Read no more; `serve` returns when what was read is answered, or after two seconds. What is not answered then

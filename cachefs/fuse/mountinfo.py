@@ -27,10 +27,12 @@ class MountInfo(NamedTuple):
     """What of the file system is seen there: `/`, or below it the file or directory that a bind mount shows alone. One
     that was removed since has `//deleted` behind it.
     """
+    number: int
+    """The kernel's for this place of the file system."""
 
     @property
     def connection(self) -> int:
-        """The number of a FUSE connection; see `mounting.abort`."""
+        """The number of a FUSE connection; see `connections.abort`."""
         return int(self.device.partition(":")[2])
 
 
@@ -55,6 +57,7 @@ def parse_mountinfo(content: bytes) -> list[MountInfo]:
                 source=_unescape(after[1]),
                 options=frozenset(_unescape(b",".join((fields[5], after[2]))).split(",")),
                 root=_unescape(fields[3]),
+                number=int(fields[0]),
             )
         )
     return mounts

@@ -1,9 +1,8 @@
-"""Mounting and unmounting: mount(2) on a /dev/fuse file, the read-ahead setting, aborting a connection.
+"""Mounting and unmounting: mount(2) on a /dev/fuse file, and the read-ahead setting.
 
 No libfuse. With root (CAP_SYS_ADMIN) everything here is a few system calls; without, mounting and unmounting go through
-a helper program (see `fusermount`), the read-ahead stays what it is, and a connection can only be aborted by its owner,
-where the control file system is mounted. An `unmount` may wait for the file system's server, so that a program that
-serves its own mount runs it in a thread.
+a helper program (see `fusermount`), and the read-ahead stays what it is. An `unmount` may wait for the file system's
+server, so that a program that serves its own mount runs it in a thread.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachefs.fuse import fusermount
-from cachefs.fuse.bounded import within
+from cachefs.fuse.connections import MountError, is_dead
 from cachefs.fuse.fusermount import FusermountError
-from cachefs.fuse.mountinfo import FS_TYPE, MountInfo, find_mount
+from cachefs.fuse.mountinfo import FS_TYPE, find_mount
 from cachefs.fuse.places import check_apart
 from cachefs.fusewire import PAGE_SIZE
-from cachefs.model import CachefsError, ConfigError, MiB
+from cachefs.model import ConfigError, MiB
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +30,13 @@ DEVICE = Path("/dev/fuse")
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _BDI = Path("/sys/class/bdi")
 _MAX_PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 _MAX_PAGES = 256
 """Before Linux 6.13, which made it a setting."""
-# The new mount API; the numbers are the same on every architecture, and glibc wraps them only since 2.36.
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
-_FSCONFIG_CMD_CREATE = 6
-_DEAD_ANSWER_LIMIT_S = 1.0
-"""A dead mount answers at once; a living one may never."""
 _USUAL_MODE = 0o755
-_CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class MountError(CachefsError):
-    """The kernel refused to mount or unmount; the message says what to do."""
-
-    def __init__(self, message: str, errno_: int) -> None:
-        super().__init__(message)
-        self.errno = errno_
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ class Mount:
 
     @property
     def connection(self) -> int:
-        """The number of the connection; see `abort`."""
+        """The number of the connection; see `connections.abort`."""
         return int(self.device.partition(":")[2])
 
 
@@ -347,71 +331,6 @@ def set_read_ahead(mounted: Mount, read_ahead_kb: int) -> None:
     kernel's own 128 KiB. Raises OSError: only root can, where /sys is writable.
     """
     (_BDI / mounted.device / "read_ahead_kb").write_text(str(read_ahead_kb))
-
-
-def is_dead(info: MountInfo) -> bool:
-    """Whether the server of this FUSE mount is gone for good. One that answers late or never is not: see `abort`.
-
-    Takes up to a second, asked about a mount that the calling thread serves.
-    """
-
-    def ask() -> bool:
-        try:
-            os.statvfs(info.mountpoint)  # unlike stat(2), never answered from the kernel's memory
-        except OSError as exc:
-            return exc.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-        return False
-
-    return within(_DEAD_ANSWER_LIMIT_S, ("dead", info.device, info.mountpoint), ask, False)
-
-
-def abort(connection: int) -> bool:
-    """End a connection at once, mounted or not: whoever waits for an answer gets ECONNABORTED, later calls ENOTCONN,
-    and the server's read ENODEV. The way out when a server is dead or stuck. False if there is no such connection.
-
-    Raises MountError: root is needed, or the control file system and being the one who mounted.
-    """
-    try:
-        (_CONNECTIONS / str(connection) / "abort").write_text("1")
-        return True
-    except FileNotFoundError:
-        pass  # nobody has mounted the control file system there, or it is the connection that does not exist
-    except PermissionError as error:
-        raise MountError(f"cannot abort connection {connection}: it is another user's", errno.EPERM) from error
-    root = _open_fusectl()
-    try:
-        fd = os.open(f"{connection}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
-    except FileNotFoundError:
-        return False
-    finally:
-        os.close(root)
-    try:
-        os.write(fd, b"1")
-    finally:
-        os.close(fd)
-    return True
-
-
-def _open_fusectl() -> int:
-    """The root of the FUSE control file system, mounted nowhere, so that nothing has to be taken away afterwards."""
-    context = _libc.syscall(_SYS_FSOPEN, b"fusectl", _CLOEXEC)
-    if context < 0:
-        raise _no_fusectl()
-    try:
-        if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) != 0:
-            raise _no_fusectl()
-        root: int = _libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0)
-        if root < 0:
-            raise _no_fusectl()
-        return root
-    finally:
-        os.close(context)
-
-
-def _no_fusectl() -> MountError:
-    code = ctypes.get_errno()
-    hint = f"; root is needed, or the file system mounted on {_CONNECTIONS}" if code == errno.EPERM else ""
-    return MountError(f"no FUSE control file system: {os.strerror(code)}{hint}", code)
 
 
 def _check_mountpoint(mountpoint: str | os.PathLike[str], options: MountOptions) -> str:

@@ -11,9 +11,10 @@ from typing import Any, cast
 import trio
 
 from cachefs.fuse.backing import BackingRegistry, PassthroughUnavailable
+from cachefs.fuse.connections import MountError, abort
 from cachefs.fuse.kernel import KernelSession, SessionOptions
 from cachefs.fuse.modes import NO_PASSTHROUGH, PASSTHROUGH_NEEDS_ROOT
-from cachefs.fuse.mounting import MountError, MountOptions, abort, open_mount, probe, unmount
+from cachefs.fuse.mounting import MountOptions, open_mount, probe, unmount
 from cachefs.fuse.protocol import Operations
 from cachefs.fusewire import InitOptions
 from cachefs.model import NotFoundError
@@ -42,9 +43,9 @@ async def try_passthrough(directories: Sequence[str], ignored: int = 0) -> dict[
         try:
             return await _try(fd, directories, ignored)
         finally:
-            # In this order: once nothing is mounted by it, the number of a connection is another's.
+            # In this order: what is mounted no more cannot be ended.
             with suppress(MountError):  # not root: it ends with the device
-                abort(mounted.connection)
+                abort(mounted)
             unmount(mountpoint, lazy=True)
             os.close(fd)
 

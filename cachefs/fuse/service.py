@@ -17,6 +17,7 @@ import trio
 
 from cachefs.client import Client, ClientConfig, Earlier, open_client
 from cachefs.fuse.backing import BackingRegistry
+from cachefs.fuse.connections import MountError, abort
 from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.keep_names import keep_names
 from cachefs.fuse.keeping import KeeperLink, MountFacts
@@ -27,9 +28,7 @@ from cachefs.fuse.modes import PASSTHROUGH_NEEDS_ROOT, ChosenMode, Driver, OpenM
 from cachefs.fuse.mountinfo import find_mount
 from cachefs.fuse.mounting import (
     Mount,
-    MountError,
     MountOptions,
-    abort,
     allow_below,
     check_options,
     open_mount,
@@ -445,7 +444,7 @@ def _unmount_now(mounted: Mount) -> None:
         logger.error("not unmounted, and nobody serves it any more error=%s", error)
         return
     logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
-    _end(mounted)  # first: once nothing is mounted by it, its number is another's
+    _end(mounted)  # first: what is mounted no more cannot be ended
     unmount(mounted.mountpoint, lazy=True)
 
 
@@ -462,4 +461,4 @@ def _try_to_unmount(mounted: Mount) -> MountError | None:
 
 def _end(mounted: Mount) -> None:
     with suppress(MountError):  # not root: it ends when we close the device
-        abort(mounted.connection)
+        abort(mounted)

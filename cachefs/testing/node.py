@@ -153,7 +153,7 @@ class Node:
                             break
                         time.sleep(0.01)
             while (mounted := find_mount(mountpoint)) is not None and mounted.fs_type == FS_TYPE:
-                abort(mounted.connection)
+                abort(mounted)
                 with suppress(MountError):
                     unmount(mountpoint, lazy=True)
 

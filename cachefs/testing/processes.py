@@ -141,7 +141,7 @@ def mountpoint_below(directory: Path) -> Iterator[Path]:
         yield mountpoint
     finally:
         while (mounted := find_mount(mountpoint)) is not None and mounted.fs_type == FS_TYPE:
-            abort(mounted.connection)  # first: once nothing is mounted by it, its number is another's
+            abort(mounted)  # first: what is mounted no more cannot be ended
             with suppress(MountError):  # somebody was faster
                 unmount(mountpoint, lazy=True)
         mountpoint.rmdir()

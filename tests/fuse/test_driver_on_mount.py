@@ -248,7 +248,7 @@ async def mounted(tmp_path: Path) -> AsyncIterator[OpenMount]:
                 try:
                     yield Mounted(fd, mountpoint, nursery)
                 finally:
-                    abort(on.connection)
+                    abort(on)
         finally:
             os.close(fd)
 

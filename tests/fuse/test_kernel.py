@@ -8,7 +8,7 @@ import inspect
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cachefs.fuse import (
     DirEntry,
     EntryReply,
     KernelSession,
+    Mount,
     MountError,
     MountOptions,
     OpenDirReply,
@@ -192,7 +193,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
                 yield Scene(mountpoint, files, session)
             finally:
                 if is_mounted(mountpoint):
-                    abort(mounted.connection)
+                    abort(mounted)
                     unmount(mountpoint, lazy=True)
     finally:
         os.close(fd)
@@ -354,13 +355,30 @@ def test_every_error_has_an_errno() -> None:
 
 
 @needs_mount
+@pytest.mark.parametrize("how", [abort, lambda mounted: unmount(mounted.mountpoint)])
+async def test_a_mount_that_is_taken_away_before_it_began(tmp_path: Path, how: Callable[[Mount], object]) -> None:
+    fd = open_device()
+    try:
+        mounted = mount(fd, tmp_path, "test")
+        try:
+            how(mounted)
+            with trio.fail_after(20), pytest.raises(MountError, match="before it was ready"):
+                await KernelSession(fd, Files(tmp_path, fd)).serve()
+        finally:
+            if is_mounted(tmp_path):
+                unmount(tmp_path, lazy=True)
+    finally:
+        os.close(fd)
+
+
+@needs_mount
 async def test_a_successor_of_a_mount_that_has_ended_returns(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         info = find_mount(it.mountpoint)
         assert info is not None
         own = os.dup(it.files.fd)
         try:
-            abort(info.connection)
+            abort(info)
             with trio.fail_after(20):
                 await KernelSession(own, it.files, agreed=it.session.agreed).serve()
         finally:

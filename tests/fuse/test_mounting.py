@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,19 @@ from cachefs.fuse import (
     MountOptions,
     PassthroughUnavailable,
     abort,
+    abort_of,
+    connections,
     find_mount,
+    is_dead,
     is_mounted,
+    is_over,
     mount,
     mounting,
     open_device,
     probe,
     unmount,
 )
-from cachefs.fuse.mounting import allow_below, is_dead
+from cachefs.fuse.mounting import allow_below
 from cachefs.model import ConfigError, MiB
 
 needs_mount = pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse")
@@ -37,7 +43,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     yield path
     while (left := find_mount(path)) is not None:
-        abort(left.connection)
+        abort(left)
         unmount(path, lazy=True)
 
 
@@ -64,7 +70,7 @@ def test_what_the_kernel_shows_of_a_mount(mountpoint: Path) -> None:
         # It has a server as long as the device is open, even one that never answers.
         with pytest.raises(ConfigError, match="no cachefs is mounted"):
             mount(fd, mountpoint, "again", MountOptions(replace_dead=True))
-        assert abort(mounted.connection)
+        assert abort(mounted)
         assert is_dead(info)
         unmount(mountpoint, lazy=True)
         assert not is_mounted(mountpoint)
@@ -93,8 +99,51 @@ def test_a_dead_mount_is_replaced_if_that_is_wanted(mountpoint: Path) -> None:
 
 
 @needs_mount
-def test_a_connection_that_does_not_exist(tmp_path: Path) -> None:
-    assert not abort(2**20 - 1)
+def test_what_is_mounted_no_more_is_not_ended_by_its_number_which_may_be_anothers(mountpoint: Path) -> None:
+    fd = open_device()
+    try:
+        first = mount(fd, mountpoint, "first")
+        unmount(mountpoint, lazy=True)
+    finally:
+        os.close(fd)
+    assert not abort(first)  # nothing is there
+    fd = open_device()
+    try:
+        second = mount(fd, mountpoint, "second")
+        for gone in (replace(second, device="0:1048575"), replace(second, mountpoint=str(mountpoint.parent))):
+            assert not abort(gone)
+        assert not is_over(fd)
+        assert abort_of(fd, second.connection) and is_over(fd)
+        # Without a mount to hold on to, the device says whether the number is still its own.
+        assert not abort_of(fd, second.connection)
+    finally:
+        os.close(fd)
+
+
+@needs_mount
+def test_a_number_stays_that_of_a_mount_while_it_is_ended(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody unmounts at the last moment, and another mount is made."""
+    other = mountpoint.parent / "other"
+    other.mkdir()
+    with ExitStack() as stack:
+        first, second = open_device(), open_device()
+        for fd in (first, second):
+            stack.callback(os.close, fd)
+        mounted = mount(first, mountpoint, "first")
+        end = connections._abort
+
+        def late(number: int) -> bool:
+            unmount(mountpoint, lazy=True)
+            stack.callback(unmount, other, lazy=True)
+            assert mount(second, other, "second").connection != number
+            return end(number)
+
+        monkeypatch.setattr(connections, "_abort", late)
+        assert abort(mounted) and is_over(first) and not is_over(second)
+
+
+@needs_mount
+def test_nothing_is_mounted_there(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="nothing is mounted"):
         unmount(tmp_path)
 

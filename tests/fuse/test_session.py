@@ -663,8 +663,8 @@ async def test_an_answer_after_the_mount_is_gone(tmp_path: Path, during: str, fa
         mounted = await trio.to_thread.run_sync(mount, fd, mountpoint, "test")
 
         def leave() -> None:
+            abort(mounted)
             unmount(mountpoint, lazy=True)
-            abort(mounted.connection)
             if fails:
                 raise NotFoundError("gone")
 
@@ -682,8 +682,8 @@ async def test_an_answer_after_the_mount_is_gone(tmp_path: Path, during: str, fa
                 assert operations.released == ([(5, 9)] if during == "open" else [])
         finally:
             if is_mounted(mountpoint):
+                abort(mounted)
                 unmount(mountpoint, lazy=True)
-            abort(mounted.connection)
     finally:
         os.close(fd)
 
