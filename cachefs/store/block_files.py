@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from cachefs.model import BlockCorruptError, BlockId
 from cachefs.store import sums
 from cachefs.store.blame import is_of_the_medium, is_of_the_process
-from cachefs.store.layout import READ_FLAGS, data_name, is_in_the_way, sums_name, unlink_if_exists
+from cachefs.store.layout import READ_FLAGS, data_name, is_in_the_way, move, sums_name, unlink_if_exists
 from cachefs.store.page_io import open_uncached, verify_pages
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class BlockFiles:
         """Move it to where readers find it. Raises OSError."""
         # The checksums first: a data file without them is a miss, checksums without data are nothing.
         for name in (sums_name(block), data_name(block)):
-            os.rename(name, name, src_dir_fd=self._directory_fd, dst_dir_fd=sealed._directory_fd)
+            move(name, self._directory_fd, sealed._directory_fd)
 
     def withdraw(self, block: BlockId, suspect: BlockFiles) -> None:
         """Move it from where readers find it. Raises OSError."""
@@ -96,7 +96,7 @@ class BlockFiles:
         for name in (data_name(block), sums_name(block)):
             # Half of a block may be gone, where the disk failed to remove the other: it is not restored.
             with suppress(FileNotFoundError):
-                os.rename(name, name, src_dir_fd=self._directory_fd, dst_dir_fd=suspect._directory_fd)
+                move(name, self._directory_fd, suspect._directory_fd)
 
     # ---- removing --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@
     staging/                                       files being written
     tier.json                                      {"format", "cluster_id", "boot_id"}
 
+The directories of two digits are made when something first goes there: three times 256 of them are what a new tier
+would begin with, and some file systems take half a second for that.
+
 All names are resolved below descriptors of the directories, so that the tree in use is the one that is locked, whatever
 happens to the path that led to it.
 """
@@ -17,9 +20,10 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -38,6 +42,8 @@ _FS_NOATIME_FL = 0x80
 _FLAGS = struct.Struct("@i")
 READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """For files of a tier. O_NONBLOCK, as a FIFO that somebody put in a file's place would hold up whoever opens it."""
+T = TypeVar("T")
+
 FAN_OUT = tuple(f"{value:02x}" for value in range(256))
 
 
@@ -145,11 +151,6 @@ def open_layout(path: str, cluster_id: str) -> Iterator[Layout]:
             _switch_off_access_times(tier_fd)
             for name in ("sealed", "partial", "suspect", "staging"):
                 descriptors.append(_make_directory(name, tier_fd))
-            for directory_fd in descriptors[1:4]:
-                present = set(os.listdir(directory_fd))
-                for name in FAN_OUT:
-                    if name not in present:
-                        os.mkdir(name, _DIRECTORY_MODE, dir_fd=directory_fd)
         yield Layout(path, *descriptors[:4])
     finally:
         # Closing the last descriptor of the tier's directory gives the lock back; a killed worker's are closed too.
@@ -167,6 +168,25 @@ def tier_errors(what: str) -> Iterator[None]:
         if isinstance(error.filename, str) and error.filename not in what:
             reason += f": {error.filename!a}"
         raise TierError(reason) from error
+
+
+def create(name: str, flags: int, dir_fd: int) -> int:
+    """A new file, by one of the names above; `flags`: of open(2), with O_CREAT. Raises OSError."""
+    return _where_it_goes(name, dir_fd, lambda: os.open(name, flags, _FILE_MODE, dir_fd=dir_fd))
+
+
+def move(name: str, from_fd: int, to_fd: int) -> None:
+    """From one of sealed/, partial/ and suspect/ to another. Raises OSError."""
+    _where_it_goes(name, to_fd, lambda: os.rename(name, name, src_dir_fd=from_fd, dst_dir_fd=to_fd))
+
+
+def _where_it_goes(name: str, dir_fd: int, do: Callable[[], T]) -> T:
+    try:
+        return do()
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(name), _DIRECTORY_MODE, dir_fd=dir_fd)
+    return do()
 
 
 def unlink_if_exists(name: str, dir_fd: int) -> None:

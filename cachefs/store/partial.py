@@ -30,7 +30,7 @@ from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, Geometr
 from cachefs.store import sums
 from cachefs.store.blame import is_of_the_process
 from cachefs.store.diskfull import capacity_errors
-from cachefs.store.layout import READ_FLAGS, Layout, data_name, sums_name, unlink_if_exists
+from cachefs.store.layout import READ_FLAGS, Layout, create, data_name, sums_name, unlink_if_exists
 from cachefs.store.page_io import damage, damaged_pages, read_into, scratch, write_all
 from cachefs.store.sums import Buffer, page_checksum
 
@@ -278,7 +278,7 @@ class Partial:
             self._sums_fd = os.open(name, _WRITE, dir_fd=directory)
             return
         unlink_if_exists(name, directory)
-        self._sums_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=directory)
+        self._sums_fd = create(name, _WRITE | _CREATE, directory)
         write_all(self._sums_fd, sums.encode(self._header, self._checksums), 0)
         self._sums_on_disk = True
 
@@ -332,10 +332,10 @@ def create_partial(layout: Layout, block: BlockId, length: int, page_size: int, 
     with capacity_errors():
         # Never O_TRUNC: somebody may still read the pages of a file that lost its entry in our index.
         try:
-            write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
+            write_fd = create(name, _WRITE | _CREATE, layout.partial_fd)
         except FileExistsError:
             unlink_if_exists(name, layout.partial_fd)
-            write_fd = os.open(name, _WRITE | _CREATE, 0o600, dir_fd=layout.partial_fd)
+            write_fd = create(name, _WRITE | _CREATE, layout.partial_fd)
         try:
             if page_count > 1:
                 # Full size from the start: file systems then do not allocate ahead of us at the end of the file.

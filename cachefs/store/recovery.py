@@ -14,6 +14,7 @@ from cachefs.store.layout import (
     SUMS_SUFFIX,
     Layout,
     TierFile,
+    move,
     open_directory,
     running_boot_id,
     unlink_if_exists,
@@ -73,7 +74,7 @@ def move_all(source_fd: int, target_fd: int) -> None:
     """Move everything from sealed/ to suspect/; checksums last, so that what is cut off half way is found again."""
     for fan in FAN_OUT:
         for name in sorted(_names(source_fd, fan), key=lambda name: name.endswith(SUMS_SUFFIX)):
-            os.rename(f"{fan}/{name}", f"{fan}/{name}", src_dir_fd=source_fd, dst_dir_fd=target_fd)
+            move(f"{fan}/{name}", source_fd, target_fd)
 
 
 def rejoin(sealed_fd: int, source_fd: int) -> None:
@@ -83,7 +84,7 @@ def rejoin(sealed_fd: int, source_fd: int) -> None:
         for name in source - sealed:
             checksums = name + SUMS_SUFFIX
             if checksums in sealed and checksums not in source:
-                os.rename(f"{fan}/{checksums}", f"{fan}/{checksums}", src_dir_fd=sealed_fd, dst_dir_fd=source_fd)
+                move(f"{fan}/{checksums}", sealed_fd, source_fd)
 
 
 def empty(directory_fd: int) -> None:
@@ -98,7 +99,10 @@ def _names(directory_fd: int, fan: str) -> list[str]:
 
 def _entries(directory_fd: int, fan: str) -> dict[str, bool]:
     """The names, and whether each is a plain file: the usual file systems tell that without a look at the file."""
-    fd = open_directory(fan, directory_fd)
+    try:
+        fd = open_directory(fan, directory_fd)
+    except FileNotFoundError:
+        return {}  # nothing has gone there yet
     try:
         with os.scandir(fd) as entries:
             return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}

@@ -91,6 +91,7 @@ class _Injection:
         for name, call in _BY_DESCRIPTOR.items():
             setattr(os, name, self._by_descriptor(getattr(os, name), call))
         os.open, os.unlink, os.rename = self._opening(os.open), self._removing(os.unlink), self._renaming(os.rename)
+        os.mkdir = self._making(os.mkdir)
 
     def _by_descriptor(self, real: Callable[..., Any], call: Call) -> Callable[..., Any]:
         def checked(fd: int, *rest: Any) -> Any:
@@ -104,6 +105,13 @@ class _Injection:
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 self.check("change", lambda: self.path(path, dir_fd))
             return real(path, flags, mode, dir_fd=dir_fd)
+
+        return checked
+
+    def _making(self, real: Callable[..., None]) -> Callable[..., None]:
+        def checked(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+            self.check("change", lambda: self.path(path, dir_fd))
+            real(path, mode, dir_fd=dir_fd)
 
         return checked
 

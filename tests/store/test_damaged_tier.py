@@ -298,7 +298,7 @@ def test_what_is_not_ours_is_removed_if_that_loses_nothing(config: TierConfig, k
 def test_a_directory_with_something_in_it_is_left_and_told(config: TierConfig) -> None:
     make(config)
     directory = Path(config.path, "sealed", "00", "photos")
-    directory.mkdir()
+    directory.mkdir(parents=True)
     (directory / "precious").write_bytes(b"somebody's")
     with pytest.raises(TierError, match="sealed/00/photos"), opened(config):
         pass
@@ -388,6 +388,7 @@ def test_a_directory_of_ours_that_is_none_is_named(
 ) -> None:
     make(config)
     path = Path(config.path, name)
+    path.mkdir(exist_ok=True)
     path.rename(tmp_path / "aside")
     if stranger == "file":
         path.write_bytes(b"x")
@@ -441,6 +442,8 @@ def test_what_may_not_be_read_is_named(config_of_nobody: TierConfig, name: str) 
     def work() -> None:
         make(config)
         path = Path(config.path, name)
+        if not path.exists():
+            path.mkdir()
         mode = path.stat().st_mode
         path.chmod(0)
         with pytest.raises(TierError, match=str(path)), opened(config):

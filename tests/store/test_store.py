@@ -170,6 +170,7 @@ def test_a_tier_that_cannot_be_written_is_left_alone(tmp_path: Path, two: tuple[
         partial_directory = Path(store.paths[0], "partial")
         for fan in partial_directory.iterdir():
             fan.rmdir()
+        partial_directory.rmdir()
         seal(store, block(2), content(2, 4 * PAGE))
         assert where(store, block(2)) == [1]
         assert read(store.paths, block(1), PAGE) == content(1, PAGE)

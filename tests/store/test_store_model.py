@@ -751,7 +751,7 @@ class StoreModel(RuleBasedStateMachine):
                 ("partial", [number for number in self.dormant if self.home(number) == tier]),
             ):
                 names = [block(number).filename + suffix for number in numbers for suffix in ("", ".sums")]
-                assert sorted(os.listdir(Path(config.path, directory, FAN))) == sorted(names)
+                assert sorted(each.name for each in Path(config.path, directory).glob(f"{FAN}/*")) == sorted(names)
 
     # ---- at any time -----------------------------------------------------------------------------------------------
 
