@@ -1,5 +1,5 @@
-"""A process of ours some of whose system calls on files fail, as those on a broken disk do. What the kernel does by
-itself, such as reads by passthrough, is as ever.
+"""A process of ours some of whose system calls on files fail, as those on a broken disk do, or that stops at one of
+them. What the kernel does by itself, such as reads by passthrough, is as ever.
 
 `python -m cachefs.testing.failing_files CONTROL PYTHON -m cachefs ROLE …` is the process; see `Faults`. Disks are
 looked after far more often there than else, so that tests need not wait.
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import fnmatch
 import functools
 import json
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,8 @@ _BY_DESCRIPTOR: dict[str, Call] = {
     "preadv": "read",
 }
 _CARE_EVERY_S = 0.2
+_STOP = 0
+"""In the place of an errno."""
 
 
 class Faults:
@@ -49,7 +53,20 @@ class Faults:
     @contextmanager
     def failing(self, calls: Sequence[Call], pattern: str, code: int = errno.EIO) -> Iterator[None]:
         """These calls fail for files whose paths match `pattern`, as of `fnmatch`, until the end of the block."""
-        self._write([*calls, pattern, code])
+        with self._having([*calls, pattern, code]):
+            yield
+
+    @contextmanager
+    def stopping_while_it_compares(self, pattern: str) -> Iterator[None]:
+        """The process stops, as by SIGSTOP, when it reads from such a file past the page cache, which it does to
+        compare it only; and again after each SIGCONT, until the end of the block.
+        """
+        with self._having(["read", pattern, _STOP]):
+            yield
+
+    @contextmanager
+    def _having(self, fault: Sequence[str | int]) -> Iterator[None]:
+        self._write(fault)
         try:
             yield
         finally:
@@ -68,7 +85,7 @@ class _Injection:
         self._fault: list[Any] = []
         self._stat, self._readlink, self._open = os.stat, os.readlink, builtins.open
 
-    def check(self, call: Call, where: Callable[[], str]) -> None:
+    def check(self, call: Call, where: Callable[[], str], fd: int = -1) -> None:
         """Raises OSError if it is to fail."""
         found = self._stat(self._control)
         if (found.st_ino, found.st_mtime_ns) != self._seen:
@@ -78,8 +95,12 @@ class _Injection:
         if not self._fault:
             return
         *calls, pattern, code = self._fault
-        if call in calls and fnmatch.fnmatch(where(), pattern):
+        if call not in calls or not fnmatch.fnmatch(where(), pattern):
+            return
+        if code != _STOP:
             raise OSError(code, os.strerror(code))
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def path(self, name: Any, dir_fd: int | None) -> str:
         return os.path.join(self.of(dir_fd), os.fspath(name)) if dir_fd is not None else os.fspath(name)
@@ -95,7 +116,7 @@ class _Injection:
 
     def _by_descriptor(self, real: Callable[..., Any], call: Call) -> Callable[..., Any]:
         def checked(fd: int, *rest: Any) -> Any:
-            self.check(call, lambda: self.of(fd))
+            self.check(call, lambda: self.of(fd), fd)
             return real(fd, *rest)
 
         return checked

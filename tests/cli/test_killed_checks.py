@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -18,9 +17,10 @@ from cachefs.fuse import probe
 from cachefs.model import CachefsError, MiB
 from cachefs.store.layout import SUMS_SUFFIX
 from cachefs.testing.disks import small_disk, why_no_disks
+from cachefs.testing.failing_files import Faults
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import mountpoint_below
-from cachefs.testing.real_cluster import RealCluster, real_cluster
+from cachefs.testing.real_cluster import Host, RealCluster, real_cluster
 
 pytestmark = [
     pytest.mark.skipif(not probe().can_mount, reason="needs root and /dev/fuse"),
@@ -29,18 +29,17 @@ pytestmark = [
 
 DATA = {f"file{number}": random.Random(number).randbytes(3 * MiB + number) for number in range(6)}
 LIMIT_S = 120
-CAUGHT_S = 30
-"""Within which a worker is met while it compares."""
 
 
 class Scene:
-    def __init__(self, cluster: RealCluster, mountpoint: Path, tier: Path) -> None:
+    def __init__(self, cluster: RealCluster, mountpoint: Path, tier: Path, faults: Faults) -> None:
         self.cluster = cluster
         self.root = mountpoint
         self.tier = tier
+        self.faults = faults
 
     async def start_worker(self) -> None:
-        await self.cluster.start_worker("a", "--tier", f"ssd:{self.tier}:32M")
+        await self.cluster.start_worker("a", "--tier", f"ssd:{self.tier}:32M", host=Host(prefix=self.faults.prefix))
 
     async def check(self, *names: str) -> None:
         for name in names:
@@ -68,27 +67,11 @@ class Scene:
             await trio.sleep(0.05)
 
     async def kill_while_it_compares(self, directory: str) -> None:
-        """Stopped first, so that it cannot be over when the worker is killed. It may be about to start yet."""
-
-        def stop() -> None:
-            end, pid = time.monotonic() + CAUGHT_S, None
-            while time.monotonic() < end:
-                pid = pid or pid_of(self.cluster.socket("a"))
-                if pid is None:
-                    time.sleep(0.01)
-                    continue
-                if not is_comparing(pid, self.tier / directory):
-                    continue
-                os.kill(pid, signal.SIGSTOP)
-                while " (stopped)" not in Path(f"/proc/{pid}/status").read_text():
-                    pass
-                if is_comparing(pid, self.tier / directory):
-                    os.kill(pid, signal.SIGKILL)
-                    return
-                os.kill(pid, signal.SIGCONT)
-            raise TimeoutError("it compares nothing")
-
-        await trio.to_thread.run_sync(stop)
+        """It may be about to start yet."""
+        with self.faults.stopping_while_it_compares(f"{self.tier / directory}/*"):
+            while (pid := pid_of(self.cluster.socket("a"))) is None or not is_stopped(pid):
+                await trio.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
 
 
 def pid_of(socket: Path) -> int | None:
@@ -104,18 +87,11 @@ def pid_of(socket: Path) -> int | None:
     return None
 
 
-def is_comparing(pid: int, directory: Path) -> bool:
-    """Whether it has a file below that directory open past the page cache, which it has to compare it only."""
+def is_stopped(pid: int) -> bool:
     try:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"{directory}/"):
-                # "pos:\t0\nflags:\t0140000\n", see proc(5)
-                words = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split()
-                if int(words[words.index("flags:") + 1], 8) & os.O_DIRECT:
-                    return True
+        return " (stopped)" in Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        pass  # it ended, or closed one meanwhile
-    return False
+        return False
 
 
 @asynccontextmanager
@@ -125,7 +101,7 @@ async def scene(tmp_path: Path, bucket: Bucket) -> AsyncIterator[Scene]:
     with small_disk(tmp_path, 48 * MiB) as disk, mountpoint_below(tmp_path) as mountpoint:
         with trio.fail_after(LIMIT_S):
             async with real_cluster(tmp_path, bucket.url, ufs_options=bucket.options) as cluster:
-                it = Scene(cluster, mountpoint, disk / "tier")
+                it = Scene(cluster, mountpoint, disk / "tier", Faults(tmp_path / "faults"))
                 await it.start_worker()
                 await cluster.start_mount("mount", mountpoint, "--worker-socket", cluster.socket("a"))
                 await it.check(*DATA)
