@@ -142,4 +142,3 @@ async def test_each_way_in_which_files_of_a_tier_fail(tmp_path: Path, s3_bucket:
                 await it.until_reported()
                 await it.check(*it.was_read)
             await it.until_new_ones_are_kept(it.failing)
-            assert [path for tier in tiers for path in tier.glob("partial/??/*")] == []
