@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than there are processors, up to eight: tests wait a lot.
-AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+# Two more than there are processors, up to eight: tests wait a lot.
+AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 6 ? n + 2 : 8)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist worksteal
 STAMP := $(VENV)/.installed
 PYFUSE3 := $(VENV)/.pyfuse3
