@@ -167,15 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(ProxyServer):
-    request_queue_size = 128
-
-
 @contextmanager
 def running_counting_s3(endpoint: str) -> Iterator[CountingS3]:
     """A proxy to the server at `endpoint`, on a free port of loopback."""
     handler = type("_BoundHandler", (_Handler,), {})
-    with _Server(("127.0.0.1", 0), handler) as server:
+    with ProxyServer(("127.0.0.1", 0), handler) as server:
         counting = handler.counting = CountingS3(endpoint, server)  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

@@ -263,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
 class ProxyServer(ThreadingHTTPServer):
     """With a thread for each connection; ended by `shutdown` and `hang_up`."""
 
+    request_queue_size = 128
+    """A worker opens dozens of connections at once. One that the queue has no room for is tried again by the kernel
+    a second later, and its request comes when a test believes that everything has been asked."""
     daemon_threads = False
 
     def __init__(self, *arguments: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 
 import botocore.exceptions
 import pytest
 
-from cachefs.testing.faulty_s3 import running_faulty_s3
+from cachefs.testing.faulty_s3 import ProxyServer, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
 
 
@@ -38,3 +41,10 @@ def test_one_of_every_so_many_is_met(s3_bucket: Bucket) -> None:
             raised.value.close()
         # 403: it is not signed.
         assert found == [429, 403, 403, 429, 403, 403]
+
+
+def test_many_that_connect_at_once_do_not_wait_for_each_other() -> None:
+    """Even while it accepts nothing: who finds no room in its queue comes back a second later."""
+    with ProxyServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server, ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=0.9))
