@@ -387,6 +387,8 @@ class MountService:
                     finally:
                         mount.child = None
                     if await trio.to_thread.run_sync(find_mount, mount.record.mountpoint) is None and mount.device:
+                        # Whoever asks for it again would be given a keeper that is about to end.
+                        await self._wait_for_the_end_of_its_keeper(mount.record.mountpoint)
                         mount.device = ""
                         mount.become("dead", "it was unmounted")
                         if not mount.is_to_go:

@@ -340,7 +340,7 @@ class Client:
 
         Raises NotFoundError, NotADirectory, UnderStoreError and its kinds, TransportError.
         """
-        return (await self._master.call(Refresh(path, recursive))).message
+        return await self.ask(Refresh(path, recursive))
 
     @asynccontextmanager
     async def load_metadata(self, path: str) -> AsyncGenerator[AsyncIterator[LoadProgress], None]:

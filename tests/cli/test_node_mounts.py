@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from cachefs.model import ConfigError, ExistsError, NamespaceError, UnavailableE
 from cachefs.testing.node import Node, node_of, until
 from cachefs.testing.processes import mountpoint_below, running
 from cachefs.testing.survivors import Report, kill, make_source, pid_of, pids_of, reading, wait_for
+from cachefs.wire.mounts import MountState
 
 pytestmark = pytest.mark.skipif(not probe().can_mount or os.geteuid() != 0, reason="needs root and /dev/fuse")
 
@@ -303,6 +305,28 @@ def test_one_that_somebody_unmounts_is_mounted_when_it_is_asked_for(node: Node, 
         for pid in pids:
             os.kill(pid, number)
     assert node.ensure(mountpoint).state == "serving"
+    answers(mountpoint)
+
+
+def test_one_that_somebody_unmounts_is_mounted_again_once_its_keeper_is_gone(node: Node, tmp_path: Path) -> None:
+    """Who is given the keeper of the mount that was there has a server that ends with it."""
+    mountpoint = tmp_path / "mnt"
+    node.start_mounts()
+    first = node.ensure(mountpoint)
+    keeper = wait_for("mount-keeper", mountpoint)
+    os.kill(keeper, signal.SIGSTOP)
+    again: list[MountState] = []
+    asking = threading.Thread(target=lambda: again.append(node.ensure(mountpoint)))
+    try:
+        subprocess.run(["umount", mountpoint], check=True)
+        until(lambda: not os.path.exists(f"/proc/{first.server_pid}"))
+        asking.start()
+        # As long as it takes to be given the keeper and to start a server there, if it may be.
+        asking.join(3)
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    asking.join(60)
+    assert [each.state for each in again] == ["serving"]
     answers(mountpoint)
 
 
