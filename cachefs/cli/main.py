@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import sys
 
@@ -98,3 +99,4 @@ def main() -> None:
 
     Start with: cachefs up s3://bucket /mnt/data
     """
+    gc.enable()  # the command is imported by now; see `cachefs.__main__`
