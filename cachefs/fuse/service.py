@@ -17,7 +17,7 @@ import trio
 
 from cachefs.client import Client, ClientConfig, Earlier, open_client
 from cachefs.fuse.backing import BackingRegistry
-from cachefs.fuse.connections import MountError, abort
+from cachefs.fuse.connections import MountError, abort, is_dead, is_over
 from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.keep_names import keep_names
 from cachefs.fuse.keeping import KeeperLink, MountFacts
@@ -190,6 +190,7 @@ class _Serving:
         self._facts = facts
         self._monitor = monitor
         self._mounted: Mount | None = facts.mounted if facts is not None else None
+        self._fd = -1
         self._agreed: Negotiated | None = facts.agreed if facts is not None else None
         self._is_successor = facts is not None
         self._is_ready = False
@@ -207,7 +208,7 @@ class _Serving:
                         fd = await self._mount()
                     else:
                         assert self._keeper is not None
-                        fd = self._keeper.fuse_fd
+                        fd = self._fd = self._keeper.fuse_fd
                     # After the nursery: the session reads it to the end. Without root, closing is what ends the
                     # connection.
                     opened.callback(os.close, fd)
@@ -243,7 +244,7 @@ class _Serving:
         fd, mounted = await trio.to_thread.run_sync(
             open_mount, config.mountpoint, config.source, replace(config.options, needed=needed, forbid_below=True)
         )
-        self._mounted = mounted
+        self._mounted, self._fd = mounted, fd
         if self._keeper is not None:
             self._keeper.kept.clear()
             self._keeper.mounted(fd, mounted.connection, mounted.below)
@@ -336,7 +337,7 @@ class _Serving:
             return
         if self._keeper is not None:
             self._keeper.ending()
-        await _unmount(self._mounted)
+        await _unmount(self._mounted, self._fd)
         allow_below(self._mounted)
         if self._keeper is not None and (self._is_ready or self._is_successor):
             self._keeper.done()
@@ -421,23 +422,23 @@ async def _serve(
     nursery.cancel_scope.cancel()
 
 
-async def _unmount(mounted: Mount) -> None:
-    """Take the mount away, whoever uses it."""
+async def _unmount(mounted: Mount, fd: int) -> None:
+    """Take the mount of this /dev/fuse file away, whoever uses it."""
     with trio.move_on_after(_UNMOUNT_LIMIT_S, shield=True) as scope:
-        await trio.to_thread.run_sync(_unmount_now, mounted, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(_unmount_now, mounted, fd, abandon_on_cancel=True)
     if scope.cancelled_caught:
         logger.error("unmounting hangs, the connection is ended mountpoint=%s", mounted.mountpoint)
         _end(mounted)
 
 
-def _unmount_now(mounted: Mount) -> None:
-    error = _try_to_unmount(mounted)
+def _unmount_now(mounted: Mount, fd: int) -> None:
+    error = _try_to_unmount(mounted, fd)
     for _ in range(_BUSY_TRIES):
         if error is None or error.errno != errno.EBUSY:
             break
         # Whoever has just ended may still be given up by the kernel, which does that in its own time.
         time.sleep(_BUSY_PAUSE_S)
-        error = _try_to_unmount(mounted)
+        error = _try_to_unmount(mounted, fd)
     if error is None or error.errno == errno.EINVAL:
         return  # EINVAL: somebody was faster
     if error.errno != errno.EBUSY:
@@ -448,10 +449,11 @@ def _unmount_now(mounted: Mount) -> None:
     unmount(mounted.mountpoint, lazy=True)
 
 
-def _try_to_unmount(mounted: Mount) -> MountError | None:
+def _try_to_unmount(mounted: Mount, fd: int) -> MountError | None:
     found = find_mount(mounted.mountpoint)
-    if found is None or found.device != mounted.device:
-        return None  # somebody was faster, and another may have been mounted there since
+    # Somebody was faster, and another may have been mounted there since, even by the same number.
+    if found is None or found.device != mounted.device or (is_over(fd) and not is_dead(found)):
+        return None
     try:
         unmount(mounted.mountpoint)
     except MountError as error:

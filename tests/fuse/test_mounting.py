@@ -29,6 +29,7 @@ from cachefs.fuse import (
     mounting,
     open_device,
     probe,
+    service,
     unmount,
 )
 from cachefs.fuse.mounting import allow_below
@@ -140,6 +141,35 @@ def test_a_number_stays_that_of_a_mount_while_it_is_ended(mountpoint: Path, monk
 
         monkeypatch.setattr(connections, "_abort", late)
         assert abort(mounted) and is_over(first) and not is_over(second)
+
+
+@needs_mount
+def test_a_server_at_its_end_leaves_what_another_has_mounted_there_since(mountpoint: Path) -> None:
+    first = open_device()
+    try:
+        mounted = mount(first, mountpoint, "first")
+        unmount(mountpoint)
+        fd = open_device()
+        try:
+            another = mount(fd, mountpoint, "second")
+            if another.device != mounted.device:
+                pytest.skip("the number was taken by somebody else")
+            service._unmount_now(mounted, first)
+            assert find_mount(mountpoint) is not None and not is_over(fd)
+            # What is its own it takes away, dead or alive.
+            assert abort(another)
+            service._unmount_now(another, fd)
+            assert find_mount(mountpoint) is None
+        finally:
+            os.close(fd)
+        fd = open_device()
+        try:
+            service._unmount_now(mount(fd, mountpoint, "third"), fd)
+            assert find_mount(mountpoint) is None
+        finally:
+            os.close(fd)
+    finally:
+        os.close(first)
 
 
 @needs_mount
