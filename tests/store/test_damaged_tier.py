@@ -22,7 +22,7 @@ from cachefs.store import Store, TierConfig, open_store, page_checksum
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 
 LENGTH = 4 * PAGE + 100
-WAITED_S = 20
+WAITED_S = 120
 HEALTHY = (1, 2)
 """Blocks beside the damaged one, which is 0."""
 
