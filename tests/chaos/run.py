@@ -26,7 +26,8 @@ HANG_S = 90.0
 """A call that takes longer is a hang: three times the longest wait that is documented."""
 HEAL_S = 90.0
 MAX_SHOWN = 20
-_LEAK_WAIT_S = 60.0
+_LEAK_WAIT_S = 120.0
+"""Longer than idle connections to a store are kept, which is a minute and a half."""
 _SLACK = 12
 """Descriptors that a process may have more than it had after every file was read for the first time, in calm: idle
 connections come and go."""
