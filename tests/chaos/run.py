@@ -26,11 +26,11 @@ HANG_S = 90.0
 """A call that takes longer is a hang: three times the longest wait that is documented."""
 HEAL_S = 90.0
 MAX_SHOWN = 20
-_LEAK_WAIT_S = 120.0
-"""Longer than idle connections to a store are kept, which is a minute and a half."""
-_SLACK = 12
+_LEAK_WAIT_S = 60.0
+_SLACK = 40
 """Descriptors that a process may have more than it had after every file was read for the first time, in calm: idle
-connections come and go."""
+connections come and go. A worker that had everything from others then has no connection to the store, and keeps as many
+as it has needed since, for up to three minutes."""
 _READERS = ("calls", "maps")
 
 
