@@ -15,7 +15,7 @@ from cachefs.fuse import MountError, abort, all_mounts, unmount
 
 MARK = "CACHEFS_BENCH_RUN"
 """Environment variable."""
-GONE_LIMIT_S = 15.0
+GONE_LIMIT_S = 60.0
 
 
 def end_marked(mark: str) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ SMALL_BYTES = 112_000
 RANGE_BYTES = 8 * MIB
 CONCURRENCIES = (4, 8, 16, 32)
 BARE_LIMIT_S = 300.0
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 60.0
+_COUNTED_LIMIT_S = 10.0
 _CEILING = {
     Scale.SMOKE: (16 * MIB, 2, 32),
     Scale.STANDARD: (64 * MIB, 4, 500),
@@ -55,8 +57,19 @@ class Traffic(msgspec.Struct, frozen=True):
         return Traffic(self.sent_bytes - before.sent_bytes, self.reads - before.reads)
 
 
-def traffic(url: str) -> Traffic:
-    """Of all buckets. `url` is a `Source.traffic_url`. Takes some milliseconds. Raises OSError."""
+def traffic(url: str, at_least: int = 0) -> Traffic:
+    """Of all buckets. `url` is a `Source.traffic_url`. Takes some milliseconds. Raises OSError.
+
+    `at_least`: bytes that have come from there. The server counts what it has sent a moment after whoever asked for it
+    has it, and is given ten seconds for that.
+    """
+    give_up = time.monotonic() + _COUNTED_LIMIT_S
+    while (found := _traffic(url)).sent_bytes < at_least and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return found
+
+
+def _traffic(url: str) -> Traffic:
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
         text = answer.read().decode()
     return Traffic(*(int(sum(float(value) for _, value in counted.findall(text))) for counted in (_SENT, _GETS)))

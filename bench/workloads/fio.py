@@ -87,7 +87,7 @@ class Amounts(msgspec.Struct, frozen=True):
 
 
 AMOUNTS = {
-    Scale.SMOKE: Amounts(8 * MIB, 2 * MIB, 2048, 32 * MIB, 2.0),
+    Scale.SMOKE: Amounts(8 * MIB, 2 * MIB, 2048, 32 * MIB, 20.0),
     Scale.STANDARD: Amounts(128 * MIB, 64 * MIB, 65_536, 512 * MIB, 1.0),
     Scale.FULL: Amounts(512 * MIB, 32 * MIB, 262_144, 4096 * MIB, 3.0),
 }

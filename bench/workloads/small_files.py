@@ -100,7 +100,7 @@ class SmallFiles(Workload):
                 raise _Failed(self._gap(mounted, "failed", f"WRONG BYTES: {named}", case))
             if state == "cold":
                 settle(mounted)
-            after = self._sent(mounted)
+            after = self._sent(mounted, (before or 0) + (epoch.bytes if state == "cold" else 0))
             labels = {"work": "epoch", "readers": str(readers), "state": state, "epoch": str(number)}
             yield self._figure(case, labels, "files_per_s", epoch.files_per_s, "1/s", "more")
             yield self._figure(case, labels, "bytes_per_s", epoch.bytes_per_s, "B/s", "more")
@@ -151,9 +151,9 @@ class SmallFiles(Workload):
         forget_pages(native)
         return checksums
 
-    def _sent(self, mounted: Mounted) -> int | None:
-        """Bytes that the under-store has sent so far; None for plain files, which have none."""
-        return None if mounted.system == "native" else traffic(mounted.source.traffic_url).sent_bytes
+    def _sent(self, mounted: Mounted, at_least: int = 0) -> int | None:
+        """Bytes that the under-store has sent so far, see `traffic`; None for plain files, which have none."""
+        return None if mounted.system == "native" else traffic(mounted.source.traffic_url, at_least).sent_bytes
 
     def _figure(
         self, case: str, labels: dict[str, str], metric: str, value: float, unit: str, better: Better

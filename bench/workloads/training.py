@@ -213,12 +213,17 @@ class Training(Workload):
                         return
                     if kind != "synthetic" and number == 1:
                         settle(mounted)
-                    sent = server.traffic(mounted.source.traffic_url).since(before)
+                    known = self._bytes_of(job) if state == "cold" and mounted.system != "native" else 0
+                    sent = server.traffic(mounted.source.traffic_url, before.sent_bytes + known).since(before)
                     yield from self._figures(kind, number, state, epoch, sent.sent_bytes)
         except (LoadingFailed, ImportError, TimeoutError) as error:
             missing = isinstance(error, ImportError)
             why = f"{error}: pip install torch" if missing else f"{self._where(kind, number)}: {error}"
             yield self._gap(mounted, "missing" if missing else "failed", why)
+
+    def _bytes_of(self, job: Job) -> int:
+        files = self.data().files
+        return sum(files[path] for path in job.layout.paths)
 
     def _prepare(self, kind: Kind, number: int) -> str:
         """Returns the state that an epoch begins in."""

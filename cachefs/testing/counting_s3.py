@@ -5,6 +5,8 @@ asked of and read from the under-store, whatever our own counters say.
 from __future__ import annotations
 
 import http.client
+import select
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -74,9 +76,16 @@ class CountingS3:
         with self._lock:
             self._reads[path] += 1
 
-    def sent(self, path: str, count: int) -> None:
+    def send(self, connection: socket.socket, piece: memoryview, path: str) -> int:
+        """As much as the network takes at once, which is counted before anybody can ask for it. Raises OSError."""
         with self._lock:
-            self._bytes[path] += count
+            try:
+                count = connection.send(piece, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return 0
+            if path:
+                self._bytes[path] += count
+            return count
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,11 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         if length is not None:
             self.send_header("Content-Length", length)
-        self.end_headers()
         path = self._object()
         counted = path if response.status in (200, 206) else ""
         if counted:
             self.counting.answered(counted)
+        self.end_headers()
         if content:
             self._send(content, counted)
         while piece := response.read(_PIECE):
@@ -146,10 +155,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, piece: bytes, counted: str) -> None:
         rest = memoryview(piece)
         while rest:
-            sent = self.connection.send(rest)
+            sent = self.counting.send(self.connection, rest, counted)
+            if not sent:
+                room = select.poll()
+                room.register(self.connection, select.POLLOUT)
+                room.poll()
             rest = rest[sent:]
-            if counted:
-                self.counting.sent(counted, sent)
 
     do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = _serve
 

@@ -19,7 +19,7 @@ from cachefs.fuse import FS_TYPE, MountError, abort, find_mount, unmount
 from cachefs.model import CachefsError
 
 READY_TIMEOUT_S = 60.0
-END_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 60.0
 
 
 class Running:
@@ -92,9 +92,10 @@ def child_of(up: Running, role: str) -> int:
     todo = [up.process.pid]
     while todo:
         pid = todo.pop()
-        if not names.isdisjoint(Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
-            return pid
-        todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        with suppress(OSError):  # it has ended since it was found
+            if not names.isdisjoint(Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
+                return pid
+            todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     raise CachefsError(f"no process with the role {role}")
 
 

@@ -172,7 +172,7 @@ def _wait_until_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(endpoint, timeout=1):
+            with urllib.request.urlopen(endpoint, timeout=10):
                 return
         except urllib.error.HTTPError as error:
             # It wants a signature: it is up. Before the file system behind it is, it answers 5xx.

@@ -24,6 +24,7 @@ from bench.workloads.base import Data, Scale
 from cachefs.fuse import all_mounts, probe
 from cachefs.testing.s3server import S3Server
 from tests.bench.reading import Absent, Bare, Broken, Leaving, Reading
+from tests.chaos.leaks import processes_with
 
 ROOT = Path(__file__).parent.parent.parent
 needs_mounts = pytest.mark.skipif(not probe().passthrough_possible, reason="the bare server of these tests needs it")
@@ -187,7 +188,7 @@ def test_interrupted_in_a_mount_that_hangs_it_leaves_nothing(tmp_path: Path, s3_
     assert said.decode().rstrip().endswith("KeyboardInterrupt")
     assert list(tmp_path.iterdir()) == []
     assert not [each for each in all_mounts() if each.mountpoint.startswith(f"{tmp_path}/")]
-    assert processes_about(str(tmp_path)) == []
+    assert processes_with(str(tmp_path)) == {}
 
 
 @needs_mounts
@@ -206,7 +207,7 @@ def test_what_a_workload_on_its_own_leaves_is_taken_away(tmp_path: Path) -> None
     assert f"left {tmp_path}" in results.gaps[1].why
     assert list(tmp_path.iterdir()) == []
     assert not [each for each in all_mounts() if each.mountpoint.startswith(f"{tmp_path}/")]
-    assert processes_about(str(tmp_path)) == []
+    assert processes_with(str(tmp_path)) == {}
 
 
 @pytest.mark.usefixtures("no_ceiling")
@@ -272,20 +273,6 @@ def test_data_takes_room_only_while_it_is_wanted(monkeypatch: pytest.MonkeyPatch
     one = space.needs([first], ["native"]).disk
     assert space.needs([first, second], ["native"]).disk == one
     assert space.needs([first, second, first], ["native"]).disk > one + 6_000_000
-
-
-def processes_about(text: str) -> list[str]:
-    """Command lines with this in them."""
-    found = []
-    for each in Path("/proc").iterdir():
-        if each.name.isdecimal():
-            try:
-                command = (each / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            except OSError:
-                continue
-            if text in command:
-                found.append(command)
-    return found
 
 
 def test_each_round_has_another_order() -> None:

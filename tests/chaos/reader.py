@@ -239,6 +239,8 @@ class Reader:
 
     def run(self, how: str) -> None:
         self.list()
+        # Each at least once, however slow the machine is.
+        first = [self.whole, self.pieces, self.hold, self.stat]
         while not select.select([0], [], [], _PAUSE_S)[0]:
             # Also names that were there once: they may be gone, or back.
             name = self._rng.choice(self._known) if self._known else None
@@ -247,7 +249,8 @@ class Reader:
             elif how == "maps":
                 self.mapped(name)
             else:
-                (what,) = self._rng.choices([self.whole, self.pieces, self.hold, self.stat, None], [35, 25, 5, 12, 23])
+                every = [self.whole, self.pieces, self.hold, self.stat, None]
+                what = first.pop() if first else self._rng.choices(every, [35, 25, 5, 12, 23])[0]
                 if what is not None:
                     what(name)
                 elif self._rng.random() < 0.15:

@@ -39,6 +39,7 @@ async def scene(
         yield cluster, it, data
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_name_is_asked_for_once(tmp_path: Path) -> None:
     async with scene(tmp_path) as (cluster, client, _):
         metadata = client.metadata
@@ -64,6 +65,7 @@ async def test_nothing_is_believed_with_an_interval_of_0(tmp_path: Path) -> None
         assert await client.metadata.attr(first.ino) == first
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_old_answers_serve_while_the_master_is_away(tmp_path: Path) -> None:
     async with scene(tmp_path, sync_interval_s=0, patience_s=0.2) as (cluster, client, _):
         attr = await client.metadata.lookup(ROOT_INO, "00001")
@@ -165,6 +167,7 @@ async def test_entries_not_used_are_given_again_and_positions_can_be_returned_to
         assert len(await read_on(reader, first[-1].attr.ino, 20)) == 51 - 20
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_listing_goes_on_after_the_master_restarted(tmp_path: Path) -> None:
     async with scene(tmp_path, files=5000) as (cluster, client, _data), directory(client) as reader:
         first = await reader.read(NO_INO, 100)

@@ -40,6 +40,7 @@ async def check_whole(client: Client, volumes: Volumes, made: set[str], gone: se
     return set(listed)
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_killed_between_and_during_calls_it_is_repaired_by_the_same_call(tmp_path: Path) -> None:
     for name in ("data/dir/file", "own/file"):
         (tmp_path / name).parent.mkdir(parents=True)

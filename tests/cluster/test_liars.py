@@ -144,7 +144,7 @@ async def test_nobody_reads_a_lie(
     ):
         keys = {(await client.metadata.resolve(f"/{name}")).key: content for name, content in CONTENTS.items()}
         async with lying(cluster, lie, keys) as liar:
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while b"\ncachefs_peers_known 1.0\n" not in cluster.monitors["worker"].text():
                     await trio.sleep(0.15)
                 for name, content in CONTENTS.items():

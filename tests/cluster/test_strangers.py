@@ -29,7 +29,7 @@ from cachefs.wire.cluster import AskBlocks, ReadBlock
 from cachefs.wire.messages import GetMasterStatus
 
 CONTENT = random.Random(1).randbytes(3 * PAGE + 1)
-SOON_S = 45.0
+SOON_S = 120.0
 """Within which all of them have to be told, on however slow a machine."""
 
 

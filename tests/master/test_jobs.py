@@ -158,6 +158,7 @@ async def test_files_that_fail_are_counted_and_named(tmp_path: Path) -> None:
         assert "changed or removed" in reason
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_load_goes_on_after_the_master_is_restarted(tmp_path: Path) -> None:
     async with scene(tmp_path, "w2") as each:
         # Slow enough to be in the middle of it.
@@ -183,6 +184,7 @@ async def test_the_tasks_of_a_worker_that_ends_are_done_by_others(tmp_path: Path
         assert (ended.state, ended.counts.failed, ended.counts.done) == ("done", 0, len(FILES))
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_cancelled_job_stays_cancelled(tmp_path: Path) -> None:
     async with scene(tmp_path) as each:
         job = await each.start("load", "/", limit_bytes_per_s=1000)
@@ -218,6 +220,7 @@ async def test_free_drops_it_everywhere_but_what_is_pinned_or_in_use(tmp_path: P
         await each.read_all()
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_drained_worker_leaves_its_last_copies_to_others(tmp_path: Path) -> None:
     async with scene(tmp_path, "w2", "w3") as each:
         await each.end(await each.start("load", "/", workers=["w2"]))

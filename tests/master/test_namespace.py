@@ -286,6 +286,7 @@ async def test_what_cannot_be_done_is_told(tmp_path: Path) -> None:
             await it.namespace.lookup(directory.ino, "x")
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_restarted_master_gives_the_same_numbers(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a").write_bytes(b"x")

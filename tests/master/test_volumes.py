@@ -255,6 +255,7 @@ async def test_a_store_that_does_not_answer_keeps_no_other_volume_waiting(tmp_pa
         assert not failed
 
 
+@RESTARTS
 async def test_names_of_the_store_around_are_never_hidden(tmp_path: Path, own: Path) -> None:
     async with scene(tmp_path, "/", names=("dir/file", "volumes/mine")) as (cluster, client, volumes):
         with pytest.raises(ConfigError, match=r"has the name /volumes, which would be hidden; attached at /volumes by"):
@@ -525,6 +526,7 @@ async def test_what_an_asker_that_left_has_set_counts_for_who_comes_next(tmp_pat
             assert await quotas(client) == {}
 
 
+@RESTARTS
 async def test_a_volume_whose_store_was_displaced_is_repaired_by_the_same_call(tmp_path: Path, own: Path) -> None:
     async with scene(tmp_path, "/") as (cluster, client, volumes):
         made = await volumes.create("a", url=own.as_uri(), options=AT_ONCE, quota_bytes=MiB)
@@ -683,6 +685,7 @@ async def test_a_file_server_that_hangs_holds_up_neither_a_start_nor_others(
             assert scope.cancelled_caught
 
 
+@RESTARTS
 async def test_a_master_that_restarts_is_waited_for_and_one_that_is_gone_is_not_for_ever(tmp_path: Path) -> None:
     async with scene(tmp_path, "/") as (cluster, _, volumes):
         await cluster.stop("master")

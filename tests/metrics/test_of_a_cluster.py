@@ -196,6 +196,7 @@ async def test_the_master_counts_what_it_is_asked(tmp_path: Path) -> None:
         assert (await shown(cluster.monitors["master"]))["cachefs_request_errors_total operation=Lookup"] == 0
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_worker_without_its_master_is_not_ready_and_alive(tmp_path: Path) -> None:
     async with cluster_of(tmp_path) as (cluster, _):
         worker = cluster.monitors["worker"]

@@ -320,10 +320,13 @@ async def test_half_a_frame_and_gone(tmp_path: Path, which: str) -> None:
 async def test_silence_before_hello_has_a_deadline(
     tmp_path: Path, which: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "HELLO_TIMEOUT_S", 0.3)
-    async with target(which, tmp_path) as it, it.connection() as raw:
-        await raw.send(it.hello[:length])
-        await raw.answers()
+    async with target(which, tmp_path) as it:
+        with monkeypatch.context() as patch:
+            # For this one alone: whoever means well may be slow.
+            patch.setattr(service, "HELLO_TIMEOUT_S", 0.3)
+            async with it.connection() as raw:
+                await raw.send(it.hello[:length])
+                await raw.answers()
 
 
 @pytest.mark.parametrize("which", SOCKETS)
@@ -375,20 +378,22 @@ async def test_descriptors_in_a_frame_that_never_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", SOCKETS)
-async def test_a_thousand_that_say_nothing(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thousand_that_say_nothing(tmp_path: Path, which: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096:
         pytest.skip("both ends of a thousand connections need 2000 descriptors")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    monkeypatch.setattr(service, "HELLO_TIMEOUT_S", 1.0)
+    hung_up = 0
     try:
         async with target(which, tmp_path) as it, trio.open_nursery() as nursery:
             before = open_descriptors()
 
             async def keep_silent(task_status: trio.TaskStatus[None]) -> None:
+                nonlocal hung_up
                 async with it.connection() as raw:
                     task_status.started()
                     assert [frame.kind for frame in await raw.answers()] in ([], [Kind.HELLO])
+                    hung_up += 1
 
             for number in range(1000):
                 await nursery.start(keep_silent)
@@ -396,6 +401,8 @@ async def test_a_thousand_that_say_nothing(tmp_path: Path, which: str, monkeypat
                     async with open_peer(it.address, Hello("client")) as peer:
                         await peer.call(it.request)
                         assert open_descriptors() - before <= 1000 + service.MAX_UNGREETED + 10
+            await until(lambda: hung_up >= 1000 - service.MAX_UNGREETED)
+            nursery.cancel_scope.cancel()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -443,10 +450,11 @@ async def test_whoever_never_reads_is_given_up(tmp_path: Path, which: str, monke
         await raw.send(it.hello)
         await fill(raw, it.ask, 64 * MiB)
         # It hangs up, though we still do not read.
-        with trio.fail_after(20), pytest.raises(OSError):
+        with trio.fail_after(60), pytest.raises(OSError):
             while True:
                 await raw.sock.send(it.ask(10**9))
-                await trio.sleep(0.01)
+                # It may have had room yet, if this machine stood still.
+                await fill(raw, it.ask, 64 * MiB)
 
 
 @pytest.mark.parametrize("wrong", [False, True])

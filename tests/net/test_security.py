@@ -273,10 +273,12 @@ async def test_requests_before_the_proof(tmp_path: Path) -> None:
 
 async def test_silence_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever says hello and proves nothing is not waited for longer than whoever says nothing."""
-    monkeypatch.setattr(service, "HELLO_TIMEOUT_S", 0.2)
     async with serving(tmp_path) as address:
         asker = Connection(asking=True, handshake=Handshake(SECURITY.tokens, asking=True, presents=Role.CLIENT))
-        assert await exchanged(address, [asker.hello(Hello("client"))]) == [Kind.HELLO]
+        with monkeypatch.context() as patch:
+            # For this one alone: whoever means well may be slow.
+            patch.setattr(service, "HELLO_TIMEOUT_S", 0.2)
+            assert await exchanged(address, [asker.hello(Hello("client"))]) == [Kind.HELLO]
 
 
 async def test_roles_may_ask_what_the_table_says(tmp_path: Path) -> None:
@@ -562,13 +564,14 @@ async def test_garbage_on_a_tls_port(tmp_path: Path, mutual: Security) -> None:
 
 
 async def test_silence_on_a_tls_port(tmp_path: Path, mutual: Security, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "HELLO_TIMEOUT_S", 0.2)
     async with serving(tmp_path, mutual) as address:
         assert isinstance(address, TcpAddress)
-        stream = await trio.open_tcp_stream(address.host, address.port)
-        async with stream:
-            with trio.fail_after(60):
-                assert await stream.receive_some() == b""
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "HELLO_TIMEOUT_S", 0.2)
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            async with stream:
+                with trio.fail_after(60):
+                    assert await stream.receive_some() == b""
 
 
 @refused

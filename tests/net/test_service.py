@@ -8,13 +8,22 @@ import socket
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from cachefs.model import CachefsError, ConfigError, MiB, NotFoundError, RemoteProtocolError, TransportError
+from cachefs.model import (
+    CachefsError,
+    ConfigError,
+    LogLimiter,
+    MiB,
+    NotFoundError,
+    RemoteProtocolError,
+    TransportError,
+)
 from cachefs.net import (
     Address,
     Answer,
@@ -29,6 +38,7 @@ from cachefs.net import (
     open_pool,
     parse_address,
     serve,
+    service,
 )
 from cachefs.net.peer import connect
 from cachefs.wire import STREAM_WINDOW, Connection, Kind, Request, StreamRequest
@@ -436,8 +446,10 @@ async def test_answers_nobody_reads_are_few(handlers: Handlers, address: Address
 
 @pytest.mark.expect_warnings("repeated failures")
 async def test_a_storm_of_failures_is_a_few_lines(
-    handlers: Handlers, unix: UnixAddress, caplog: pytest.LogCaptureFixture
+    handlers: Handlers, unix: UnixAddress, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Within one period, however long it takes.
+    monkeypatch.setattr(service, "LogLimiter", partial(LogLimiter, clock=lambda: 0.0))
     async with serving(handlers, unix) as bound, open_peer(bound, Hello("client")) as peer:
         for _ in range(200):
             with pytest.raises(CachefsError, match="internal error"):
@@ -491,7 +503,7 @@ async def test_damage_from_a_server_fails_its_calls(damage: bytes) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
-            with trio.fail_after(20), pytest.raises(TransportError):
+            with trio.fail_after(60), pytest.raises(TransportError):
                 async with open_peer(address, Hello("client")) as peer:
                     await peer.call(Echo("x"))
         assert descriptors() == before
@@ -518,7 +530,7 @@ async def test_an_answer_that_is_none_is_an_error_of_its_call(kind: Kind, meta: 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
             async with open_peer(address, Hello("client")) as peer:
-                with trio.fail_after(20), pytest.raises(RemoteProtocolError):
+                with trio.fail_after(60), pytest.raises(RemoteProtocolError):
                     await peer.call(Echo("x"))
                 assert (await peer.call(Echo("y"))).message == "fine"
             nursery.cancel_scope.cancel()

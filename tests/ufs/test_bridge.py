@@ -10,7 +10,7 @@ import trio
 
 from cachefs.ufs.bridge import open_bridge
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def threads() -> list[str]:
@@ -96,4 +96,7 @@ async def test_what_hangs_at_the_end_is_left_alone_and_others_run_meanwhile(
             nursery.cancel_scope.cancel()
     assert "connections are not closed, that hangs store=s3://b" in caplog.text
     assert cancelled or ticks > 5
-    assert threads() == ["bridge"]
+    with trio.fail_after(LIMIT_S):
+        # The others end, be it a moment after nobody waits for them any more.
+        while threads() != ["bridge"]:
+            await trio.sleep(0.02)

@@ -29,6 +29,7 @@ from cachefs.model import (
 )
 from cachefs.testing.faulty_s3 import Fault, FaultyS3, running_faulty_s3
 from cachefs.testing.fixtures import Bucket
+from cachefs.testing.ports import hold_port
 from cachefs.testing.understore_contract import Behind, UnderStoreContract, list_all, names
 from cachefs.ufs import UnderStore, open_under_store, s3, s3_ranges
 from cachefs.ufs.s3 import open_s3, parse_time
@@ -153,7 +154,7 @@ def silence_s() -> float:
     return 15
 
 
-FAILS_SOON = pytest.mark.parametrize("patience_s", [2])
+FAILS_SOON = pytest.mark.parametrize("patience_s", [1])
 
 
 @pytest.fixture
@@ -200,7 +201,9 @@ async def test_what_passes_is_tried_again(through: UnderStore, faulty: FaultyS3,
     info = await through.stat("file")
     faulty.inject(fault, part="/file", times=1)
     assert bytes(await through.read_range(info, 1000, 200_000)) == content[1000:201_000]
-    assert len([path for method, path in faulty.requests if method == "GET" and "/file" in path]) == 2
+    asked = len([path for method, path in faulty.requests if method == "GET" and "/file" in path])
+    # An answer that is only late may be given up, too, where little silence is borne.
+    assert asked == 2 or (asked > 2 and fault == "stall")
 
 
 @pytest.mark.parametrize("reader", ["s3fs"], indirect=True)
@@ -216,7 +219,7 @@ async def test_listings_are_tried_again_page_by_page(
 
 @pytest.mark.parametrize(("fault", "error"), [("slow-down", ThrottledError), ("internal-error", UnavailableError)])
 async def test_the_deadline_ends_it(faulty: FaultyS3, behind: Bucket, fault: Fault, error: type[Exception]) -> None:
-    options = {**behind.options, "endpoint_url": faulty.endpoint, "deadline": "2"}
+    options = {**behind.options, "endpoint_url": faulty.endpoint, "deadline": "1"}
     async with open_under_store(behind.url, options) as ufs:
         faulty.inject(fault, method="HEAD", times=1000)
         with pytest.raises(error):
@@ -264,7 +267,7 @@ async def test_answers_of_another_version_keep_no_connection(
             await through.read_range(info, 0, size // 2)
             faulty.inject("other-etag", part="/file", times=1)
             assert await through.read_files([info], lambda number, data: None, 4, lambda _: True) == [None]
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while _sockets() > before + 4:
                 await trio.sleep(0.05)
     finally:
@@ -343,7 +346,7 @@ async def test_a_listing_that_fails_in_the_middle_raises(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.01)
 
@@ -357,7 +360,7 @@ async def test_cancelled_reads_and_listings_end_at_once_with_their_connections(
     before = faulty.open_connections()
     faulty.inject("stall", part="/file", times=1000)
     faulty.inject("stall", part="list-type=2", times=1000)
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(through.read_range, info, 0, 3)
@@ -382,7 +385,7 @@ class TestSlowDown:
         async def read() -> None:
             assert bytes(await ufs.read_range(info, 0, 7)) == b"content"
 
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for _ in range(count):
                     nursery.start_soon(read)
@@ -437,7 +440,7 @@ async def test_a_cancelled_read_ends_at_once(through: UnderStore, faulty: Faulty
     behind.put({"file": b"content"})
     info = await through.stat("file")
     faulty.inject("stall", part="/file", times=10)
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(through.read_range, info, 0, 3)
             await trio.to_thread.run_sync(faulty.wait_stalled)
@@ -486,7 +489,8 @@ def nowhere(request: pytest.FixtureRequest) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as silent, ExitStack() as held:
         address = silent.getsockname()
         if request.param == "refuses":
-            silent.close()
+            # Of a port that nobody else gets.
+            address = held.enter_context(hold_port()).getsockname()
         elif request.param == "takes connections and never answers":
             silent.listen(100)
         else:
@@ -506,7 +510,7 @@ async def test_an_unreachable_store_is_unavailable_within_the_timeouts(
     options = {**behind.options, **timeouts, "endpoint_url": nowhere, "reader": reader}
     async with open_under_store(behind.url, options) as ufs:
         for ask in (lambda: ufs.stat("file"), lambda: ufs.read_range(info, 0, 3), lambda: list_all(ufs, "")):
-            with trio.fail_after(10), pytest.raises(UnavailableError):
+            with trio.fail_after(60), pytest.raises(UnavailableError):
                 await ask()
 
 

@@ -71,6 +71,7 @@ async def pinned_bytes(cluster: TestCluster) -> int:
     return (await cluster.worker_status()).tiers[0].pinned_bytes
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_pins_outlive_restarts_of_each_and_hold_while_the_master_is_away(tmp_path: Path) -> None:
     async with scene(tmp_path) as (cluster, client, _):
         await list_all(client)

@@ -307,6 +307,7 @@ async def test_nested_quotas_all_bind(tmp_path: Path) -> None:
         assert await promoted(inner) == 6 and (await client.ask(ListQuotas())).quotas == []
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_a_quota_outlives_restarts_and_is_not_exceeded_meanwhile(tmp_path: Path) -> None:
     async with scene(tmp_path, workers=2) as (cluster, clients, _):
         client = clients[0]

@@ -210,6 +210,7 @@ async def test_one_that_comes_back_is_opened_anew_whatever_its_credentials_are(
         assert await read(client, "/more/file") == CONTENT
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_what_was_removed_while_the_worker_had_no_master_is_closed_too(tmp_path: Path, s3_bucket: Bucket) -> None:
     s3_bucket.put({"file": CONTENT})
     async with scene(tmp_path) as (cluster, client):

@@ -353,6 +353,7 @@ async def test_a_request_waits_for_a_worker_that_restarts(data: Path, tmp_path: 
         assert done == [LARGE]
 
 
+@pytest.mark.expect_warnings("a restart of the master may take longer than is told")
 async def test_cached_reads_need_no_master(data: Path, tmp_path: Path) -> None:
     async with cluster_of(data, tmp_path) as (cluster, client):
         attr = await client.metadata.resolve("/large")
