@@ -10,9 +10,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cachefs.model import BlockId, CapacityError, MiB
+from cachefs.model import BlockId, CapacityError, ContentKey, MiB
 from cachefs.store import HealthConfig, Store, TierConfig, TierState, open_store, page_checksum
 from cachefs.store.health import Health
+from cachefs.store.layout import running_boot_id
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 from cachefs.testing.disks import broken, small_disk
 
@@ -272,3 +273,24 @@ def test_what_was_written_before_the_disk_was_full_is_sealed_when_it_is_not(tmp_
             store.seal(partial)
             store.close(partial)
             assert read(store.paths, block(1), len(data)) == data
+
+
+@needs_root
+def test_a_worker_starts_after_a_reboot_also_on_a_full_disk(tmp_path: Path) -> None:
+    data = content(1, 3 * PAGE)
+    blocks = [BlockId(ContentKey(bytes([number]) * 16), 0) for number in range(6)]
+    with small_disk(tmp_path, 16 * MiB) as disk:
+        config = TierConfig("ssd", str(disk / "tier"), 8 * MiB)
+        with open_store([config], GEOMETRY, CLUSTER) as store:
+            for each in blocks:
+                seal(store, each, data)
+        facts = disk / "tier" / "tier.json"
+        facts.write_text(facts.read_text().replace(running_boot_id(), "an earlier one"))
+        use_up_inodes(disk).unlink()  # one for the new tier.json
+        with open_store([config], GEOMETRY, CLUSTER) as store:
+            assert set(store.suspects()) == set(blocks)
+            # One of which the directory cannot be made goes, and makes room for the next.
+            kept = [each for each in blocks if store.restore(each)]
+            assert 0 < len(kept) < len(blocks)
+            assert {each for each in blocks if read(store.paths, each, len(data)) == data} == set(kept)
+            assert store.state(store.tiers[0]) is HEALTHY
