@@ -61,7 +61,7 @@ def umount(
     those of other users and jobs too, and asks first, if there is a terminal to ask at.
     """
     if connection is not None:
-        _end(mountpoints, connection, device, below)
+        _end(mountpoints, connection, device, force, below)
         return
     if everything and (mountpoints or dead):
         other = "MOUNTPOINT" if mountpoints else "--dead"
@@ -92,17 +92,27 @@ def umount(
         sys.exit(1)
 
 
-def _end(mountpoints: tuple[str, ...], connection: int, device: int | None, below: tuple[int, int, int] | None) -> None:
+def _end(
+    mountpoints: tuple[str, ...],
+    connection: int,
+    device: int | None,
+    force: bool,
+    below: tuple[int, int, int] | None,
+) -> None:
     """For whoever kept a mount that cannot be saved. `device`: while that lives, so does the mount; else the number may
-    be another's by now. `below`: see `Mount`.
+    be another's by now. `force` without one: of a keeper that an earlier version started, which holds it, and has just
+    seen that it lives. `below`: see `Mount`.
     """
-    lives = device is not None and not is_over(device)
+    lives = force if device is None else not is_over(device)
     if device is not None:
         with suppress(MountError):  # not root: it ends with its server
             abort_of(device, connection)
     for mountpoint in mountpoints:
         found = find_mount(mountpoint)
         if found is not None and found.fs_type == FS_TYPE and found.connection == connection:
+            if device is None and lives:
+                with suppress(MountError):  # not root: it ends with its server
+                    abort(found)
             with suppress(MountError):  # somebody was faster
                 if lives or is_dead(found):
                     unmount(mountpoint, lazy=True)

@@ -39,10 +39,11 @@ class MountInfo(NamedTuple):
 def parse_mountinfo(content: bytes) -> list[MountInfo]:
     """The lines of proc(5)'s mountinfo, in mount order; a later line on the same mountpoint hides the earlier ones.
 
-    Spaces, tabs, newlines, backslashes (and `#`) come as octal escapes. Raises RemoteProtocolError.
+    Spaces, tabs, newlines, backslashes (and `#`) come as octal escapes, carriage returns as they are. Raises
+    RemoteProtocolError.
     """
     mounts = []
-    for line in content.splitlines():
+    for line in content.removesuffix(b"\n").split(b"\n") if content else []:
         # 36 35 98:0 /root /mountpoint options [optional...] - type source super-options
         left, separator, right = line.partition(b" - ")
         fields = left.split(b" ")

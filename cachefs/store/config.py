@@ -128,7 +128,8 @@ def filesystem_type(fd: int) -> str | None:
     """
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+    # Lines end with a newline only: a carriage return may be part of a name.
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as mounts:
         for line in mounts:
             mount, _, filesystem = line.partition(" - ")
             if mount.split(" ", 3)[2] == wanted:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from cachefs.model import BlockCorruptError, BlockId, Geometry
 from cachefs.store import sums
 from cachefs.store.block_files import BlockFiles
+from cachefs.store.diskfull import capacity_errors
 from cachefs.store.dormant import Dormant
 from cachefs.store.eviction import Eviction
 from cachefs.store.layout import Layout
@@ -185,7 +186,7 @@ class Partials:
                 self._drop(partial)
                 raise
             partial.finish()
-            with self._lock:
+            with self._lock, capacity_errors():  # the directory that it moves to may have to be made
                 self._publish(partial)
             return True
 

@@ -73,7 +73,16 @@ def scan(directory_fd: int) -> Iterator[tuple[BlockId, os.stat_result]]:
 def move_all(source_fd: int, target_fd: int) -> None:
     """Move everything from sealed/ to suspect/; checksums last, so that what is cut off half way is found again."""
     for fan in FAN_OUT:
-        for name in sorted(_names(source_fd, fan), key=lambda name: name.endswith(SUMS_SUFFIX)):
+        names = _names(source_fd, fan)
+        if not names:
+            continue
+        try:
+            # All of it in one go, usually. It needs no room on the disk, which may be full: so a worker starts there.
+            os.rename(fan, fan, src_dir_fd=source_fd, dst_dir_fd=target_fd)
+            continue
+        except OSError:
+            pass  # there is something already
+        for name in sorted(names, key=lambda name: name.endswith(SUMS_SUFFIX)):
             move(f"{fan}/{name}", source_fd, target_fd)
 
 

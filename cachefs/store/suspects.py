@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from cachefs.model import BlockId
+from cachefs.model import BlockId, CapacityError
 from cachefs.store.block_files import BlockFiles
+from cachefs.store.diskfull import capacity_errors
 from cachefs.store.partials import Partials
 from cachefs.store.portions import portions
 from cachefs.store.sealed import SealedBlocks
@@ -67,7 +68,14 @@ class Suspects:
                     logger.warning("block dropped, it is damaged since the last boot block=%s", block.filename)
                 self._files.remove(block)
                 return block in self._sealed
-            self._files.publish(block, self._sealed.files)
+            try:
+                with capacity_errors():
+                    self._files.publish(block, self._sealed.files)
+            except CapacityError as error:
+                logger.info("block dropped, it cannot be put back block=%s error=%s", block.filename, error)
+                for files in (self._files, self._sealed.files):
+                    files.remove(block)
+                return False
             self._sealed.add(block, size)
             return True
 

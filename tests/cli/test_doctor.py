@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cachefs.fuse import all_mounts, find_mount, is_dead, is_mounted, probe
+from cachefs.fuse import all_mounts, find_mount, is_dead, is_mounted, is_over, open_mount, probe
 from cachefs.testing.disks import overlay
 from cachefs.testing.fixtures import Bucket
 from cachefs.testing.processes import Running, child_of, kill_mount, mountpoint_below, running
@@ -289,6 +289,21 @@ def test_a_server_that_hangs(tmp_path: Path) -> None:
                 for pid in pids:
                     os.kill(pid, signal.SIGCONT)
         assert is_mounted(mountpoint)
+
+
+def test_a_keeper_of_an_earlier_version_has_its_mount_taken_away(tmp_path: Path) -> None:
+    """It says by a word that its connection lives, and hands no device on; a package may be upgraded under it."""
+    with mountpoint_below(tmp_path) as mountpoint:
+        fd, mounted = open_mount(mountpoint, "test")
+        try:
+            end = ("umount", "--connection", str(mounted.connection))
+            assert cachefs(*end, mountpoint).returncode == 0  # over, as that keeper knows: this is another's
+            assert cachefs("umount", "--force", "--connection", "1048575", mountpoint).returncode == 0
+            assert is_mounted(mountpoint) and not is_over(fd)
+            assert cachefs(*end, "--force", mountpoint).returncode == 0
+            assert find_mount(mountpoint) is None and is_over(fd)
+        finally:
+            os.close(fd)
 
 
 def _master(directory: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from cachefs.fuse import find_mount, is_mounted, mountinfo
 from cachefs.fuse.mountinfo import parse_mountinfo
 from cachefs.model import RemoteProtocolError
+from cachefs.store.config import filesystem_type
 
 LINES = rb"""22 28 0:21 / /proc rw,nosuid,nodev,noexec,relatime shared:12 - proc proc rw
 36 28 0:45 / /mnt/two\040words\011and\134more ro,nosuid,nodev,relatime master:2 - fuse.cachefs s3://a\040b ro,user_id=0
@@ -29,6 +32,24 @@ def test_lines() -> None:
     assert {"ro", "nosuid", "user_id=0"} <= escaped.options
     assert (proc.root, first.root) == ("/", "/a directory")
     assert (first.mountpoint, second.mountpoint) == ("/mnt/data", "/mnt/data")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root mounts")
+def test_a_name_that_the_kernel_does_not_escape_all_of(tmp_path: Path) -> None:
+    """Whoever may mount may choose it, and everybody sees it."""
+    mountpoint = tmp_path / "a\rb \n\x0b\x85#"
+    mountpoint.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "some", mountpoint], check=True)
+    try:
+        found = find_mount(mountpoint)
+        assert found is not None and (found.fs_type, found.source) == ("tmpfs", "some")
+        fd = os.open(mountpoint, os.O_RDONLY)
+        try:
+            assert filesystem_type(fd) == "tmpfs"
+        finally:
+            os.close(fd)
+    finally:
+        subprocess.run(["umount", mountpoint], check=True)
 
 
 @pytest.mark.parametrize("line", [b"nonsense", b"1 2 0:3 / /mnt rw - fuse", b"1 2 0:3 / /mnt rw fuse a b"])

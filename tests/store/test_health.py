@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cachefs.model import BlockId, CapacityError, MiB
-from cachefs.store import HealthConfig, Store, TierConfig, TierState, open_store
+from cachefs.model import BlockId, CapacityError, ContentKey, MiB
+from cachefs.store import HealthConfig, Store, TierConfig, TierState, open_store, page_checksum
 from cachefs.store.health import Health
-from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, read, seal
+from cachefs.store.layout import running_boot_id
+from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, some
 from cachefs.testing.disks import broken, small_disk
 
 HEALTHY, LIMITED, PROBING, DOWN = TierState.HEALTHY, TierState.LIMITED, TierState.PROBING, TierState.DOWN
@@ -242,4 +244,53 @@ def test_a_full_disk_does_not_fail(tmp_path: Path) -> None:
                 store.tiers[0].try_disk()
             with pytest.raises(CapacityError):
                 seal(store, block(1), content(1, 100 * PAGE))
+            assert store.state(store.tiers[0]) is HEALTHY
+
+
+def use_up_inodes(disk: Path) -> Path:
+    """What then fails is making a directory, or a file. The file whose end gives one back."""
+    with pytest.raises(OSError, match="No space"):
+        for number in itertools.count():
+            (disk / f"filler{number}").touch()
+    return disk / "filler0"
+
+
+@needs_root
+def test_what_was_written_before_the_disk_was_full_is_sealed_when_it_is_not(tmp_path: Path) -> None:
+    """The first block that goes to a directory of sealed ones needs room for that."""
+    data = content(1, 3 * PAGE)
+    with small_disk(tmp_path, 16 * MiB) as disk:
+        config = TierConfig("ssd", str(disk / "tier"), 8 * MiB)
+        with open_store([config], GEOMETRY, CLUSTER) as store:
+            partial = some(store.open_partial(block(1), len(data)))
+            for number, page in enumerate(pages(data)):
+                partial.write_page(number, page, page_checksum(page))
+            filler = use_up_inodes(disk)
+            with pytest.raises(CapacityError):
+                store.seal(partial)
+            assert read(store.paths, block(1), len(data)) is None
+            filler.unlink()
+            store.seal(partial)
+            store.close(partial)
+            assert read(store.paths, block(1), len(data)) == data
+
+
+@needs_root
+def test_a_worker_starts_after_a_reboot_also_on_a_full_disk(tmp_path: Path) -> None:
+    data = content(1, 3 * PAGE)
+    blocks = [BlockId(ContentKey(bytes([number]) * 16), 0) for number in range(6)]
+    with small_disk(tmp_path, 16 * MiB) as disk:
+        config = TierConfig("ssd", str(disk / "tier"), 8 * MiB)
+        with open_store([config], GEOMETRY, CLUSTER) as store:
+            for each in blocks:
+                seal(store, each, data)
+        facts = disk / "tier" / "tier.json"
+        facts.write_text(facts.read_text().replace(running_boot_id(), "an earlier one"))
+        use_up_inodes(disk).unlink()  # one for the new tier.json
+        with open_store([config], GEOMETRY, CLUSTER) as store:
+            assert set(store.suspects()) == set(blocks)
+            # One of which the directory cannot be made goes, and makes room for the next.
+            kept = [each for each in blocks if store.restore(each)]
+            assert 0 < len(kept) < len(blocks)
+            assert {each for each in blocks if read(store.paths, each, len(data)) == data} == set(kept)
             assert store.state(store.tiers[0]) is HEALTHY
