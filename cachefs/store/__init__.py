@@ -3,7 +3,7 @@
 from cachefs.store.config import KeepFree, TierConfig, disk_bytes, parse_keep_free, parse_tier
 from cachefs.store.health import HealthConfig, TierState
 from cachefs.store.layout import running_boot_id
-from cachefs.store.partial import Partial
+from cachefs.store.partial import NotCompleteError, Partial
 from cachefs.store.pieces import PageAt, PieceSums
 from cachefs.store.pinned import PinnedKeys
 from cachefs.store.quota_keys import QuotaKeys
@@ -16,6 +16,7 @@ from cachefs.store.tier import Tier, TierStatus
 __all__ = [
     "HealthConfig",
     "KeepFree",
+    "NotCompleteError",
     "PageAt",
     "Partial",
     "PieceSums",

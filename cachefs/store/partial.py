@@ -43,6 +43,10 @@ was not there yet when it was written.
 _NEVER = float("-inf")
 
 
+class NotCompleteError(BlockCorruptError):
+    """Pages of a partial are absent: whoever found them damaged, or gave it up, has told of that."""
+
+
 class Partial:
     """One block file, open. Made by `Store.open_partial`; each of those calls is paired with one `Store.close`.
 

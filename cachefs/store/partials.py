@@ -17,7 +17,7 @@ from cachefs.store.diskfull import capacity_errors
 from cachefs.store.dormant import Dormant
 from cachefs.store.eviction import Eviction
 from cachefs.store.layout import Layout
-from cachefs.store.partial import Partial, create_partial, resume_partial
+from cachefs.store.partial import NotCompleteError, Partial, create_partial, resume_partial
 from cachefs.store.quota_book import QuotaBook
 from cachefs.store.sealed import SealedBlocks
 from cachefs.store.space import Space, allocated_bytes, estimate
@@ -178,7 +178,7 @@ class Partials:
             if partial.sealed:
                 return False
             if partial.dropped or not partial.complete:
-                raise BlockCorruptError(f"{partial.block.filename}: cannot be sealed, it is not complete")
+                raise NotCompleteError(f"{partial.block.filename}: cannot be sealed, it is not complete")
             partial.verify()
             try:
                 self._files.check_name(partial.block, partial.read_fd, partial.length)

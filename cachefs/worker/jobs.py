@@ -24,7 +24,7 @@ import trio
 from cachefs.model import BlockCorruptError, BlockId, BlockMissingError, CachefsError, CapacityError
 from cachefs.net import Flights
 from cachefs.policy import Promote, Readahead, ReadaheadConfig
-from cachefs.store import Partial, Store, page_checksum
+from cachefs.store import NotCompleteError, Partial, Store, page_checksum
 from cachefs.store.blame import is_of_the_medium
 from cachefs.ufs.files import Claim, Data
 from cachefs.worker.counters import Counters
@@ -359,8 +359,8 @@ class Filler:
         try:
             await trio.to_thread.run_sync(self._seal_now, job.partial, limiter=self._disk)
             self._count_sealed(job.block, job.partial.length)
-        except BlockCorruptError:
-            self._counters.corrupt += 1
+        except BlockCorruptError as error:
+            self._counters.corrupt += not isinstance(error, NotCompleteError)
             job.ended = job.ended or job.partial.dropped
             raise
         finally:

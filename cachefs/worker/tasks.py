@@ -74,18 +74,32 @@ class Tasks:
         self._only_workers = OnlyWorkers()
         self._ended: list[TaskOutcome] = []
         self._news = trio.Event()
+        self._following: trio.Nursery | None = None
+        self._idle = trio.Event()
+        """Nothing is under way."""
+        self._idle.set()
 
     def begin(self, geometry: Geometry, sources: Sources, blocks: Blocks, peers: Peers) -> None:
         """From now on there is something to do them with."""
         self._parts = _Parts(geometry, sources, blocks, peers)
         self._ready.set()
 
+    async def end(self) -> None:
+        """Nothing is under way any more when it returns, nor begun afterwards: what does it may be closed then."""
+        self._ready = trio.Event()
+        if self._following is not None:
+            self._following.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):  # as long as a disk takes for what it is at
+            await self._idle.wait()
+
     async def follow(self, peer: Peer) -> None:
         """Do what comes until the connection is lost, or cancelled."""
         await self._ready.wait()
         self._ended.clear()
+        self._idle = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
+                self._following = nursery
                 nursery.start_soon(self._tell, peer)
                 async with peer.stream(WatchTasks()) as batches:
                     async for batch in batches:
@@ -94,6 +108,9 @@ class Tasks:
                 nursery.cancel_scope.cancel()
         except* CachefsError as group:
             logger.debug("tasks not heard of error=%r", group.exceptions)
+        finally:
+            self._following = None
+            self._idle.set()
 
     async def _tell(self, peer: Peer) -> None:
         while True:

@@ -369,6 +369,11 @@ async def run_worker(
                     link.begin(_Reporting(store, places, members, blocks))
                     tasks.begin(geometry, sources, blocks, peers)
                     task_status.started([public.address, local.address])
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        # Its tasks are not ours, and still use what ends with us.
+                        await tasks.end()
             finally:
                 # When nothing runs any more: partials are left on disk as they are.
                 if blocks is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cachefs.store import TierConfig
 from cachefs.testing.cluster import BLOCK, PAGE, TestCluster, running_cluster
 from cachefs.wire.cluster import AskDrops, HeldBlock, RegisterWorker, ReportBlocks, ReportReply
 from cachefs.wire.control import (
+    BlockTask,
     CancelJob,
     ForgetWorker,
     GetJob,
@@ -28,9 +30,12 @@ from cachefs.wire.control import (
     JobSpec,
     ListJobs,
     StartJob,
+    TaskEnd,
     UndrainWorker,
 )
 from cachefs.wire.messages import Free, GetMasterStatus
+from cachefs.worker.blocks import Blocks
+from cachefs.worker.tasks import Tasks
 
 pytestmark = pytest.mark.anyio
 
@@ -316,6 +321,34 @@ async def test_without_a_worker_it_is_told_what_would_be_done_and_nothing_waits(
                 await trio.sleep(0.02)
             would = await each.client.start_job(JobSpec("load", ["/"]), dry_run=True)
         assert would.counts.copies == 0 and would.counts.failed >= len(SMALL)
+
+
+async def test_a_worker_that_ends_closes_nothing_before_its_tasks_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they do in threads goes on for a while."""
+    working, go, order = trio.Event(), threading.Event(), []
+    close = Blocks.close
+
+    async def do(tasks: Tasks, task: BlockTask) -> tuple[TaskEnd, int, str]:
+        working.set()
+        await trio.to_thread.run_sync(go.wait, 60)
+        order.append("done")
+        return "done", 0, ""
+
+    monkeypatch.setattr(Tasks, "_done", do)
+    monkeypatch.setattr(Blocks, "close", lambda blocks: (order.append("closed"), close(blocks)))
+    async with scene(tmp_path) as each:
+        job = await each.start("load", "/large")
+        await working.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(each.cluster.stop, "worker")
+            with trio.move_on_after(0.5):
+                while not order:
+                    await trio.sleep(0.01)
+            go.set()
+        await each.client.ask(CancelJob(job.job_id))
+    assert order[-1] == "closed" and order.count("closed") == 1 and "done" in order
 
 
 async def test_a_list_of_jobs_is_short_however_many_paths_they_have(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cachefs.model import (
     LocalProtocolError,
     TierError,
 )
-from cachefs.store import SealedReader, TierConfig, page_checksum, parse_tier
+from cachefs.store import NotCompleteError, SealedReader, TierConfig, page_checksum, parse_tier
 from cachefs.store.layout import data_name, sums_name
 from cachefs.store.tier import Tier, open_tier
 from cachefs.testing.blocks import CLUSTER, GEOMETRY, PAGE, block, content, pages, read, seal, sealed_path, some
@@ -72,7 +72,7 @@ def test_nothing_unsealed_is_ever_found(config: TierConfig, store: Tier) -> None
     assert partial is not None
     partial.write_page(1, pages(data)[1], page_checksum(pages(data)[1]))
     assert read([config.path], block(1), len(data)) is None
-    with pytest.raises(BlockCorruptError, match="not complete"):
+    with pytest.raises(NotCompleteError, match="not complete"):
         store.seal(partial)
     assert partial.present() == [(1, 2)] and list(partial.missing()) == [0, 2]
     assert os.pread(partial.read_fd, PAGE, PAGE) == pages(data)[1]
