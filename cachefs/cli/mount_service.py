@@ -286,12 +286,17 @@ class MountService:
                 )
 
     async def _wait_for_its_end(self, mount: _Mount) -> None:
-        """Of a server whose mount is not there any more. Raises NamespaceError."""
+        """Of a server whose mount is not there any more. Raises NamespaceError, UnavailableError."""
+        where = mount.record.mountpoint
+        others = [each.mountpoint for each in all_mounts() if each.device == mount.device and each.mountpoint != where]
+        if others and find_mount(where) is None:
+            shown = ", ".join(sorted(others)[:3])
+            raise NamespaceError(f"{where} was unmounted, and is in use where it is mounted as well: {shown}")
         with trio.move_on_after(_ANSWER_S):
             while mount.state == "serving":
                 await mount.changed.wait()
             return
-        raise NamespaceError(f"{mount.record.mountpoint} was unmounted, and is in use where it is mounted as well")
+        raise UnavailableError(f"{where} was unmounted, and what served it has not ended within {_ANSWER_S:g} s")
 
     async def _wait_until_serving(self, mount: _Mount) -> None:
         """Raises UnavailableError."""

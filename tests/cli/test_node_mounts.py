@@ -330,6 +330,25 @@ def test_one_that_somebody_unmounts_is_mounted_again_once_its_keeper_is_gone(nod
     answers(mountpoint)
 
 
+def test_one_that_somebody_unmounts_while_a_pod_sees_it_is_not_mounted_a_second_time(
+    node: Node, tmp_path: Path
+) -> None:
+    mountpoint, pod = tmp_path / "mnt", tmp_path / "pod"
+    pod.mkdir()
+    node.start_mounts()
+    first = node.ensure(mountpoint)
+    subprocess.run(["mount", "--bind", mountpoint, pod], check=True)
+    try:
+        subprocess.run(["umount", mountpoint], check=True)
+        with pytest.raises(NamespaceError, match=f"is in use where it is mounted as well: {pod}"):
+            node.ensure(mountpoint)
+        answers(pod)
+    finally:
+        subprocess.run(["umount", pod], check=True)
+    again = node.ensure(mountpoint)
+    assert again.state == "serving" and again.server_pid != first.server_pid
+
+
 def test_without_its_files_it_finds_what_is_mounted(node: Node, tmp_path: Path) -> None:
     mountpoint = tmp_path / "mnt"
     service = node.start_mounts()
