@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from prometheus_client.parser import text_string_to_metric_families
 
 from cachefs.client import Client
 from cachefs.meta import MetaStore
@@ -44,14 +45,31 @@ class Scene:
         return sum([(await self.cluster.worker_status(name)).counters.under_store_bytes for name in self.clients])
 
     async def until_known(self, copies: int) -> None:
-        """The master knows of so many copies of blocks, and the workers have heard who is alive: one that came back
-        just now is not asked by those who have not.
+        """The master knows of so many copies of blocks, and the workers that are connected have heard of each other:
+        one that came back just now is not asked by those who have not.
         """
         client = self.clients["worker"]
         with trio.fail_after(60):
-            while sum(each.blocks for each in (await client.master_status()).workers) != copies:
+            before = None
+            while True:
+                workers = (await client.master_status()).workers
+                alive = [each.name for each in workers if each.connected]
+                known = [self.shows(name, "cachefs_registered", "cachefs_peers_known") for name in alive]
+                if sum(each.blocks for each in workers) == copies and all(
+                    each == (1, len(alive) - 1) for each in known
+                ):
+                    epochs = [each.epoch for each in workers]
+                    if epochs == before:
+                        return
+                    before = epochs
+                    # None of them has lost its connection, and is about to notice.
+                    await trio.testing.wait_all_tasks_blocked(0.05)
                 await trio.sleep(0.02)
-            await trio.testing.wait_all_tasks_blocked(0.05)
+
+    def shows(self, name: str, *metrics: str) -> tuple[float, ...]:
+        text = self.cluster.monitors[name].text().decode()
+        values = {each.name: each.value for family in text_string_to_metric_families(text) for each in family.samples}
+        return tuple(values[metric] for metric in metrics)
 
 
 @asynccontextmanager
