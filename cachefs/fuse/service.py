@@ -17,7 +17,7 @@ import trio
 
 from cachefs.client import Client, ClientConfig, Earlier, open_client
 from cachefs.fuse.backing import BackingRegistry
-from cachefs.fuse.connections import MountError, abort, is_dead, is_over
+from cachefs.fuse.connections import MountError, abort_of, is_dead, is_over
 from cachefs.fuse.fusermount import CONFIGURATION
 from cachefs.fuse.keep_names import keep_names
 from cachefs.fuse.keeping import KeeperLink, MountFacts
@@ -357,7 +357,7 @@ def _give_up_connection(keeper: KeeperLink, facts: MountFacts) -> None:
     logger.error("this kernel cannot send again what was left unanswered: open files get errors, mounting anew")
     fd = keeper.fuse_fd
     keeper.remount()
-    _end(facts.mounted)
+    _end(facts.mounted, fd)
     with suppress(MountError):
         unmount(facts.mountpoint, lazy=True)
     allow_below(facts.mounted)
@@ -428,7 +428,7 @@ async def _unmount(mounted: Mount, fd: int) -> None:
         await trio.to_thread.run_sync(_unmount_now, mounted, fd, abandon_on_cancel=True)
     if scope.cancelled_caught:
         logger.error("unmounting hangs, the connection is ended mountpoint=%s", mounted.mountpoint)
-        _end(mounted)
+        _end(mounted, fd)
 
 
 def _unmount_now(mounted: Mount, fd: int) -> None:
@@ -445,7 +445,7 @@ def _unmount_now(mounted: Mount, fd: int) -> None:
         logger.error("not unmounted, and nobody serves it any more error=%s", error)
         return
     logger.warning("mount is in use, its readers get errors from now on mountpoint=%s", mounted.mountpoint)
-    _end(mounted)  # first: what is mounted no more cannot be ended
+    _end(mounted, fd)  # first: what is mounted no more cannot be ended
     unmount(mounted.mountpoint, lazy=True)
 
 
@@ -461,6 +461,7 @@ def _try_to_unmount(mounted: Mount, fd: int) -> MountError | None:
     return None
 
 
-def _end(mounted: Mount) -> None:
+def _end(mounted: Mount, fd: int) -> None:
+    """Also one that has left the tree."""
     with suppress(MountError):  # not root: it ends when we close the device
-        abort(mounted)
+        abort_of(fd, mounted.connection)

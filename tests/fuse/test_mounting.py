@@ -173,6 +173,23 @@ def test_a_server_at_its_end_leaves_what_another_has_mounted_there_since(mountpo
 
 
 @needs_mount
+def test_a_server_ends_its_connection_also_when_its_mount_has_left_the_tree(mountpoint: Path) -> None:
+    fd = open_device()
+    try:
+        mounted = mount(fd, mountpoint, "used")
+        user = os.open(mountpoint, os.O_PATH)
+        try:
+            unmount(mountpoint, lazy=True)
+            assert find_mount(mountpoint) is None and not is_over(fd)
+            service._end(mounted, fd)
+            assert is_over(fd)
+        finally:
+            os.close(user)
+    finally:
+        os.close(fd)
+
+
+@needs_mount
 def test_nothing_is_mounted_there(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="nothing is mounted"):
         unmount(tmp_path)
